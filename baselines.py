@@ -1,0 +1,223 @@
+"""The optimizers Gauss-Newton is compared with: AdamW, Adam, SGD, Muon, SOAP, and the learning-rate schedules.
+
+    opt = make_optimizer("soap", model)                     # any nn.Module; lr=None takes DEFAULT_LR
+    base = [group["lr"] for group in opt.param_groups]
+    for step in range(total_steps):
+        factor = lr_schedule(step, total_steps, "cosine", warmup_steps=10)
+        for group, lr in zip(opt.param_groups, base):
+            group["lr"] = lr * factor
+        loss_of(model).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+
+To add an optimizer: write it as a torch.optim.Optimizer (param_groups, step, state_dict), give it a row in DEFAULT_LR
+and one in DEFAULTS, and add its branch to make_optimizer; the trainer and the tests find it in BASELINES.
+Use Combined if it suits only some of the parameters. Its step() must leave p.grad as it was.
+"""
+import math
+from itertools import islice
+
+import torch
+import torch.nn as nn
+
+DEFAULT_LR = {  # peak rates: the best of 2 to 6 each for preset tiny on Python source at 16k tokens a step; retune elsewhere
+    "adamw": 1e-2,
+    "adam": 1e-2,
+    "sgd": 3e-1,
+    "muon": 3e-2,
+    "soap": 1e-2,
+}
+DEFAULTS = {  # everything else, as each method's reference has it
+    "adamw": dict(betas=(0.9, 0.95), weight_decay=0.1),     # GPT-3: arXiv 2005.14165, appendix B
+    "adam": dict(betas=(0.9, 0.999), weight_decay=0.0),     # arXiv 1412.6980, algorithm 1
+    "sgd": dict(momentum=0.9, weight_decay=0.0),            # Sutskever et al. 2013, Nesterov's form
+    "muon": dict(momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1),  # Jordan 2024; decay and scale: arXiv 2502.16982
+    "soap": dict(betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=10),  # arXiv 2409.11321
+}
+BASELINES = tuple(DEFAULTS)
+
+
+def make_optimizer(name, model, lr=None, weight_decay=None, betas=None, momentum=None, precondition_frequency=None):
+    """One of BASELINES for a model's trainable parameters. None takes the default; what a method does not use it ignores.
+
+    weight_decay reaches matrices (ndim >= 2) only, never norms and biases. It is decoupled, p -= lr * weight_decay * p,
+    but for adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to the AdamW beside it."""
+    if name not in DEFAULTS:
+        raise ValueError(f"unknown optimizer {name!r}; choose from {', '.join(BASELINES)}")
+    lr = DEFAULT_LR[name] if lr is None else lr
+    given = dict(weight_decay=weight_decay, betas=betas, momentum=momentum, precondition_frequency=precondition_frequency)
+    o = {**DEFAULTS[name], **{k: v for k, v in given.items() if v is not None}}
+
+    params = [p for p in model.parameters() if p.requires_grad]            # a tied matrix comes once
+
+    def decayed(params):
+        return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=o["weight_decay"]),
+                dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+
+    if name == "adamw":
+        return torch.optim.AdamW(decayed(params), lr=lr, betas=o["betas"])
+    if name == "adam":
+        return torch.optim.Adam(decayed(params), lr=lr, betas=o["betas"])
+    if name == "sgd":
+        return torch.optim.SGD(decayed(params), lr=lr, momentum=o["momentum"], nesterov=o["momentum"] > 0)
+    if name == "soap":
+        return SOAP(decayed(params), lr=lr, betas=o["betas"], precondition_frequency=o["precondition_frequency"])
+    if name == "muon":  # match_rms_adamw: steps of AdamW's size, 0.2 sqrt(max(m, n)) U V^T, so that one rate suits both
+        hidden = hidden_matrices(model)
+        rest = [p for p in params if p not in set(hidden)]
+        muon = torch.optim.Muon([dict(params=hidden)], lr=lr, momentum=o["momentum"], weight_decay=o["weight_decay"],
+                                adjust_lr_fn="match_rms_adamw")
+        return Combined([muon, torch.optim.AdamW(decayed(rest), lr=lr, betas=o["betas"])])
+
+
+def hidden_matrices(model):
+    """The trainable 2-D parameters that are neither an embedding nor the output head, which is `model.head` or else the
+    last nn.Linear. A matrix tied to either is out too. Muon's orthogonal steps are meant for these only (Jordan 2024)."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    head = model.head if isinstance(getattr(model, "head", None), nn.Linear) else linears[-1] if linears else None
+    outer = {p for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer]
+
+
+class Combined(torch.optim.Optimizer):
+    """Optimizers over disjoint parameters as one. Its param_groups are theirs in order, and its state is theirs."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        groups = iter(self.param_groups)
+        for part in self.parts:  # linked at every step, since load_state_dict puts new objects in their place
+            part.param_groups, part.state = list(islice(groups, len(part.param_groups))), self.state
+            part.step()
+        return loss
+
+
+class SOAP(torch.optim.Optimizer):
+    """Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, algorithm 3). For a matrix of gradient G (m, n):
+
+        G' = Q_L^T G Q_R                                  the gradient in the basis
+        M  = b1 M + (1 - b1) G'                           Adam's moments, with bias correction
+        V  = b2 V + (1 - b2) G' * G'
+        W  = W - lr wd W - lr Q_L (M / (sqrt V + eps)) Q_R^T
+        L  = b3 L + (1 - b3) G G^T                        Shampoo's two sides
+        R  = b3 R + (1 - b3) G^T G
+        every f-th step, for Q_L by L and Q_R by R:       one power iteration (algorithm 4)
+            sort Q's columns, and V with them, by diag(Q^T L Q), largest first
+            Q = orthonormal factor of QR(L Q)
+            M = the same vector in the new basis
+
+    Differs from the published code in: 1. The first step is taken, not skipped: L, R and (by eigh) Q_L, Q_R come from the
+    first gradient, so that step is lr times its polar factor U V^T, short of singular values lost to rounding. 2. eps is
+    added to the bias-corrected root, as in torch.optim.Adam. Like that code, and unlike the paper, it holds M in the basis,
+    which saves two products and changes rounding only.
+
+    betas: b1, b2. shampoo_beta: b3, negative for b2. precondition_frequency: f, in steps. A side longer than max_precond_dim
+    keeps the identity for its basis, and so do both sides of anything not 2-D, which makes it AdamW. Parameters: float32
+    or float64. Memory: 2 (m^2 + n^2 + mn) numbers per matrix."""
+
+    def __init__(self, params, lr=3e-3, betas=(0.95, 0.95), shampoo_beta=-1, eps=1e-8, weight_decay=0.01,
+                 precondition_frequency=10, max_precond_dim=10_000):
+        if lr < 0 or eps < 0 or weight_decay < 0:
+            raise ValueError(f"lr ({lr}), eps ({eps}) and weight_decay ({weight_decay}) must not be negative")
+        if not all(0 <= b < 1 for b in betas) or shampoo_beta >= 1:
+            raise ValueError(f"betas ({betas}) must lie in [0, 1) and shampoo_beta ({shampoo_beta}) below 1")
+        if precondition_frequency < 1:
+            raise ValueError(f"precondition_frequency must be at least 1, got {precondition_frequency}")
+        super().__init__(params, dict(lr=lr, betas=betas, shampoo_beta=shampoo_beta, eps=eps, weight_decay=weight_decay,
+                                      precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, self.state[p], group)
+        return loss
+
+    def _update(self, p, G, s, group):
+        (b1, b2), b3, lr = group["betas"], group["shampoo_beta"], group["lr"]
+        b3 = b2 if b3 < 0 else b3
+        if first := not s:
+            on = [d <= group["max_precond_dim"] for d in G.shape] if G.ndim == 2 else [False, False]
+            cov = [None if c is None else c * (1 - b3) for c in covariances(G, on)]          # L (m, m), R (n, n)
+            basis = [None if c is None else torch.linalg.eigh(c).eigenvectors for c in cov]  # Q_L, Q_R
+            s.update(step=0, M=torch.zeros_like(p), V=torch.zeros_like(p), cov=cov, basis=basis)
+        s["step"] += 1
+        M, V, cov, basis = s["M"], s["V"], s["cov"], s["basis"]
+        rotated = any(q is not None for q in basis)
+
+        G_rot = to_basis(G, basis)                                                          # (m, n)
+        if first and rotated:
+            # In its own eigenbasis G is diagonal, but L = G G^T resolves its singular values only down to sqrt(machine eps)
+            # of the largest. Adam would enlarge what rounding leaves below that to full steps.
+            G_rot = G_rot.where(G_rot.abs() > torch.finfo(G.dtype).eps ** 0.5 * G_rot.abs().max(), 0)
+        M.lerp_(G_rot, 1 - b1)
+        V.mul_(b2).addcmul_(G_rot, G_rot, value=1 - b2)
+        m_hat, v_hat = M / (1 - b1 ** s["step"]), V / (1 - b2 ** s["step"])
+        p.mul_(1 - lr * group["weight_decay"])
+        p.sub_(from_basis(m_hat / (v_hat.sqrt() + group["eps"]), basis), alpha=lr)
+
+        if not first:                                                                       # the first G is in L and R
+            for c, new in zip(cov, covariances(G, [c is not None for c in cov])):
+                if c is not None:
+                    c.lerp_(new, 1 - b3)
+        if s["step"] % group["precondition_frequency"] == 0 and rotated:
+            M = from_basis(M, basis)
+            for side in (0, 1):
+                if cov[side] is not None:
+                    basis[side], order = power_iteration(cov[side], basis[side])
+                    V = V.index_select(side, order)
+            s["M"], s["V"] = to_basis(M, basis), V
+
+
+def covariances(G, on):
+    """G G^T (m, m) and G^T G (n, n), each only where it is on, since a side may be a vocabulary."""
+    return G @ G.T if on[0] else None, G.T @ G if on[1] else None
+
+
+def to_basis(X, basis):
+    """Q_L^T X Q_R; None stands for the identity."""
+    left, right = basis
+    X = X if left is None else left.T @ X
+    return X if right is None else X @ right
+
+
+def from_basis(X, basis):
+    """Q_L X Q_R^T; None stands for the identity."""
+    return to_basis(X, [None if q is None else q.T for q in basis])
+
+
+def power_iteration(C, Q):
+    """One step from the basis Q towards the eigenvectors of C (d, d), and the order in which it took the old columns."""
+    CQ = C @ Q
+    order = (Q * CQ).sum(0).argsort(descending=True)        # diag(Q^T C Q) estimates the eigenvalues
+    return torch.linalg.qr(CQ[:, order]).Q, order
+
+
+def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_frac=0.2, min_ratio=0.0):
+    """The factor in [0, 1] for the base rate at `step`, which counts from 0.
+
+    Warmup is linear, (step + 1) / warmup_steps, so that no step is lost. Then "constant" stays at 1; "cosine" falls to
+    min_ratio at step == total_steps (Loshchilov & Hutter 2017); "wsd", warmup-stable-decay (arXiv 2404.06395), holds 1
+    and falls linearly to min_ratio over the last decay_frac of total_steps."""
+    if schedule not in ("constant", "cosine", "wsd"):
+        raise ValueError(f"unknown schedule {schedule!r}; choose from constant, cosine, wsd")
+    if step < 0 or total_steps < 1 or warmup_steps < 0:
+        raise ValueError(f"need step >= 0, total_steps >= 1, warmup_steps >= 0, got {step}, {total_steps}, {warmup_steps}")
+    if not 0 <= decay_frac <= 1 or not 0 <= min_ratio <= 1:
+        raise ValueError(f"decay_frac ({decay_frac}) and min_ratio ({min_ratio}) must lie in [0, 1]")
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+    left = max(0, total_steps - step) / max(1.0, decay_frac * total_steps)
+    return min_ratio + (1 - min_ratio) * min(1.0, left)

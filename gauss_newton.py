@@ -1,0 +1,635 @@
+"""Full Gauss-Newton for language models: Hessian-free conjugate gradients on the generalised Gauss-Newton matrix.
+
+One outer step at parameters θ (arXiv 2510.09378; Martens 2010, "Deep learning via Hessian-free optimization"):
+
+    1. linearise   z(θ + d) ≈ z + J d,  and the loss to second order in the logits:
+                   m(d) = L + gᵀd + ½ dᵀG d,   g = Jᵀ ∂L/∂z,   G = Jᵀ H J,   H = ∂²L/∂z² = (diag(p) − ppᵀ) / N
+    2. solve       (G + λI) d = −g by preconditioned CG, with products G v only: G is never formed
+    3. search      f(θ + αd) over α; α = 0 when nothing is better
+    4. update      θ ← θ + αd, and λ by the ratio of actual to predicted decrease (Levenberg-Marquardt)
+
+`GGN`, `cg`, `KFAC` and `line_search` stand alone; `GaussNewton` puts them together and works on any nn.Module whose
+forward(inputs) gives logits (..., classes):
+
+    opt = GaussNewton(model)
+    for inputs, targets in batches:          # large batches: this is a method for few, good steps
+        record = opt.step(inputs, targets)
+        print(record["loss"], record["rho"], record["reason"])
+"""
+import math
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vectors over parameters, and the loss in the logits
+
+
+def trainable(model):
+    """The parameters that a step moves, tied ones once, in the order of model.parameters()."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def flatten(tensors):
+    """Tensors of any shapes -> one vector."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def unflatten(vector, like):
+    """One vector -> views of it with the shapes of the tensors in `like`."""
+    return [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in like]), like)]
+
+
+def pieces(idx, targets, micro_batch):
+    """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole batch)."""
+    step = micro_batch or len(idx)
+    return [(idx[i:i + step], targets[i:i + step]) for i in range(0, len(idx), step)]
+
+
+def cross_entropy_grad(probs, targets, n):
+    """∂L/∂z of a mean over n tokens: (p − onehot(y)) / n.  probs (..., V), targets (...) -> (..., V)."""
+    u = probs.clone()
+    u.scatter_add_(-1, targets.unsqueeze(-1), torch.full_like(u[..., :1], -1.0))
+    return u.div_(n)
+
+
+def cross_entropy_hvp(probs, t, n):
+    """H t = p ∘ (t − ⟨p, t⟩) / n, the logit Hessian in closed form: differentiating cross-entropy twice would hold
+    about ten times the logits, and its backward has no forward-mode derivative."""
+    return probs * (t - (probs * t).sum(-1, keepdim=True)) / n
+
+
+@torch.no_grad()
+def batch_loss(model, idx, targets, micro_batch=None):
+    """Mean cross-entropy (nats per token) without a graph, as a float; attention may be fused."""
+    total = 0.0
+    for x, y in pieces(idx, targets, micro_batch):
+        z = model(x)
+        total += F.cross_entropy(z.flatten(0, -2), y.flatten(), reduction="sum").item()
+    return total / targets.numel()
+
+
+def batch_grad(model, idx, targets, micro_batch=None):
+    """Loss (float) and flat gradient by ordinary backward passes."""
+    params, loss, grad = trainable(model), 0.0, None
+    for x, y in pieces(idx, targets, micro_batch):
+        part = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="sum") / targets.numel()
+        g = flatten(torch.autograd.grad(part, params, materialize_grads=True, allow_unused=True))
+        loss, grad = loss + part.item(), g if grad is None else grad.add_(g)
+    return loss, grad
+
+
+def free_memory(device):
+    """Bytes that the device has free (4 GB where nobody says)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4e9
+
+
+def refuse_randomness(model):
+    """A derivative of a function that changes between calls means nothing: active dropout or batch norm is an error."""
+    for name, m in model.named_modules():
+        active = m.training and (getattr(m, "dropout", 0.0) if isinstance(m, nn.MultiheadAttention) else getattr(m, "p", 0.0)
+                                 if isinstance(m, nn.modules.dropout._DropoutNd) else 0.0)
+        if active or (m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            raise ValueError(f"Gauss-Newton needs a deterministic model, but {name or 'it'} ({type(m).__name__}) is active in "
+                             "training mode; call model.eval() or set its rate to 0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Gauss-Newton matrix
+
+
+class _Linearisation(NamedTuple):
+    """One piece of the batch with its graphs. g = Jᵀu is a graph linear in u, so differentiating gᵀv by u gives J v."""
+    z: torch.Tensor       # (..., V) logits, with graph
+    probs: torch.Tensor   # (..., V) softmax(z), no graph
+    u: torch.Tensor       # (..., V) ∂L/∂z, a leaf
+    g: list               # Jᵀu per parameter, with graph in u; None where the parameter is not used
+
+
+class GGN:
+    """One batch linearised at the model's current parameters: `loss`, `grad`, `jvp(v)` and `matvec(v)` = JᵀHJ v.
+
+    idx, targets   inputs (B, ...) and int64 classes (B, ...), as the model takes them; logits are (B, ..., V)
+    micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
+    cache_gb       with micro_batch: pieces keep their graphs while they fit in this many GB (None: 40 % of what is free), so
+                   that a product repeats no forward; the others are linearised anew at each product, in memory that does
+                   not grow with the batch
+
+    loss           mean cross-entropy in nats per token, a float
+    grad           its gradient (P,), parameters flattened in the order of model.parameters(), tied ones once
+    products, work   products made, and all work so far in gradients of this batch, by matrix multiplications: a gradient
+                     has 3 per weight, a product 4, with a block alone 4 for its own weights and 2 for those behind it
+
+    The parameters must not change while the object is in use. Raises ValueError for active dropout or batch norm.
+    Double backward (`create_graph`) instead of torch.func: the graph of the gradient is the graph of J's transpose, and
+    it is reused by every product: 1.3 gradients each, where jvp + vjp take 2.3.
+    """
+
+    def __init__(self, model, idx, targets, micro_batch=None, cache_gb=0.0):
+        refuse_randomness(model)
+        self.model, self.params, self.n = model, trainable(model), targets.numel()
+        self.data, self.cache = pieces(idx, targets, micro_batch), []
+        self.products, self.work = 0, 1.0
+        self.loss, self.grad = 0.0, 0.0
+        room = math.inf if micro_batch is None else 0.4 * free_memory(self.params[0].device) if cache_gb is None else cache_gb * 1e9
+        for i, (x, y) in enumerate(self.data):
+            if i == 0 and room < math.inf:      # the first piece is the largest
+                piece, piece_bytes = self._measure(x, y)
+            else:
+                piece = self._linearise(x, y)
+            self.loss += F.cross_entropy(piece.z.detach().flatten(0, -2), y.flatten(), reduction="sum").item() / self.n
+            self.grad += flatten([torch.zeros_like(p) if g is None else g.detach() for g, p in zip(piece.g, self.params)])
+            if room == math.inf or (i + 1) * piece_bytes <= room:
+                self.cache.append(piece)
+            del piece
+
+    def _linearise(self, x, y):
+        # The fused kernels have no second derivative; MATH is the same attention in differentiable operations.
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            z = self.model(x)
+            probs = torch.softmax(z.detach(), dim=-1)
+            u = cross_entropy_grad(probs, y, self.n).requires_grad_()
+            g = torch.autograd.grad(z, self.params, u, create_graph=True, allow_unused=True)
+        return _Linearisation(z, probs, u, list(g))
+
+    def _measure(self, x, y):
+        """A linearised piece and the bytes that keeping it costs: every storage that its graphs save, once."""
+        storages = {}
+
+        def count(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            piece = self._linearise(x, y)
+        for p in self.params:
+            storages.pop(p.untyped_storage().data_ptr(), None)
+        return piece, sum(storages.values()) + 3 * piece.z.numel() * piece.z.element_size()
+
+    def _pieces(self):
+        """The linearised pieces: first those that were kept, then the others one by one."""
+        yield from self.cache
+        for x, y in self.data[len(self.cache):]:
+            yield self._linearise(x, y)
+
+    def _select(self, part):
+        return range(len(self.params)) if part is None else part
+
+    def _jvp(self, piece, v, part):
+        pairs = [(piece.g[i], t) for i, t in zip(part, v) if piece.g[i] is not None]
+        return torch.autograd.grad([g for g, _ in pairs], piece.u, [t for _, t in pairs], retain_graph=True,
+                                   materialize_grads=True, allow_unused=True)[0]
+
+    def _vjp(self, piece, w, part):
+        return torch.autograd.grad(piece.z, [self.params[i] for i in part], w, retain_graph=True,
+                                   materialize_grads=True, allow_unused=True)
+
+    def jvp(self, v, part=None):
+        """J v: the change of every logit, (B, ..., V), for the parameter change v (P,)."""
+        part = self._select(part)
+        v = unflatten(v, [self.params[i] for i in part])
+        return torch.cat([self._jvp(piece, v, part) for piece in self._pieces()])
+
+    def matvec(self, v, part=None):
+        """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those parameters
+        alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
+        part = self._select(part)
+        v_flat, v = v, unflatten(v, [self.params[i] for i in part])
+        out = 0.0
+        for piece in self._pieces():
+            Jv = self._jvp(piece, v, part)
+            HJv = cross_entropy_hvp(piece.probs, Jv, self.n)
+            out = out + flatten(self._vjp(piece, HJv, part))
+        own, behind = len(v_flat), sum(p.numel() for p in self.params[max(part) + 1:])
+        self.products += 1
+        self.work += 4 / 3 * (own + behind / 2) / len(self.grad) + 1 - len(self.cache) / len(self.data)
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conjugate gradients
+
+
+class CGResult(NamedTuple):
+    x: torch.Tensor
+    iterations: int
+    reason: str     # "residual", "progress", "max_iter", "zero" (b = 0), "indefinite" or "nonfinite"
+    values: list    # ½xᵀAx − bᵀx at every iterate, the start included: iterations + 1 floats
+
+
+def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0):
+    """Solve A x = b, A symmetric positive definite and given by matvec(v) = A v; equivalently minimise ½xᵀAx − bᵀx.
+
+    x0        start (default 0, which saves a product)
+    precond   v -> M⁻¹v, M ≈ A symmetric positive definite
+    tol       Martens' relative progress (2010, section 4.4): stop at iteration k once the quadratic fell by less than
+              tol·j of its value over the last j = max(10, k/10) iterations; 0 = off
+    rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; 0 = off
+
+    Differs from the textbook in: 1. x0 is first scaled to its best multiple, (bᵀx0 / x0ᵀA x0) x0, since a direction
+    kept from an earlier system can begin uphill. 2. `tol` as above. 3. Trouble is a `reason`, not an exception: on
+    "indefinite" (pᵀAp <= 0, or a preconditioner that is not positive) or "nonfinite" x is the last good iterate.
+    """
+    x, r = torch.zeros_like(b), b.clone()
+    bnorm = b.norm().item()
+    if not math.isfinite(bnorm):
+        return CGResult(x, 0, "nonfinite", [0.0])
+    if bnorm == 0:
+        return CGResult(x, 0, "zero", [0.0])
+    if x0 is not None and x0.any():
+        Ax0 = matvec(x0)
+        scale = (b.dot(x0) / x0.dot(Ax0)).item()
+        if math.isfinite(scale):
+            x, r = scale * x0, b - scale * Ax0
+    values = [-0.5 * x.dot(b + r).item()]
+    p, rz = None, 1.0
+    for k in range(max_iter + 1):
+        if rtol > 0 and r.norm().item() <= rtol * bnorm:
+            return CGResult(x, k, "residual", values)
+        j = max(10, k // 10)
+        if tol > 0 and k >= j and values[-1] < 0 and values[-1 - j] - values[-1] < tol * j * -values[-1]:
+            return CGResult(x, k, "progress", values)
+        if k == max_iter:
+            return CGResult(x, k, "max_iter", values)
+        z = r if precond is None else precond(r)
+        rz, rz_old = r.dot(z).item(), rz
+        if rz == 0:
+            return CGResult(x, k, "residual", values)
+        p = z.clone() if p is None else p.mul_(rz / rz_old).add_(z)
+        Ap = matvec(p)
+        pAp = p.dot(Ap).item()
+        if not (math.isfinite(pAp) and math.isfinite(rz)):
+            return CGResult(x, k, "nonfinite", values)
+        if pAp <= 0 or rz < 0:
+            return CGResult(x, k, "indefinite", values)
+        x.add_(p, alpha=rz / pAp)
+        r.sub_(Ap, alpha=rz / pAp)
+        values.append(-0.5 * x.dot(b + r).item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# K-FAC, the preconditioner
+
+
+@contextmanager
+def _recording(model):
+    """While open, each forward appends (weight's module, its input, gradient edge of its output) to the list given."""
+    calls, hooks = [], []
+
+    def hook(module, args, out):
+        if out.requires_grad:
+            calls.append((module, args[0].detach(), torch.autograd.graph.get_gradient_edge(out)))
+    for m in model.modules():
+        if isinstance(m, (nn.Linear, nn.Embedding)):
+            hooks.append(m.register_forward_hook(hook))
+    try:
+        yield calls
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+class KFAC:
+    """The Gauss-Newton matrix as a Kronecker product per weight (Martens & Grosse 2015), in its eigenbasis.
+
+    For a linear map s = W a the block of W (out, in) is approximated by L ⊗ R, with L = E[δ δᵀ], R = E[a aᵀ], the
+    expectations over tokens and over labels sampled from the model, and δ = ∂(loss of one sequence)/∂s. With
+    L = Q_L Λ_L Q_Lᵀ, R = Q_R Λ_R Q_Rᵀ, and S = λ_L λ_Rᵀ (out, in) the products of their eigenvalues,
+
+        (L ⊗ R + λI)⁻¹ V = Q_L [ (Q_Lᵀ V Q_R) / (S + λ) ] Q_Rᵀ,                   the damping exact.
+
+    Embedding (tokens, width): L is diagonal, the frequency of each token, and R = E[δ δᵀ]. A bias: R = 1. A side above
+    `max_side`: diagonal. All other parameters (norms, say): a diagonal, the mean square of the gradient with sampled
+    labels. A weight shared by an embedding and a linear map takes the map's factors.
+    """
+
+    def __init__(self, model, max_side=4096):
+        self.model, self.max_side, self.params = model, max_side, trainable(model)
+        self.bases = [(None, None)] * len(self.params)    # per parameter: Q_L and Q_R, None for the identity
+        self.spectra = [None] * len(self.params)          # per parameter: S, as a matrix or in the parameter's shape
+
+    def update(self, idx, targets, micro_batch=None, generator=None):
+        """Factors from a batch (inputs only: labels are sampled, targets give their shape)."""
+        model, n = self.model, targets.numel()
+        index = {id(p): i for i, p in enumerate(self.params)}
+        linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        left, right, square = {}, {}, {}
+
+        def add(store, i, value):
+            store[i] = store[i] + value if i in store else value
+        for x, y in pieces(idx, targets, micro_batch):
+            with _recording(model) as calls, torch.enable_grad():
+                z = model(x)
+            calls = [c for c in calls if not (isinstance(c[0], nn.Embedding) and id(c[0].weight) in linear)]
+            factored = {i for m, _, _ in calls for i in (index.get(id(m.weight)), index.get(id(getattr(m, "bias", None))))}
+            rest = [i for i in range(len(self.params)) if i not in factored]
+            probs = torch.softmax(z.detach().float(), dim=-1)
+            labels = torch.multinomial(probs.flatten(0, -2), 1, generator=generator).view_as(y)
+            u = cross_entropy_grad(probs, labels, 1).to(z.dtype)      # sum over tokens: each token's own gradient
+            grads = torch.autograd.grad(z, [edge for _, _, edge in calls] + [self.params[i] for i in rest], u,
+                                        materialize_grads=False, allow_unused=True)
+            for (m, a, _), delta in zip(calls, grads):
+                if delta is None or id(m.weight) not in index:
+                    continue
+                delta = delta.flatten(0, -2)                                        # (tokens, out)
+                if isinstance(m, nn.Embedding):
+                    count = torch.bincount(a.flatten(), minlength=m.num_embeddings).to(delta.dtype)
+                    add(left, index[id(m.weight)], count)
+                    add(right, index[id(m.weight)], self._gram(delta))
+                    continue
+                gram, bias = self._gram(delta), index.get(id(m.bias))
+                add(left, index[id(m.weight)], gram)
+                add(right, index[id(m.weight)], self._gram(a.flatten(0, -2)))
+                if bias is not None:
+                    add(left, bias, gram)
+                    add(right, bias, delta.new_full((1,), float(len(delta))))
+            for i, g in zip(rest, grads[len(calls):]):
+                if g is not None:
+                    add(square, i, g * g)
+        for i, p in enumerate(self.params):
+            if i in left:
+                (lL, QL), (lR, QR) = self._eigh(left[i] / n), self._eigh(right[i] / n)
+                self.bases[i], self.spectra[i] = (QL, QR), torch.outer(lL, lR)
+            else:
+                self.spectra[i] = square[i] / n if i in square else torch.zeros_like(p)
+
+    def _gram(self, m):
+        """mᵀm (side, side), or its diagonal where the side is too large to decompose."""
+        return m.T @ m if m.shape[1] <= self.max_side else (m * m).sum(0)
+
+    @staticmethod
+    def _eigh(side):
+        """Eigenvalues, not negative, and eigenvectors; for a diagonal side itself and None (the identity)."""
+        if side.ndim == 1:
+            return side, None
+        values, vectors = torch.linalg.eigh(side)
+        return values.clamp_min(0), vectors
+
+    def apply(self, v, function, part=None):
+        """function(K) v, the function taken on the eigenvalues; v flat (P,), or over the parameters in `part`.
+
+            K = Q S Qᵀ,   function(K) V = Q_L [ function(S) ∘ (Q_Lᵀ V Q_R) ] Q_Rᵀ
+        """
+        part = range(len(self.params)) if part is None else part
+        out = []
+        for i, t in zip(part, unflatten(v, [self.params[i] for i in part])):
+            (QL, QR), S = self.bases[i], self.spectra[i]
+            t = t.reshape(S.shape)
+            t = t if QL is None else QL.T @ t
+            t = t if QR is None else t @ QR
+            t = t * function(S)
+            t = t if QL is None else QL @ t
+            t = t if QR is None else t @ QR.T
+            out.append(t)
+        return flatten(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step length and damping
+
+
+class Search(NamedTuple):
+    alpha: float      # 0.0: nothing was better
+    loss: float       # at alpha
+    tries: int        # losses evaluated
+    reason: str       # "armijo", "grid", "none", "no decrease" or "nonfinite" (no candidate had a finite loss)
+
+
+def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
+    """Choose α among 2^(−i/2), i = 0, 1, ..., or 0.
+
+    loss_at   α -> loss;   loss0 = loss_at(0);   slope = gᵀd < 0
+    armijo    the first α with loss <= loss0 + c α slope, then on while the loss still falls: a loss that is not quadratic
+              often has a better α right behind the first acceptable one
+    grid      the best of all candidates (the paper's; it takes 5 or 10, has no α = 0 and so no rejection)
+    none      α = 1 if its loss is finite
+    A loss that is not finite counts as infinite.
+    """
+    if kind not in ("armijo", "grid", "none"):
+        raise ValueError(f"line search must be armijo, grid or none, got {kind!r}")
+    best, finite, tries = (0.0, loss0), False, 0
+    for i in range(1 if kind == "none" else candidates):
+        alpha = 2 ** (-i / 2)
+        loss, tries = loss_at(alpha), tries + 1
+        finite |= math.isfinite(loss)
+        if kind == "armijo" and best[0] > 0 and not loss < best[1]:
+            break
+        enough = {"armijo": loss <= loss0 + c * alpha * slope, "grid": True, "none": math.isfinite(loss)}[kind]
+        if enough and (loss < best[1] or kind == "none"):
+            best = (alpha, loss)
+    return Search(*best, tries, kind if best[0] else "no decrease" if finite else "nonfinite")
+
+
+def levenberg_marquardt(damping, rho, alpha, raise_by=2.0, lower_by=0.4, floor=1e-8, ceiling=1e4):
+    """The next λ. ρ, actual over predicted decrease at the step taken, near 1: the model was right, trust it further.
+
+    λ falls if ρ > 3/4 at (nearly) full length, and grows if ρ < 1/4 or the search had to cut the step below 0.4: a cut
+    step can have ρ near 1 while the model was far off at the length it asked for. Martens (2010, section 4.1) has
+    factors 3/2 and 2/3, made for hundreds of steps; here a run has tens.
+    """
+    if not rho >= 0.25 or alpha < 0.4:
+        damping *= raise_by
+    elif rho > 0.75 and alpha > 0.9:
+        damping *= lower_by
+    return min(max(damping, floor), ceiling)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+class GaussNewton:
+    """Damped Gauss-Newton steps for any nn.Module whose forward(inputs) gives logits (..., classes).
+
+    parts            partition of the parameters as a list of lists of them (layerwise: curvature across parts is dropped,
+                     each part has a CG of its own); None: one part, full Gauss-Newton
+    damping          λ at the start; then Levenberg-Marquardt
+    damping_metric   "identity": λI.  "kfac": λ (L ⊗ R)^½ in K-FAC's eigenbasis, so that directions of large curvature,
+                     along which the linearisation fails first, are held back more
+    precond          "kfac" or "none"; precond_interval: steps between new factors, made from precond_frac of the curvature
+                     batch's rows
+    cg_iters, cg_tol, cg_rtol     see cg
+    warm_start       start CG from this multiple of the last solution (0: from zero)
+    curvature_frac   share of the batch's rows that G is made from, unless step() is given others; the gradient is always
+                     the whole batch's
+    line_search      "armijo", "grid" or "none", with search_candidates step lengths
+    micro_batch      rows worked on at a time; cache_gb: see GGN
+    seed             of the sampled labels
+    progress         called as progress(what) or progress("cg", done, total) inside long steps
+    """
+
+    METRICS = {"identity": torch.ones_like,                      # K-FAC's eigenvalues S -> those of the damping
+               "kfac": lambda S: (S + 1e-6).sqrt()}              # kept away from 0 where S is: tokens never seen
+
+    def __init__(self, model, parts=None, damping=1.0, damping_metric="kfac", precond="kfac", precond_interval=1,
+                 precond_frac=0.25, cg_iters=20, cg_tol=0.0, cg_rtol=0.0, warm_start=1.0, curvature_frac=1.0,
+                 line_search="armijo", search_candidates=10, micro_batch=None, cache_gb=None, seed=0, progress=None):
+        if damping_metric not in self.METRICS:
+            raise ValueError(f"damping_metric must be identity or kfac, got {damping_metric!r}")
+        if precond not in ("kfac", "none"):
+            raise ValueError(f"precond must be kfac or none, got {precond!r}")
+        if not 0 < curvature_frac <= 1 or not 0 < precond_frac <= 1:
+            raise ValueError("curvature_frac and precond_frac must be in (0, 1]")
+        self.model, self.params = model, trainable(model)
+        index = {id(p): i for i, p in enumerate(self.params)}
+        self.parts = [[index[id(p)] for p in part] for part in parts] if parts else [list(range(len(self.params)))]
+        if sorted(i for part in self.parts for i in part) != list(range(len(self.params))):
+            raise ValueError("parts must hold every trainable parameter of the model exactly once")
+        self.damping, self.damping_metric, self.precond = damping, damping_metric, precond
+        self.metric = self.METRICS[damping_metric]
+        self.kfac = None if precond == "none" and damping_metric == "identity" else KFAC(model)
+        self.precond_interval, self.precond_frac = precond_interval, precond_frac
+        self.cg_iters, self.cg_tol, self.cg_rtol, self.warm_start = cg_iters, cg_tol, cg_rtol, warm_start
+        self.curvature_frac, self.line_search, self.search_candidates = curvature_frac, line_search, search_candidates
+        self.micro_batch, self.cache_gb = micro_batch, cache_gb
+        self.progress = progress or (lambda what, done=0, total=0: None)
+        self.direction, self.steps, self.rejections = None, 0, 0      # rejections in a row
+        self.generator = torch.Generator(device=self.params[0].device).manual_seed(seed)
+
+    def step(self, idx, targets, curvature=None, search=None):
+        """One outer step on a batch; returns its record, a flat dict.
+
+        curvature, search    (idx, targets) of other data for G and for the line search; default: the batch itself.
+        A loss, gradient or product that is not finite, an indefinite product, or a search without a decrease rejects the
+        step: parameters stay bitwise as they were, λ is raised, and record["reason"] says why ("" when all went well).
+        """
+        theta = [p.detach().clone() for p in self.params]
+        record = {"accepted": False, "reason": "", "damping": self.damping, "alpha": 0.0, "rho": None, "work": 0.0}
+
+        def loss_at(alpha, x, y):
+            self.progress("line search")
+            self._assign(theta, d, alpha)
+            record["work"] += y.numel() / targets.numel() / 3
+            return batch_loss(self.model, x, y, self.micro_batch)
+
+        try:
+            # 1. Linearise: loss and gradient of the batch, G of the curvature batch.
+            ggn, loss, grad = self._linearise(idx, targets, curvature, record)
+            if not (math.isfinite(loss) and grad.isfinite().all()):
+                return self._reject(record, "loss or gradient not finite")
+            # 2. Solve (G + damping) d = -g.
+            self._precondition(ggn, record)
+            d, dGd = self._solve(ggn, grad, record)
+            record["work"] += (ggn.work - 1) * ggn.n / targets.numel()
+            slope = grad.dot(d).item()
+            del ggn                                     # its graphs hold the batch's activations
+            if record["cg_reason"] in ("nonfinite", "indefinite") or not slope < 0:
+                return self._reject(record, f"cg: {record['cg_reason']}, slope {slope:.1e}")
+            # 3. Search along d.
+            batch = search or (idx, targets)
+            loss0 = loss if search is None else loss_at(0.0, *batch)
+            found = line_search(lambda alpha: loss_at(alpha, *batch), loss0, slope, self.line_search, self.search_candidates)
+            record.update(alpha=found.alpha, search_loss0=loss0, search_loss=found.loss, search_tries=found.tries)
+            if found.alpha == 0:
+                self._assign(theta)
+                return self._reject(record, f"line search: {found.reason}")
+            # 4. Update θ and λ.
+            new_loss = found.loss if search is None else loss_at(found.alpha, idx, targets)
+            self._assign(theta, d, found.alpha)
+            return self._accept(record, loss, new_loss, grad, d, slope, dGd)
+        except BaseException:                           # out of memory, Ctrl-C: as if the step had not begun
+            self._assign(theta)
+            raise
+
+    def _linearise(self, idx, targets, curvature, record):
+        """The curvature batch linearised, and loss and gradient of the whole batch."""
+        self.progress("linearise")
+        rows = math.ceil(self.curvature_frac * len(idx))
+        x, y = curvature or (idx[:rows], targets[:rows])
+        ggn = GGN(self.model, x, y, self.micro_batch, self.cache_gb)
+        loss, grad, share = ggn.loss, ggn.grad, ggn.n / targets.numel()
+        record["work"] += share
+        if curvature is not None or rows < len(idx):    # the rows whose gradient G did not give
+            rest = 0 if curvature is not None else rows
+            rest_loss, rest_grad = batch_grad(self.model, idx[rest:], targets[rest:], self.micro_batch)
+            weight = targets[rest:].numel() / targets.numel()
+            loss, grad = (1 - weight) * loss + weight * rest_loss, (1 - weight) * grad + weight * rest_grad
+            record["work"] += weight
+        record.update(loss=loss, grad_norm=grad.norm().item(), pieces=len(ggn.data), pieces_kept=len(ggn.cache))
+        return ggn, loss, grad
+
+    def _precondition(self, ggn, record):
+        if self.kfac and self.steps % self.precond_interval == 0:
+            self.progress("kfac")
+            x, y = (torch.cat([piece[i] for piece in ggn.data]) for i in (0, 1))
+            rows = math.ceil(self.precond_frac * len(x))
+            self.kfac.update(x[:rows], y[:rows], self.micro_batch, self.generator)
+            ggn.work += 2 / 3 * rows / len(x)           # a forward, and a backward for the activations alone
+
+    def _solve(self, ggn, grad, record):
+        """(G + damping) d = -g for each part by CG. Returns d (P,) and dᵀGd, curvature across parts left out."""
+        lam, kfac, metric = self.damping, self.kfac, self.metric
+        grads, d, dGd, results = unflatten(grad, self.params), [None] * len(self.params), 0.0, []
+        last = None if self.direction is None or not self.warm_start else unflatten(self.direction, self.params)
+        for part in self.parts:
+            def damp(v):
+                return lam * (v if self.damping_metric == "identity" else kfac.apply(v, metric, part))
+
+            def matvec(v):
+                self.progress("cg", ggn.products, len(self.parts) * self.cg_iters)
+                return ggn.matvec(v, part) + damp(v)
+
+            def precond(v):
+                return kfac.apply(v, lambda S: 1 / (S + lam * metric(S)), part)
+            b = -flatten([grads[i] for i in part])
+            x0 = None if last is None else self.warm_start * flatten([last[i] for i in part])
+            result = cg(matvec, b, x0, precond if self.precond == "kfac" else None, self.cg_iters, self.cg_tol, self.cg_rtol)
+            results.append(result)
+            # The last value is ½ dᵀ(G + damping)d − bᵀd, so that dᵀGd costs no product.
+            dGd += 2 * (result.values[-1] + b.dot(result.x).item()) - result.x.dot(damp(result.x)).item()
+            for i, t in zip(part, unflatten(result.x, [self.params[i] for i in part])):
+                d[i] = t
+        trouble = [r.reason for r in results if r.reason in ("nonfinite", "indefinite")]
+        record.update(cg_iterations=sum(r.iterations for r in results), products=ggn.products,
+                      cg_reason=trouble[0] if trouble else "+".join(sorted({r.reason for r in results})))
+        return flatten(d), dGd
+
+    def _accept(self, record, loss, new_loss, grad, d, slope, dGd):
+        alpha = record["alpha"]
+        predicted = alpha * slope + 0.5 * alpha ** 2 * dGd      # m(αd) − m(0), damping left out
+        rho = (new_loss - loss) / predicted if predicted < 0 else 0.0
+        self.damping = levenberg_marquardt(self.damping, rho, alpha)
+        self.direction, self.steps, self.rejections = d, self.steps + 1, 0
+        norms = [flatten([t for i, t in enumerate(unflatten(d, self.params)) if i in part]).norm().item() for part in self.parts]
+        record.update(accepted=True, new_loss=new_loss, rho=rho, predicted=predicted, actual=new_loss - loss,
+                      cosine=-slope / (grad.norm() * d.norm()).item(), step_norm=alpha * d.norm().item(), direction_norms=norms)
+        return record
+
+    def _reject(self, record, reason):
+        """λ up, the last direction forgotten: a start that led nowhere must not lead there again."""
+        self.damping = levenberg_marquardt(self.damping, 0.0, 0.0)
+        self.direction, self.steps, self.rejections = None, self.steps + 1, self.rejections + 1
+        record["reason"] = reason
+        return record
+
+    @torch.no_grad()
+    def _assign(self, theta, d=None, alpha=0.0):
+        """θ + αd into the model; without d, or at α = 0, θ itself, bit for bit."""
+        for p, t, s in zip(self.params, theta, theta if d is None else unflatten(d, self.params)):
+            p.copy_(t if d is None or alpha == 0 else t + alpha * s)
+
+    def state_dict(self):
+        """Everything that the next step depends on beside the parameters, in tensors and plain types."""
+        state = {"damping": self.damping, "steps": self.steps, "rejections": self.rejections, "direction": self.direction,
+                 "generator": self.generator.get_state()}
+        if self.kfac and self.precond_interval > 1:
+            state["kfac"] = {"bases": self.kfac.bases, "spectra": self.kfac.spectra}
+        return state
+
+    def load_state_dict(self, state):
+        self.damping, self.steps, self.rejections = state["damping"], state["steps"], state["rejections"]
+        device = self.params[0].device
+        self.direction = None if state["direction"] is None else state["direction"].to(device)
+        self.generator.set_state(state["generator"].cpu())
+        if "kfac" in state:
+            self.kfac.bases = [tuple(None if q is None else q.to(device) for q in pair) for pair in state["kfac"]["bases"]]
+            self.kfac.spectra = [s.to(device) for s in state["kfac"]["spectra"]]

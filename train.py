@@ -1,0 +1,575 @@
+"""Train a GPT with full Gauss-Newton or a baseline; one command, no set-up.
+
+    python train.py --opt full_gn                               # tiny GPT on Python's own standard library, minutes on a CPU
+    python train.py --opt layerwise_gn                          # the same with curvature inside each layer only
+    python train.py --opt soap --batch_tokens 65536             # a baseline: adamw, adam, sgd, muon, soap
+    python train.py --opt adamw --steps 60 --out_dir out/warmup
+    python train.py --opt full_gn --init_from out/warmup        # start from its weights
+    python train.py --resume --out_dir out/my_run               # go on where a run stopped
+    python train.py --data shakespeare --model small --opt muon # other data, other size
+    python train.py --help                                      # every flag, its unit and default
+
+Each run owns a folder: log.jsonl (first line the configuration, then one line a step) and checkpoint.pt.
+"""
+import argparse
+import ctypes
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from baselines import BASELINES, DEFAULT_LR, lr_schedule, make_optimizer
+from data import TOKENIZERS, DataError, get_batch, prepare, val_batch
+from gauss_newton import GaussNewton, batch_grad, batch_loss, trainable, unflatten
+from model import GPT, PRESETS, GPTConfig
+
+GN = ("full_gn", "layerwise_gn")
+RUN_DEFAULTS = {  # what suits a method that takes few, large steps, and one that takes many
+    "gn": dict(steps=12, batch_tokens=131072, eval_interval=1, checkpoint_interval=1),
+    "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50),
+}
+# What --resume may change; every other setting is the stored run's.
+RESUMABLE = {"resume", "out_dir", "data_dir", "steps", "target_loss", "sample", "threads", "device", "cache_gb",
+             "checkpoint_interval", "max_rejections"}
+
+
+class UsageError(ValueError):
+    """A setting that cannot be used, told in one line; the program ends with status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def build_parser():
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError(message + " (--help lists all flags)")
+
+    p = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def group(title):
+        g = p.add_argument_group(title)
+
+        def flag(name, kind, default, text, **extra):
+            if kind is bool:
+                g.add_argument(name, action="store_true", help=text)
+            else:
+                shown = "" if default is None else f" (default {default})"
+                g.add_argument(name, type=kind, default=default, help=text + shown, **extra)
+        return flag
+
+    flag = group("what to run")
+    flag("--opt", str, "full_gn", "optimizer", choices=GN + BASELINES)
+    flag("--steps", int, None, "optimizer steps; for Gauss-Newton, outer steps (default 12 for GN, 300 for baselines)")
+    flag("--batch_tokens", int, None, "tokens per step, a multiple of the block size (default 131072 for GN, 16384 for baselines)")
+    flag("--micro_batch", int, None, "sequences worked on at a time; changes memory and speed, not results (default: about 8192 tokens)")
+    flag("--seed", int, 0, "of initialisation, batches and sampled labels")
+    flag("--target_loss", float, None, "stop at the first evaluation at or below this validation loss, in nats per token")
+    flag("--init_from", str, None, "checkpoint (or its run's folder) whose weights to start from")
+    flag("--device", str, "auto", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
+    flag("--threads", int, None, "CPU threads (default: all cores)")
+
+    flag = group("model")
+    flag("--model", str, "tiny", "size: layers, heads, width and block size", choices=list(PRESETS))
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        flag(f"--{name}", int, None, f"override the preset's {name}")
+    flag("--tie_weights", bool, False, "one matrix for embedding and head")
+
+    flag = group("data")
+    flag("--data", str, "stdlib", "stdlib (Python's own library, no download), shakespeare (1 MB), or a text file or folder of them")
+    flag("--tokenizer", str, "bytes", "bytes (256 tokens) or gpt2 (50257)", choices=TOKENIZERS)
+    flag("--data_dir", str, "data", "where prepared data is kept")
+
+    flag = group("Gauss-Newton (full_gn, layerwise_gn)")
+    flag("--damping", float, 3.0, "λ at the start, adapted by Levenberg-Marquardt from then on")
+    flag("--damping_metric", str, "kfac", "damp by λI, or by λ times the square root of the K-FAC curvature", choices=("identity", "kfac"))
+    flag("--cg_iters", int, 20, "conjugate-gradient iterations per step, at most")
+    flag("--cg_tol", float, 0.0, "stop CG when its quadratic gains less than this fraction per iteration; 0 = off")
+    flag("--cg_rtol", float, 0.0, "stop CG at this relative residual; 0 = off")
+    flag("--precond", str, "kfac", "preconditioner of CG", choices=("kfac", "none"))
+    flag("--precond_interval", int, 1, "steps between new K-FAC factors")
+    flag("--precond_frac", float, 0.25, "share of the curvature sequences that factors are made from")
+    flag("--curvature_frac", float, 1.0, "share of the batch that the GN matrix is made from; the gradient uses all of it")
+    flag("--curvature_data", str, "same", "GN matrix on the batch's own or on fresh sequences", choices=("same", "fresh"))
+    flag("--warm_start", float, 1.0, "start CG from this multiple of the last solution; 0 = from zero")
+    flag("--line_search", str, "armijo", "armijo (backtracking), grid (best of all candidates) or none", choices=("armijo", "grid", "none"))
+    flag("--line_search_data", str, "same", "search on the batch or on as many fresh tokens", choices=("same", "fresh"))
+    flag("--search_candidates", int, 10, "step lengths 2^(-i/2), i = 0, 1, ..., at most")
+    flag("--cache_gb", float, None, "memory for kept graphs, in GB, which save a forward per product (default: 40 %% of what is free)")
+    flag("--max_rejections", int, 8, "stop after this many rejected steps in a row")
+
+    flag = group("baselines")
+    flag("--lr", float, None, "peak learning rate (default " + ", ".join(f"{k} {v:g}" for k, v in DEFAULT_LR.items()) + ")")
+    flag("--schedule", str, "constant", "after warmup; wsd decays over the last fifth", choices=("constant", "cosine", "wsd"))
+    flag("--warmup_steps", int, 0, "steps of linear warmup")
+    flag("--clip", float, 1.0, "clip the gradient's norm; 0 = off")
+    flag("--weight_decay", float, None, "on matrices only (default: the optimizer's own)")
+    flag("--betas", float, None, "two averaging constants (default: the optimizer's own)", nargs=2, metavar=("B1", "B2"))
+    flag("--momentum", float, None, "of sgd and muon (default 0.9, 0.95)")
+    flag("--precondition_frequency", int, None, "steps between SOAP's basis updates (default 10)")
+
+    flag = group("records")
+    flag("--out_dir", str, None, "the run's folder (default: a fresh one under out/)")
+    flag("--resume", bool, False, "go on from the checkpoint in --out_dir, with its settings")
+    flag("--overwrite", bool, False, "replace an earlier run in --out_dir")
+    flag("--eval_interval", int, None, "steps between evaluations (default 1 for GN, 10 for baselines)")
+    flag("--eval_tokens", int, 65536, "validation tokens, the same ones for every optimizer and seed")
+    flag("--ema", float, 0.0, "evaluate an average of the weights over steps with this decay; 0 = the weights themselves")
+    flag("--checkpoint_interval", int, None, "steps between checkpoints (default 1 for GN, 50 for baselines)")
+    flag("--sample", int, 200, "tokens of text to generate at the end; 0 = none")
+    return p
+
+
+def resolve(argv):
+    """Flags -> settings with every default filled in, and the set of flags that were given. Raises UsageError."""
+    parser, missing = build_parser(), object()
+    args = parser.parse_args(argv)
+    marked = parser.parse_args(argv, argparse.Namespace(**{k: missing for k in vars(args)}))
+    given = {k for k, v in vars(marked).items() if v is not missing}
+    for key, value in RUN_DEFAULTS["gn" if args.opt in GN else "baseline"].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    for key in ("steps", "batch_tokens", "micro_batch", "threads", "cg_iters", "precond_interval", "search_candidates",
+                "max_rejections", "eval_interval", "eval_tokens", "checkpoint_interval", "precondition_frequency"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise UsageError(f"--{key} must be at least 1, got {getattr(args, key)}")
+    for key in ("damping", "lr"):
+        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
+            raise UsageError(f"--{key} must be positive, got {getattr(args, key)}")
+    for key in ("cg_tol", "cg_rtol", "warm_start", "warmup_steps", "clip", "weight_decay", "cache_gb", "sample", "seed"):
+        if getattr(args, key) is not None and not 0 <= getattr(args, key) < math.inf:
+            raise UsageError(f"--{key} must not be negative, got {getattr(args, key)}")
+    for key in ("precond_frac", "curvature_frac"):
+        if not 0 < getattr(args, key) <= 1:
+            raise UsageError(f"--{key} must be above 0 and at most 1, got {getattr(args, key)}")
+    for key, value in [("ema", args.ema), ("momentum", args.momentum), *(("betas", b) for b in args.betas or ())]:
+        if value is not None and not 0 <= value < 1:
+            raise UsageError(f"--{key} must be at least 0 and below 1, got {value}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise UsageError(f"--device {args.device} cannot be used: {str(e).splitlines()[0]}") from e
+    return args, given
+
+
+def stored_settings(args, given):
+    """For --resume: the stored run's settings and its checkpoint, changed only where RESUMABLE flags were given."""
+    if args.out_dir is None:
+        raise UsageError("--resume needs the run's --out_dir")
+    checkpoint = load_checkpoint(args.out_dir)
+    stored = argparse.Namespace(**checkpoint["config"])
+    for key in sorted(given):
+        if key in RESUMABLE:
+            setattr(stored, key, getattr(args, key))
+        elif getattr(args, key) != getattr(stored, key, None):
+            raise UsageError(f"--{key} {getattr(args, key)} differs from the stored run's {getattr(stored, key, None)}; "
+                             f"--resume may change only {', '.join('--' + k for k in sorted(RESUMABLE - {'resume', 'out_dir'}))}")
+    stored.resume, stored.overwrite, stored.out_dir = True, False, args.out_dir
+    if "device" not in given:
+        stored.device = args.device
+    return stored, checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def load_checkpoint(path):
+    """The dict in a checkpoint file, or in checkpoint.pt of a folder. Raises UsageError."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UsageError(f"there is no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {k: checkpoint[k] for k in ("config", "model_config", "model", "optimizer", "ema", "progress")}
+    except Exception as e:
+        raise UsageError(f"{path} is no checkpoint of this program, or damaged ({type(e).__name__})") from e
+
+
+def save_checkpoint(path, **content):
+    """Written under a temporary name and renamed: whatever happens, checkpoint.pt is whole."""
+    temp = path.with_suffix(".tmp")
+    with open(temp, "wb") as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temp, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step of any optimizer: step(idx, targets) -> record
+
+
+class FirstOrder:
+    """A baseline behind the interface of GaussNewton: gradient in pieces, clipping, schedule, one optimizer step."""
+
+    def __init__(self, model, args):
+        self.model, self.params, self.args = model, trainable(model), args
+        self.optimizer = make_optimizer(args.opt, model, args.lr, args.weight_decay, args.betas, args.momentum,
+                                        args.precondition_frequency)
+        self.base = [group["lr"] for group in self.optimizer.param_groups]
+        self.steps, self.rejections = 0, 0
+
+    def step(self, idx, targets):
+        args = self.args
+        factor = lr_schedule(self.steps, max(args.steps, self.steps + 1), args.schedule, args.warmup_steps)
+        for group, lr in zip(self.optimizer.param_groups, self.base):
+            group["lr"] = lr * factor
+        loss, grad = batch_grad(self.model, idx, targets, args.micro_batch)
+        norm, self.steps = grad.norm().item(), self.steps + 1
+        record = {"accepted": False, "reason": "", "loss": loss, "grad_norm": norm, "lr": self.base[0] * factor, "work": 1.0}
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.rejections += 1
+            return {**record, "reason": "loss or gradient not finite"}
+        if args.clip and norm > args.clip:
+            grad.mul_(args.clip / norm)
+        for p, g in zip(self.params, unflatten(grad, self.params)):
+            p.grad = g
+        self.optimizer.step()
+        self.rejections = 0
+        return {**record, "accepted": True}
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "rejections": self.rejections}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps, self.rejections = state["steps"], state["rejections"]
+
+
+def make_stepper(model, args, progress):
+    if args.opt in BASELINES:
+        return FirstOrder(model, args)
+    same = ("damping", "damping_metric", "precond", "precond_interval", "precond_frac", "cg_iters", "cg_tol", "cg_rtol",
+            "warm_start", "curvature_frac", "line_search", "search_candidates", "micro_batch", "cache_gb", "seed")
+    return GaussNewton(model, parts=model.layers() if args.opt == "layerwise_gn" else None, progress=progress,
+                       **{k: getattr(args, k) for k in same})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a person sees
+
+
+def say(*text):
+    print(*text, flush=True)
+
+
+def duration(seconds):
+    s = int(round(seconds))
+    return f"{s}s" if s < 100 else f"{s // 60}m{s % 60:02d}s" if s < 6000 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+class Bar:
+    """Where a long step stands, on one line that the step's own line replaces; silent unless the output is a terminal."""
+
+    def __init__(self):
+        self.on, self.start, self.head, self.width = sys.stdout.isatty(), time.time(), "", 0
+
+    def begin(self, head):
+        self.head, self.start = head, time.time()
+
+    def __call__(self, what, done=0, total=0):
+        if not self.on:
+            return
+        text = f"{self.head} | {what}"
+        if total:
+            filled = min(20, 20 * done // total)
+            text += f" [{'#' * filled}{'.' * (20 - filled)}] {done}/{total}"
+            if done:
+                text += f" | eta {duration((time.time() - self.start) * (total - done) / done)}"
+        self.width = max(self.width, len(text))
+        print("\r" + text.ljust(self.width), end="", flush=True)
+
+    def clear(self):
+        if self.on and self.width:
+            print("\r" + " " * self.width + "\r", end="", flush=True)
+            self.width = 0
+
+
+def step_line(row, steps, batch_tokens, remaining):
+    parts = [f"step {row['step']}/{steps}", f"loss {row['train_loss']:.3f}" if row["train_loss"] is not None else "loss nan"]
+    if row["val_loss"] is not None:
+        parts.append(f"val {row['val_loss']:.3f}")
+    if "cg_iterations" in row:
+        parts.append(f"cg {row['cg_iterations']} ({row['cg_reason']})")
+    if "damping" in row:
+        parts += [f"damping {row['damping']:.1e}", "rho " + ("-" if row["rho"] is None else f"{row['rho']:.2f}"), f"alpha {row['alpha']:.2f}"]
+    if "lr" in row:
+        parts.append(f"lr {row['lr']:.1e}")
+    if not row["accepted"]:
+        parts.append(f"REJECTED: {row['reason']}")
+    rate = batch_tokens / max(row["step_seconds"], 1e-9)
+    parts += [f"{row['step_seconds']:.1f} s", f"{rate / 1000:.0f}k tok/s" if rate >= 1e4 else f"{rate:.0f} tok/s", f"eta {duration(remaining)}"]
+    return " | ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def tune_allocator():
+    """Keep freed memory (glibc only). Its default gives every large tensor back to the system at once and takes the page
+    faults again at the next: a fifth of a gradient's time at the tiny size."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 1 << 30)     # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 30)     # M_MMAP_THRESHOLD
+    except (OSError, AttributeError):
+        pass
+
+
+def peak_memory_mb(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 / 1e6 if sys.platform == "darwin" else 1 / 1e3)
+
+
+@contextmanager
+def stop_on_signal():
+    """A dict that turns true in "stop" at the first Ctrl-C or SIGTERM; a second one interrupts at once."""
+    state = {"stop": False}
+
+    def handler(number, frame):
+        if state["stop"]:
+            raise KeyboardInterrupt
+        state["stop"] = True
+        say("\nstopping after this step, with a checkpoint (once more: at once, from the last one)")
+    old = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            old[number] = signal.signal(number, handler)
+        except ValueError:       # not in the main thread
+            pass
+    try:
+        yield state
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
+def weights(params, values):
+    """The model with other weights for a while; None leaves it alone."""
+    if values is None:
+        yield
+        return
+    kept = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        [p.copy_(v) for p, v in zip(params, values)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            [p.copy_(v) for p, v in zip(params, kept)]
+
+
+def open_out_dir(args):
+    """The run's folder: a fresh one under out/, or the named one if there is no run to lose in it."""
+    if args.out_dir is None:
+        name = Path("out") / f"{args.opt}-{args.model}-{time.strftime('%m%d-%H%M%S')}"
+        args.out_dir = next(str(p) for i in range(1, 1000) for p in [name if i == 1 else Path(f"{name}-{i}")] if not p.exists())
+    out = Path(args.out_dir)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out_dir {out} is a file")
+    if out.is_dir() and any(out.iterdir()) and not (args.resume or args.overwrite):
+        raise UsageError(f"--out_dir {out} is not empty; give --resume to go on with its run or --overwrite to replace it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            for name in ("log.jsonl", "checkpoint.pt"):
+                (out / name).unlink(missing_ok=True)
+    except OSError as e:
+        raise UsageError(f"--out_dir {out} cannot be used: {e}") from e
+    return out
+
+
+def build_model(args, vocab_size):
+    settings = {**PRESETS[args.model], **{k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "block_size")
+                                          if getattr(args, k) is not None}}
+    try:
+        config = GPTConfig(vocab_size=vocab_size, tie_weights=args.tie_weights, **settings)
+    except ValueError as e:
+        raise UsageError(str(e)) from e
+    if args.batch_tokens % config.block_size:
+        raise UsageError(f"--batch_tokens {args.batch_tokens} is not a multiple of the block size {config.block_size}")
+    torch.manual_seed(args.seed)
+    return GPT(config)
+
+
+def load_weights(model, checkpoint, source):
+    theirs, ours = checkpoint["model_config"], vars(model.config)
+    differ = [f"{k} {theirs.get(k)} there and {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]
+    if differ:
+        raise UsageError(f"the model in {source} is another one: {', '.join(differ)}")
+    model.load_state_dict(checkpoint["model"])
+
+
+def run(args, given, checkpoint):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    tune_allocator()
+    bar = Bar()
+    block_size = args.block_size or PRESETS[args.model]["block_size"]
+    data = prepare(args.data, args.tokenizer, args.data_dir, block_size,
+                   lambda done, total: bar("preparing data", done >> 20, (total or 0) >> 20))
+    bar.clear()
+    model = build_model(args, data.vocab_size)
+    if checkpoint:
+        load_weights(model, checkpoint, args.out_dir)
+    elif args.init_from:
+        load_weights(model, load_checkpoint(args.init_from), args.init_from)
+    model.to(args.device)
+    params, batch_rows = trainable(model), args.batch_tokens // block_size
+    if args.micro_batch is None:     # logits of a piece stay under 256 MB
+        args.micro_batch = max(1, min(8192, 2 ** 26 // data.vocab_size) // block_size)
+    stepper = make_stepper(model, args, bar)
+    ema = [p.detach().clone() for p in params] if args.ema else None
+    val = [t.to(args.device) for t in val_batch(data.val, block_size, args.eval_tokens)]
+    progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "grad_equivalents": 0.0, "seconds": 0.0, "log_bytes": 0, "val_loss": None}
+    if checkpoint:
+        stepper.load_state_dict(checkpoint["optimizer"])
+        ema, progress = checkpoint["ema"], checkpoint["progress"]
+        ema = ema and [e.to(args.device) for e in ema]
+    out = open_out_dir(args)
+    path = out / "checkpoint.pt"
+    n_params, device = sum(p.numel() for p in params), args.device
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+
+    say(f"{args.opt} | {args.model} GPT, {n_params:,} parameters | {name}, torch {torch.__version__} | seed {args.seed}")
+    say(f"data: {args.data}, {data.meta['documents']:,} documents, {len(data.train):,} training and {len(data.val):,} validation "
+        f"tokens ({args.tokenizer}), sha256 {data.meta['sha256'][:12]}")
+    say(f"batch: {args.batch_tokens:,} tokens = {batch_rows:,} x {block_size} | guessing evenly is a loss of {math.log(data.vocab_size):.3f} nats per token")
+    unused = sorted(given & ({"lr", "schedule", "warmup_steps", "clip", "weight_decay", "betas", "momentum"} if args.opt in GN else
+                             {"damping", "damping_metric", "cg_iters", "cg_tol", "cg_rtol", "precond", "curvature_frac", "line_search"}))
+    if unused:
+        say(f"note: {args.opt} does not use {', '.join('--' + k for k in unused)}")
+
+    def evaluate():
+        bar("evaluate")
+        with weights(params, ema):
+            return batch_loss(model, *val, args.micro_batch)
+
+    def batch(stream, step, rows=batch_rows):
+        return [t.to(device) for t in get_batch(data.train, block_size, rows, args.seed, step, stream=stream)]
+
+    def save():
+        save_checkpoint(path, config=vars(args), model_config=vars(model.config), model=model.state_dict(),
+                        optimizer=stepper.state_dict(), ema=ema, progress=progress)
+
+    mode = "r+" if checkpoint else "w"
+    with open(out / "log.jsonl", mode) as log, stop_on_signal() as signals:
+        if checkpoint:
+            log.truncate(progress["log_bytes"])
+            log.seek(0, os.SEEK_END)
+            say(f"resuming {out} after step {progress['step']}")
+        else:
+            header = {"config": vars(args), "parameters": n_params, "torch": torch.__version__, "python": platform.python_version(),
+                      "device": name, "threads": torch.get_num_threads(), "model": vars(model.config), "data": data.meta,
+                      "command": shlex.join(["python", "train.py", *(sys.argv[1:] if args.argv is None else args.argv)])}
+            log.write(json.dumps(header) + "\n")
+            progress["val_loss"] = evaluate()
+            bar.clear()
+            say(f"step 0/{args.steps} | val {progress['val_loss']:.3f}")
+            write_row(log, {"step": 0, "tokens": 0, "distinct_tokens": 0, "train_loss": None, "val_loss": progress["val_loss"],
+                            "seconds": 0.0, "grad_equivalents": 0.0}, progress)
+            save()
+        status, began, first = 0, time.time(), progress["step"]
+        reached = args.target_loss is not None and progress["val_loss"] is not None and progress["val_loss"] <= args.target_loss
+        while progress["step"] < args.steps and not reached and not signals["stop"]:
+            step, start = progress["step"], time.time()
+            bar.begin(f"step {step + 1}/{args.steps}")
+            extra = {}                                  # fresh data, each kind from a stream of its own
+            if args.opt in GN and args.curvature_data == "fresh":
+                extra["curvature"] = batch(1, step, math.ceil(args.curvature_frac * batch_rows))
+            if args.opt in GN and args.line_search_data == "fresh":
+                extra["search"] = batch(2, step)
+            record = stepper.step(*batch(0, step), **extra)
+            if ema:
+                torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - args.ema)
+            seconds = time.time() - start
+            progress["step"] = step = step + 1
+            progress["tokens"] += args.batch_tokens
+            progress["distinct_tokens"] += args.batch_tokens + sum(y.numel() for _, y in extra.values())
+            progress["grad_equivalents"] += record.pop("work")
+            progress["seconds"] += seconds
+            given_up = stepper.rejections >= args.max_rejections
+            due = step % args.eval_interval == 0 or step == args.steps or given_up or signals["stop"]
+            val_loss = evaluate() if due else None
+            bar.clear()
+            progress["val_loss"] = val_loss if due else progress["val_loss"]
+            reached = due and args.target_loss is not None and val_loss <= args.target_loss
+            row = {"step": step, "tokens": progress["tokens"], "distinct_tokens": progress["distinct_tokens"],
+                   "train_loss": record.pop("loss", None), "val_loss": val_loss, "seconds": progress["seconds"], "step_seconds": seconds,
+                   "grad_equivalents": progress["grad_equivalents"], **record, "peak_memory_mb": peak_memory_mb(device)}
+            write_row(log, row, progress)
+            remaining = (time.time() - began) / (step - first) * (args.steps - step)
+            say(step_line(row, args.steps, args.batch_tokens, remaining))
+            if step % args.checkpoint_interval == 0 or step == args.steps or reached or given_up or signals["stop"]:
+                save()
+            if given_up:
+                say(f"stopped: {stepper.rejections} steps in a row were rejected, the last because of: {record['reason']}; "
+                    f"{path} holds the parameters before them")
+                status = 1
+                break
+    finish(args, model, data, progress, reached, signals["stop"], path)
+    return status
+
+
+def write_row(log, row, progress):
+    """One JSON line, on disk before the next step; what is not finite is null, as JSON has no other word for it."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    log.write(json.dumps(clean) + "\n")
+    log.flush()
+    progress["log_bytes"] = log.tell()
+
+
+def finish(args, model, data, progress, reached, stopped, path):
+    """The closing lines: what was reached and at what cost, where it lies, and some text of the model's own."""
+    cost = (f"{progress['step']} steps, {progress['tokens']:,} tokens, {progress['grad_equivalents']:.0f} gradient-equivalents, "
+            f"{duration(progress['seconds'])}")
+    if reached:
+        say(f"target {args.target_loss:g} reached: val {progress['val_loss']:.4f} after {cost}")
+    elif args.target_loss is not None:
+        say(f"target {args.target_loss:g} not reached in {cost}")
+    else:
+        say(f"val {progress['val_loss']:.4f} after {cost}")
+    say(f"records: {path.parent}/log.jsonl and {path.name}" +
+        (f"; go on with: python train.py --resume --out_dir {path.parent}" if stopped else ""))
+    if args.sample and not stopped:
+        start = torch.tensor([data.encoding.encode_ordinary("\n")], device=args.device)
+        generator = torch.Generator(device=args.device).manual_seed(args.seed)
+        tokens = model.generate(start, args.sample, generator=generator)[0].tolist()
+        say(f"\n{args.sample} tokens from the model:\n" + data.encoding.decode(tokens).strip("\n"))
+
+
+def main(argv=None):
+    """Returns the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot be used."""
+    try:
+        args, given = resolve(argv)
+        checkpoint = None
+        if args.resume:
+            args, checkpoint = stored_settings(args, given)
+        args.argv = None if argv is None else list(argv)
+        return run(args, given, checkpoint)
+    except (UsageError, DataError) as e:
+        print(f"train.py: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted; the last checkpoint is whole", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,11 +6,13 @@
     data = prepare("stdlib", block_size=64)            # no network: Python's own standard library, 12 MB of source
     idx, targets = get_batch(data.train, 64, 32, seed=0, step=7)    # (32, 64) int64 each, targets one token ahead
 
-A source is "stdlib", "shakespeare" (1.1 MB, one download) or the path of a text file or a folder of them; a folder
-called stdlib is written ./stdlib. Tokenizers: "bytes" (256 ids, nothing to download) and "gpt2" (50257, tiktoken).
+A source is "stdlib", "shakespeare" (1.1 MB, one download), "c4" (Common Crawl's English web pages, about 319 MB a shard)
+or the path of a file or a folder of them; a folder called stdlib is written ./stdlib. A .jsonl or .json file has one
+document per line, {"text": "..."}; any other file is one document. Either may be gzipped (.gz), and is read as a stream.
+Tokenizers: "bytes" (256 ids, nothing to download) and "gpt2" (50257, tiktoken).
 
-Split. The unit is a document (a file), or a piece of about 4096 characters, ending at a line's end where it can, if
-there are fewer than 100 documents. A unit whose sha256 falls into the lowest 5 % is validation. So duplicates share a
+Split. The unit is a document; but where there are fewer than 100 text files, theirs is a piece of about 4096 characters,
+ending at a line's end where it can. A unit whose sha256 falls into the lowest 5 % is validation. So duplicates share a
 side, the order of the files does not matter, and one streaming pass is enough. tokens.bin is training, then
 validation; where one side is shorter than a block, the cut between them moves by just the tokens that are missing.
 A document ends with a newline (bytes) or <|endoftext|> (gpt2).
@@ -20,6 +22,7 @@ path, size and mtime of every file) and tokens.bin has its full length. Otherwis
 folder renamed at the end, by one process at a time.
 """
 import contextlib
+import gzip
 import hashlib
 import http.client
 import json
@@ -31,6 +34,7 @@ import stat
 import sysconfig
 import threading
 import urllib.request
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,14 +47,15 @@ try:
 except ImportError:      # Windows
     fcntl = None
 
-FORMAT = 1               # of the prepared folder; raise it whenever the same text would give other tokens
+FORMAT = 2               # of the prepared folder; raise it whenever the same text would give other tokens
 VAL_FRACTION = 0.05
 FEW_DOCUMENTS = 100      # below this the unit of the split is a piece of text, not a document
 PIECE = (256, 4096)      # characters, least and most; in between 1 % of the text
+GZIP_RATIO = 2.4         # text to compressed size, as in C4: a guess, for the progress bar and the length of a piece
 TOKENIZERS = ("bytes", "gpt2")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_BYTES = 1_115_394
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+C4_URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en/"
 
 
 class DataError(ValueError):
@@ -69,28 +74,25 @@ class Data:
     meta: dict                      # meta.json: what the tokens were made from, and how many there are
 
 
-def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress=None):
+def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress=None, shards=1):
     """Data of `source`, each side at least block_size + 1 tokens long. DataError if that cannot be had, for any reason.
-    `progress(done_bytes, total_bytes)` is called about once per megabyte while something is downloaded or tokenised."""
+    `progress(done_bytes, total_bytes)` is called about once per megabyte while something is downloaded or tokenised; the
+    total is a guess where files are compressed. `shards`: how many of C4's 1024 files to use, from the first on."""
     if block_size < 1:
         raise DataError(f"block_size must be at least 1, got {block_size}")
     source, cache, progress = str(source), Path(cache_dir), progress or (lambda done, total: None)
     encoding = get_encoding(tokenizer)
     try:
-        root, files = find_source(source, cache, progress)
+        root, files = find_source(source, cache, progress, shards)
         listing = [(path.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for path, s in files]
         identity = json.dumps([FORMAT, tokenizer, str(root.resolve()), listing])
         meta = {"source": source, "tokenizer": tokenizer, "format": FORMAT, "python_version": platform.python_version(),
                 "fingerprint": hashlib.sha256(identity.encode()).hexdigest()}
-        name = source if source in ("stdlib", "shakespeare") else root.resolve().name
-        stem = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)[:40] or 'text'}-{tokenizer}"
+        stem = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', Path(source).name)[:40] or 'text'}-{tokenizer}"
         folder = cache / f"{stem}-{meta['fingerprint'][:8]}"
         ready = read_meta(folder, meta)
         if ready is None:
-            cache.mkdir(parents=True, exist_ok=True)
-            with open(cache / f".{stem}.lock", "w") as lock:
-                with contextlib.suppress(AttributeError, OSError):  # no locks on Windows and some network file systems
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+            with locked(cache / f".{stem}.lock"):
                 for stale in cache.glob(f"{stem}-????????.tmp"):    # of a run that was killed
                     shutil.rmtree(stale)
                 ready = read_meta(folder, meta) or build(folder, files, meta, encoding, block_size, progress)
@@ -102,11 +104,22 @@ def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress
     return Data(tokens[:cut], tokens[cut:], encoding.n_vocab, encoding, meta)
 
 
+@contextlib.contextmanager
+def locked(path):
+    """One process at a time, except on Windows and some network file systems, which have no locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        with contextlib.suppress(AttributeError, OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build(folder, files, meta, encoding, block_size, progress):
     """Tokenise files into folder/tokens.bin and meta.json, in one pass that holds one unit at a time."""
     files = [(path, s) for path, s in files if not is_binary(path)]
-    total = sum(s.st_size for _, s in files)
-    piece = -1 if len(files) >= FEW_DOCUMENTS else min(max(total // 100, PIECE[0]), PIECE[1])   # -1 is the whole file
+    total = int(sum(s.st_size * (GZIP_RATIO if path.suffix == ".gz" else 1) for path, s in files))
+    few = sum(not has_records(path) for path, _ in files) < FEW_DOCUMENTS
+    piece = min(max(total // 100, PIECE[0]), PIECE[1]) if few else -1                           # -1 is the whole file
     dtype, content = np.min_scalar_type(encoding.n_vocab - 1), hashlib.sha256()
     n_documents = n_bytes = 0
     temp = folder.with_name(folder.name + ".tmp")
@@ -146,10 +159,44 @@ def build(folder, files, meta, encoding, block_size, progress):
 
 
 def documents(files, piece):
-    """Yield each document as an iterator over its units: texts of about `piece` characters that end with a line."""
+    """Yield each document as an iterable of its units: a record's text, or pieces of a text that end with a line."""
     for path, _ in files:
-        with open(path, encoding="utf-8", errors="replace", newline="") as f:
-            yield iter(lambda: f.read(piece) + f.readline(piece), "")
+        yield from records(path) if has_records(path) else [pieces(path, piece)]
+
+
+def pieces(path, piece):
+    with open_text(path) as f:
+        while text := f.read(piece) + f.readline(piece):
+            yield text
+
+
+def records(path):
+    with open_text(path) as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    text = "" + json.loads(line)["text"]
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    raise DataError(f'{path}, line {number} is no JSON object with a string called "text"') from None
+                yield [text]
+
+
+@contextlib.contextmanager
+def open_text(path):
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace", newline="") as f:
+            yield f
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise DataError(f"{path} is damaged or no gzip file: delete it or get it again ({e})") from e
+
+
+def has_records(path):
+    return path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
+
+
+def is_binary(path):
+    with open_text(path) as f:
+        return "\0" in f.read(8192)
 
 
 def read_meta(folder, wanted):
@@ -174,7 +221,7 @@ def find_cut(meta, block_size):
     return min(max(meta["train_tokens"], need), total - need)
 
 
-def find_source(source, cache, progress):
+def find_source(source, cache, progress, shards):
     """(root, [(path, its stat), ...]) of the files that make up a source, sorted by their path below root."""
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -185,9 +232,11 @@ def find_source(source, cache, progress):
             raise DataError(f"the Python standard library has no source on this disk (no .py files in {root}); "
                             "use shakespeare or the path of a text file or folder")
         return root, files
-    path = fetch_shakespeare(cache, progress) if source == "shakespeare" else Path(source)
+    if source == "c4":
+        return cache / "c4", [(path, path.stat()) for path in fetch_c4(cache, progress, shards)]
+    path = fetch_shakespeare(cache) if source == "shakespeare" else Path(source)
     if not source or not path.exists():
-        raise DataError(f"no data called {source!r}: use stdlib, shakespeare or the path of a text file or folder")
+        raise DataError(f"no data called {source!r}: use stdlib, shakespeare, c4 or the path of a text file or folder")
     if path.is_dir():
         return path, find_files(path)
     if not path.is_file() or is_binary(path):
@@ -209,36 +258,72 @@ def find_files(root, skip=()):
     return [(path, s) for path in found for s in [path.stat()] if stat.S_ISREG(s.st_mode)]
 
 
-def is_binary(path):
-    with open(path, "rb") as f:
-        return b"\0" in f.read(8192)
-
-
-def fetch_shakespeare(cache, progress):
+def fetch_shakespeare(cache):
     """cache/shakespeare.txt, downloaded unless it is there; its sha256 is checked either way."""
     path = cache / "shakespeare.txt"
     by_hand = f"fetch {SHAKESPEARE_URL} by hand and put it at {path.resolve()}"
     if path.exists():
-        raw = path.read_bytes()
+        raw, what = path.read_bytes(), path
     else:
-        raw = b""
         try:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=20) as response:
-                while block := response.read(1 << 16):
-                    raw += block
-                    progress(len(raw), SHAKESPEARE_BYTES)
+                raw, what = response.read(), "the download"
         except (OSError, http.client.HTTPException) as e:
             raise DataError(f"cannot download shakespeare ({e}); {by_hand}, or use stdlib, which needs no network") from e
     found = hashlib.sha256(raw).hexdigest()
     if found != SHAKESPEARE_SHA256:
-        what = path if path.exists() else "the download"
         raise DataError(f"{what} has sha256 {found}, not {SHAKESPEARE_SHA256}; {by_hand}")
-    if not path.exists():
+    if what != path:
         cache.mkdir(parents=True, exist_ok=True)
         temp = cache / f".shakespeare.txt.{os.getpid()}"
         temp.write_bytes(raw)
         os.replace(temp, path)
     return path
+
+
+def fetch_c4(cache, progress, shards):
+    """The paths of C4's first shards, each downloaded unless it is there."""
+    if not 1 <= shards <= 1024:
+        raise DataError(f"c4 has 1 to 1024 shards, not {shards}")
+    paths, before = [cache / "c4" / f"c4-train.{i:05}-of-01024.json.gz" for i in range(shards)], 0
+    for i, path in enumerate(paths):
+        def step(done, total):           # as if the shards to come were as long as this one
+            progress(before + done, before + total * (shards - i))
+
+        if not path.exists():
+            with locked(cache / "c4" / ".lock"):
+                path.exists() or download(C4_URL + path.name, path, step)
+        before += path.stat().st_size
+    return paths
+
+
+def download(url, path, progress):
+    """Fetch url to path. What has come is kept, in a .part named after the length and ETag of the file at url, and the next
+    call asks for the rest only. It starts over if that file has changed, or the server always sends the whole."""
+    old = next(path.parent.glob(f"{path.name}.*.part"), None)
+    done = old.stat().st_size if old else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            done *= response.status == 206                   # 200: the whole file
+            total = done + int(response.headers["Content-Length"] or 0)
+            part = path.with_name(f"{path.name}.{total}-{zlib.crc32(str(response.headers['ETag']).encode()):08x}.part")
+            if old and part != old:
+                old.unlink()
+                if done:
+                    return download(url, path, progress)
+            with open(part, "ab" if done else "wb") as f:
+                while block := response.read(1 << 20):
+                    f.write(block)
+                    done += len(block)
+                    progress(done, total)
+        if done != total:
+            raise OSError(f"{done} of {total} bytes came")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as e:
+        if old and getattr(e, "code", None) == 416:          # there is no rest: the file has become shorter
+            old.unlink()
+        raise DataError(f"cannot download {url} ({e}); run again to go on, or fetch it by hand and put it at {path.resolve()}") from e
 
 
 def get_encoding(name):

@@ -16,6 +16,7 @@ forward(inputs) gives logits (..., classes):
         record = opt.step(inputs, targets)
         print(record["loss"], record["rho"], record["reason"])
 """
+import copy
 import math
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -24,6 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from baselines import make_optimizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Vectors over parameters, and the loss in the logits
@@ -42,6 +45,12 @@ def flatten(tensors):
 def unflatten(vector, like):
     """One vector -> views of it with the shapes of the tensors in `like`."""
     return [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in like]), like)]
+
+
+def select(vector, like, part):
+    """The elements of a vector over the tensors in `like` that belong to those with indices in `part`, as a vector."""
+    tensors = unflatten(vector, like)
+    return flatten([tensors[i] for i in part])
 
 
 def pieces(idx, targets, micro_batch):
@@ -138,7 +147,7 @@ class GGN:
     def __init__(self, model, idx, targets, micro_batch=None, cache_gb=0.0):
         refuse_randomness(model)
         self.model, self.params, self.n = model, trainable(model), targets.numel()
-        self.data, self.cache = pieces(idx, targets, micro_batch), []
+        self.data, self.cache, self.offset = pieces(idx, targets, micro_batch), [], None
         self.products, self.work = 0, 1.0
         self.loss, self.grad = 0.0, 0.0
         room = math.inf if micro_batch is None else 0.4 * free_memory(self.params[0].device) if cache_gb is None else cache_gb * 1e9
@@ -179,7 +188,26 @@ class GGN:
         """The linearised pieces: first those that were kept, then the others one by one."""
         yield from self.cache
         for x, y in self.data[len(self.cache):]:
-            yield self._linearise(x, y)
+            yield self._shifted(self._linearise(x, y))
+
+    def _shifted(self, piece):
+        if self.offset is None:
+            return piece
+        return piece._replace(probs=torch.softmax(piece.z.detach() + self._jvp(piece, *self.offset), dim=-1))
+
+    def shift(self, v, part=None):
+        """Expand at v the loss of the linearised model, f¹(v) = L(z + Jv): from now on `loss`, `grad` and `matvec`'s H are
+        those of f¹ at v, while J stays (GN-prox-linear). With `part`, v moves those parameters alone and `grad` is theirs."""
+        part = self._select(part)
+        self.offset = (unflatten(v, [self.params[i] for i in part]), part)
+        self.loss, self.grad = 0.0, 0.0
+        for i, ((x, y), piece) in enumerate(zip(self.data, self._pieces())):
+            if i < len(self.cache):
+                piece = self.cache[i] = self._shifted(piece)
+            logp = piece.probs.gather(-1, y.unsqueeze(-1)).clamp_min(torch.finfo(piece.probs.dtype).tiny).log()
+            self.loss -= logp.sum().item() / self.n
+            self.grad += flatten(self._vjp(piece, cross_entropy_grad(piece.probs, y, self.n), part))
+        self.work += self._product_work(part)
 
     def _select(self, part):
         return range(len(self.params)) if part is None else part
@@ -203,16 +231,19 @@ class GGN:
         """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those parameters
         alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
         part = self._select(part)
-        v_flat, v = v, unflatten(v, [self.params[i] for i in part])
+        v = unflatten(v, [self.params[i] for i in part])
         out = 0.0
         for piece in self._pieces():
             Jv = self._jvp(piece, v, part)
             HJv = cross_entropy_hvp(piece.probs, Jv, self.n)
             out = out + flatten(self._vjp(piece, HJv, part))
-        own, behind = len(v_flat), sum(p.numel() for p in self.params[max(part) + 1:])
         self.products += 1
-        self.work += 4 / 3 * (own + behind / 2) / len(self.grad) + 1 - len(self.cache) / len(self.data)
+        self.work += self._product_work(part)
         return out
+
+    def _product_work(self, part):
+        own, behind = (sum(self.params[i].numel() for i in ids) for ids in (part, range(max(part) + 1, len(self.params))))
+        return 4 / 3 * (own + behind / 2) / sum(p.numel() for p in self.params) + 1 - len(self.cache) / len(self.data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,6 +475,108 @@ def levenberg_marquardt(damping, rho, alpha, raise_by=2.0, lower_by=0.4, floor=1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The paper's solver: an ordinary optimizer on the local model
+
+SCHEDULES = ("constant_with_inner_cosine", "cosine_with_global_schedule", "global_cosine", "constant")
+
+
+def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
+    """Factor of the inner rate at inner step k of n in outer step `outer` (all counted from 0).
+
+    global_cosine                  one cosine over all inner steps of all outer steps
+    cosine_with_global_schedule    a cosine inside each outer step, whose peaks follow a cosine over the outer steps
+    constant_with_inner_cosine     a cosine inside each outer step, constant peaks
+    constant                       no decay
+    The first `warmup` inner steps of the run are scaled by (steps done + 1) / warmup.
+    """
+    if kind not in SCHEDULES:
+        raise ValueError(f"inner schedule must be one of {', '.join(SCHEDULES)}, got {kind!r}")
+    done = outer * n + k
+
+    def cosine(part):
+        return 0.5 * (1 + math.cos(math.pi * min(part, 1.0)))
+    factor = {"global_cosine": lambda: cosine(done / (outer_steps * n)),
+              "cosine_with_global_schedule": lambda: cosine(outer / outer_steps) * cosine(k / n),
+              "constant_with_inner_cosine": lambda: cosine(k / n),
+              "constant": lambda: 1.0}[kind]()
+    return factor * (min(1.0, (done + 1) / warmup) if warmup else 1.0)
+
+
+class InnerSolver:
+    """Minimise the local model by an optimizer that reads the batch once, one inner step per micro-batch (paper, Algorithm 1).
+
+        v = θ̂ − θ;  per micro-batch, with its own J, u = ∂L/∂z and H:
+        GN            ∇ = Jᵀ(u + H J v) + l2 v
+        prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v) + l2 v
+        θ̂ ← optimizer(θ̂, ∇)
+
+    optimizer     a name for baselines.make_optimizer: "muon", "adamw", ...
+    rows          sequences in a micro-batch: a batch of B rows gives B / rows inner steps
+    lr, weight_decay, betas    the optimizer's; schedule, warmup: see inner_schedule
+    clip          norm that the gradient of each part is clipped to; 0 = off
+    l2            pull toward θ
+    reset         start every outer step at θ with fresh moments; else at the last θ̂, before the line search, with the old ones
+    """
+
+    def __init__(self, model, optimizer="muon", rows=64, lr=3e-3, weight_decay=1e-3, betas=(0.9, 0.999), clip=1.0, l2=0.0,
+                 schedule="constant_with_inner_cosine", warmup=0, outer_steps=100, reset=False):
+        inner_schedule(schedule, 0, 1, 0, 1)
+        self.model, self.rows, self.lr, self.clip, self.l2, self.reset = model, rows, lr, clip, l2, reset
+        self.schedule, self.warmup, self.outer_steps = schedule, warmup, outer_steps
+        self.make = lambda copied: make_optimizer(optimizer, copied, lr, weight_decay, betas)
+        self.copy, self.outer, self.stale = copy.deepcopy(model), 0, False
+        self.optimizer = self.make(self.copy)
+
+    def solve(self, model, parts, idx, targets, prox_linear, record, progress):
+        """Loss and gradient of the batch at θ, and the direction θ̂ − θ."""
+        params, ends, batches = trainable(model), trainable(self.copy), pieces(idx, targets, self.rows)
+        if self.outer == 0 or self.reset or self.stale:
+            with torch.no_grad():
+                [e.copy_(p) for e, p in zip(ends, params)]
+            self.optimizer, self.stale = self.make(self.copy), False
+        loss, grad, norms = 0.0, 0.0, []
+        for k, (x, y) in enumerate(batches):
+            progress("inner", k, len(batches))
+            ggn = GGN(model, x, y)
+            loss, grad = loss + ggn.loss * ggn.n / targets.numel(), grad + ggn.grad * (ggn.n / targets.numel())
+            g0, v = ggn.grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)])
+            for part in parts:
+                v_part = select(v, params, part)
+                if prox_linear:
+                    ggn.shift(v_part, part)
+                    g = ggn.grad
+                else:
+                    g = select(g0, params, part) + ggn.matvec(v_part, part)
+                g = g + self.l2 * v_part
+                norms.append(g.norm())
+                if self.clip:
+                    g = g * (self.clip / (norms[-1] + 1e-12)).clamp(max=1.0)
+                for i, t in zip(part, unflatten(g, [params[i] for i in part])):
+                    ends[i].grad = t
+            factor = inner_schedule(self.schedule, self.outer, self.outer_steps, k, len(batches), self.warmup)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * factor
+            self.optimizer.step()
+            record["work"] += ggn.work * ggn.n / targets.numel()
+        self.outer += 1
+        record.update(inner_steps=len(batches), inner_grad_norm=torch.stack(norms[-len(parts):]).norm().item())
+        return loss, grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)])
+
+    def restart(self):
+        """Start the next solve at θ with fresh moments."""
+        self.stale = True
+
+    def state_dict(self):
+        return {"copy": [p.detach() for p in trainable(self.copy)], "optimizer": self.optimizer.state_dict(), "outer": self.outer, "stale": self.stale}
+
+    def load_state_dict(self, state):
+        with torch.no_grad():
+            [p.copy_(t) for p, t in zip(trainable(self.copy), state["copy"])]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.outer, self.stale = state["outer"], state["stale"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The optimizer
 
 
@@ -463,6 +596,9 @@ class GaussNewton:
                      the whole batch's
     line_search      "armijo", "grid" or "none", with search_candidates step lengths
     micro_batch      rows worked on at a time; cache_gb: see GGN
+    local_model      "gn": the loss to second order in the logits.  "prox_linear": the loss itself on the linearised logits,
+                     by newton_steps Newton-CG steps per outer step, each with H at the current linearised logits
+    inner            an InnerSolver in place of CG; damping, preconditioner and curvature settings are then not used
     seed             of the sampled labels
     progress         called as progress(what) or progress("cg", done, total) inside long steps
     """
@@ -472,11 +608,14 @@ class GaussNewton:
 
     def __init__(self, model, parts=None, damping=1.0, damping_metric="kfac", precond="kfac", precond_interval=1,
                  precond_frac=0.25, cg_iters=20, cg_tol=0.0, cg_rtol=0.0, warm_start=1.0, curvature_frac=1.0,
-                 line_search="armijo", search_candidates=10, micro_batch=None, cache_gb=None, seed=0, progress=None):
+                 line_search="armijo", search_candidates=10, local_model="gn", newton_steps=3, inner=None, micro_batch=None,
+                 cache_gb=None, seed=0, progress=None):
         if damping_metric not in self.METRICS:
             raise ValueError(f"damping_metric must be identity or kfac, got {damping_metric!r}")
         if precond not in ("kfac", "none"):
             raise ValueError(f"precond must be kfac or none, got {precond!r}")
+        if local_model not in ("gn", "prox_linear"):
+            raise ValueError(f"local_model must be gn or prox_linear, got {local_model!r}")
         if not 0 < curvature_frac <= 1 or not 0 < precond_frac <= 1:
             raise ValueError("curvature_frac and precond_frac must be in (0, 1]")
         self.model, self.params = model, trainable(model)
@@ -490,6 +629,7 @@ class GaussNewton:
         self.precond_interval, self.precond_frac = precond_interval, precond_frac
         self.cg_iters, self.cg_tol, self.cg_rtol, self.warm_start = cg_iters, cg_tol, cg_rtol, warm_start
         self.curvature_frac, self.line_search, self.search_candidates = curvature_frac, line_search, search_candidates
+        self.local_model, self.newton_steps, self.inner = local_model, newton_steps, inner
         self.micro_batch, self.cache_gb = micro_batch, cache_gb
         self.progress = progress or (lambda what, done=0, total=0: None)
         self.direction, self.steps, self.rejections = None, 0, 0      # rejections in a row
@@ -512,18 +652,18 @@ class GaussNewton:
             return batch_loss(self.model, x, y, self.micro_batch)
 
         try:
-            # 1. Linearise: loss and gradient of the batch, G of the curvature batch.
-            ggn, loss, grad = self._linearise(idx, targets, curvature, record)
-            if not (math.isfinite(loss) and grad.isfinite().all()):
-                return self._reject(record, "loss or gradient not finite")
-            # 2. Solve (G + damping) d = -g.
-            self._precondition(ggn, record)
-            d, dGd = self._solve(ggn, grad, record)
-            record["work"] += (ggn.work - 1) * ggn.n / targets.numel()
+            # 1, 2. Linearise, and minimise the local model.
+            if self.inner:
+                loss, grad, d = self.inner.solve(self.model, self.parts, idx, targets, self.local_model == "prox_linear", record, self.progress)
+                decrease = None
+            else:
+                loss, grad, d, decrease = self._solve(idx, targets, curvature, record)
+            record.update(loss=loss, grad_norm=grad.norm().item())
             slope = grad.dot(d).item()
-            del ggn                                     # its graphs hold the batch's activations
-            if record["cg_reason"] in ("nonfinite", "indefinite") or not slope < 0:
-                return self._reject(record, f"cg: {record['cg_reason']}, slope {slope:.1e}")
+            if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
+                return self._reject(record, "loss or gradient not finite")
+            if record.get("cg_reason") in ("nonfinite", "indefinite") or not slope < 0:
+                return self._reject(record, f"cg: {record.get('cg_reason')}, slope {slope:.1e}")
             # 3. Search along d.
             batch = search or (idx, targets)
             loss0 = loss if search is None else loss_at(0.0, *batch)
@@ -535,7 +675,7 @@ class GaussNewton:
             # 4. Update θ and λ.
             new_loss = found.loss if search is None else loss_at(found.alpha, idx, targets)
             self._assign(theta, d, found.alpha)
-            return self._accept(record, loss, new_loss, grad, d, slope, dGd)
+            return self._accept(record, loss, new_loss, grad, d, slope, decrease)
         except BaseException:                           # out of memory, Ctrl-C: as if the step had not begun
             self._assign(theta)
             raise
@@ -546,18 +686,17 @@ class GaussNewton:
         rows = math.ceil(self.curvature_frac * len(idx))
         x, y = curvature or (idx[:rows], targets[:rows])
         ggn = GGN(self.model, x, y, self.micro_batch, self.cache_gb)
-        loss, grad, share = ggn.loss, ggn.grad, ggn.n / targets.numel()
-        record["work"] += share
+        loss, grad = ggn.loss, ggn.grad
         if curvature is not None or rows < len(idx):    # the rows whose gradient G did not give
             rest = 0 if curvature is not None else rows
             rest_loss, rest_grad = batch_grad(self.model, idx[rest:], targets[rest:], self.micro_batch)
             weight = targets[rest:].numel() / targets.numel()
             loss, grad = (1 - weight) * loss + weight * rest_loss, (1 - weight) * grad + weight * rest_grad
             record["work"] += weight
-        record.update(loss=loss, grad_norm=grad.norm().item(), pieces=len(ggn.data), pieces_kept=len(ggn.cache))
+        record.update(pieces=len(ggn.data), pieces_kept=len(ggn.cache))
         return ggn, loss, grad
 
-    def _precondition(self, ggn, record):
+    def _precondition(self, ggn):
         if self.kfac and self.steps % self.precond_interval == 0:
             self.progress("kfac")
             x, y = (torch.cat([piece[i] for piece in ggn.data]) for i in (0, 1))
@@ -565,48 +704,83 @@ class GaussNewton:
             self.kfac.update(x[:rows], y[:rows], self.micro_batch, self.generator)
             ggn.work += 2 / 3 * rows / len(x)           # a forward, and a backward for the activations alone
 
-    def _solve(self, ggn, grad, record):
-        """(G + damping) d = -g for each part by CG. Returns d (P,) and dᵀGd, curvature across parts left out."""
-        lam, kfac, metric = self.damping, self.kfac, self.metric
-        grads, d, dGd, results = unflatten(grad, self.params), [None] * len(self.params), 0.0, []
-        last = None if self.direction is None or not self.warm_start else unflatten(self.direction, self.params)
+    def _solve(self, idx, targets, curvature, record):
+        """Minimise m(d) + λ/2 dᵀM d by CG for each part, curvature across parts left out. Returns loss and gradient of the
+        batch at θ, d (P,), and the decrease m(d) − m(0) that the local model promises, damping left out.
+
+        GN: (G + λM) d = −g, one solve. Prox-linear: Newton steps (G_d + λM) δ = −(∇f¹(d) + λM d), d ← d + δ, halved while
+        they do not lower the objective. Where G's batch is not the gradient's, m has G's curvature and the batch's slope.
+        """
+        ggn, loss, grad = self._linearise(idx, targets, curvature, record)
+        self._precondition(ggn)
+        lam, kfac, metric, prox, total = self.damping, self.kfac, self.metric, self.local_model == "prox_linear", 0.0
+        correction, own_loss, d, results = grad - ggn.grad, ggn.loss, [None] * len(self.params), []
         for part in self.parts:
             def damp(v):
                 return lam * (v if self.damping_metric == "identity" else kfac.apply(v, metric, part))
 
             def matvec(v):
-                self.progress("cg", ggn.products, len(self.parts) * self.cg_iters)
+                self.progress("cg", ggn.products, len(self.parts) * self.cg_iters * (self.newton_steps if prox else 1))
                 return ggn.matvec(v, part) + damp(v)
 
             def precond(v):
                 return kfac.apply(v, lambda S: 1 / (S + lam * metric(S)), part)
-            b = -flatten([grads[i] for i in part])
-            x0 = None if last is None else self.warm_start * flatten([last[i] for i in part])
-            result = cg(matvec, b, x0, precond if self.precond == "kfac" else None, self.cg_iters, self.cg_tol, self.cg_rtol)
-            results.append(result)
-            # The last value is ½ dᵀ(G + damping)d − bᵀd, so that dᵀGd costs no product.
-            dGd += 2 * (result.values[-1] + b.dot(result.x).item()) - result.x.dot(damp(result.x)).item()
-            for i, t in zip(part, unflatten(result.x, [self.params[i] for i in part])):
+
+            def solve(b, x0):
+                results.append(cg(matvec, b, x0, precond if self.precond == "kfac" else None, self.cg_iters, self.cg_tol, self.cg_rtol))
+                return results[-1]
+            g, c = select(grad, self.params, part), select(correction, self.params, part)
+            x0 = self.warm_start * select(self.direction, self.params, part) if self.warm_start and self.direction is not None else None
+            if not prox:
+                result = solve(-g, x0)
+                x = result.x
+                # CG's last value is ½ xᵀ(G + λM)x + gᵀx, so that the decrease costs no product.
+                total += result.values[-1] - 0.5 * x.dot(damp(x)).item()
+            else:
+                x, objective = torch.zeros_like(g), own_loss
+                ggn.shift(x, part)
+                for _ in range(self.newton_steps):
+                    delta = solve(-(ggn.grad + c + damp(x)), x0).x
+                    x0, t = None, 1.0
+                    while t > 1e-2:
+                        y = x + t * delta
+                        ggn.shift(y, part)
+                        value = ggn.loss + c.dot(y).item() + 0.5 * y.dot(damp(y)).item()
+                        if value <= objective:
+                            break
+                        t /= 2
+                    else:
+                        ggn.shift(x, part)
+                        break
+                    x, objective = y, value
+                total += ggn.loss - own_loss + c.dot(x).item()
+            for i, t in zip(part, unflatten(x, [self.params[i] for i in part])):
                 d[i] = t
         trouble = [r.reason for r in results if r.reason in ("nonfinite", "indefinite")]
         record.update(cg_iterations=sum(r.iterations for r in results), products=ggn.products,
                       cg_reason=trouble[0] if trouble else "+".join(sorted({r.reason for r in results})))
-        return flatten(d), dGd
+        record["work"] += ggn.work * ggn.n / targets.numel()
+        return loss, grad, flatten(d), total
 
-    def _accept(self, record, loss, new_loss, grad, d, slope, dGd):
+    def _accept(self, record, loss, new_loss, grad, d, slope, decrease):
         alpha = record["alpha"]
-        predicted = alpha * slope + 0.5 * alpha ** 2 * dGd      # m(αd) − m(0), damping left out
-        rho = (new_loss - loss) / predicted if predicted < 0 else 0.0
-        self.damping = levenberg_marquardt(self.damping, rho, alpha)
+        if decrease is not None:                        # the inner optimizers do not know it, and have no λ to adapt
+            # m along d, a parabola with the model's slope at 0 and its value at 1; exact for GN.
+            predicted = alpha * slope + alpha ** 2 * (decrease - slope)
+            record["rho"] = (new_loss - loss) / predicted if predicted < 0 else 0.0
+            record["predicted"] = predicted
+            self.damping = levenberg_marquardt(self.damping, record["rho"], alpha)
         self.direction, self.steps, self.rejections = d, self.steps + 1, 0
-        norms = [flatten([t for i, t in enumerate(unflatten(d, self.params)) if i in part]).norm().item() for part in self.parts]
-        record.update(accepted=True, new_loss=new_loss, rho=rho, predicted=predicted, actual=new_loss - loss,
-                      cosine=-slope / (grad.norm() * d.norm()).item(), step_norm=alpha * d.norm().item(), direction_norms=norms)
+        norms = [select(d, self.params, part).norm().item() for part in self.parts]
+        record.update(accepted=True, new_loss=new_loss, actual=new_loss - loss, cosine=-slope / (grad.norm() * d.norm()).item(),
+                      step_norm=alpha * d.norm().item(), direction_norms=norms)
         return record
 
     def _reject(self, record, reason):
-        """λ up, the last direction forgotten: a start that led nowhere must not lead there again."""
+        """λ up, the last direction and inner state forgotten: what led nowhere must not lead there again."""
         self.damping = levenberg_marquardt(self.damping, 0.0, 0.0)
+        if self.inner:
+            self.inner.restart()
         self.direction, self.steps, self.rejections = None, self.steps + 1, self.rejections + 1
         record["reason"] = reason
         return record
@@ -621,6 +795,8 @@ class GaussNewton:
         """Everything that the next step depends on beside the parameters, in tensors and plain types."""
         state = {"damping": self.damping, "steps": self.steps, "rejections": self.rejections, "direction": self.direction,
                  "generator": self.generator.get_state()}
+        if self.inner:
+            state["inner"] = self.inner.state_dict()
         if self.kfac and self.precond_interval > 1:
             state["kfac"] = {"bases": self.kfac.bases, "spectra": self.kfac.spectra}
         return state
@@ -630,6 +806,8 @@ class GaussNewton:
         device = self.params[0].device
         self.direction = None if state["direction"] is None else state["direction"].to(device)
         self.generator.set_state(state["generator"].cpu())
+        if "inner" in state:
+            self.inner.load_state_dict(state["inner"])
         if "kfac" in state:
             self.kfac.bases = [tuple(None if q is None else q.to(device) for q in pair) for pair in state["kfac"]["bases"]]
             self.kfac.spectra = [s.to(device) for s in state["kfac"]["spectra"]]

@@ -29,7 +29,7 @@ import torch
 
 from baselines import BASELINES, DEFAULT_LR, lr_schedule, make_optimizer
 from data import TOKENIZERS, DataError, get_batch, prepare, val_batch
-from gauss_newton import GaussNewton, batch_grad, batch_loss, trainable, unflatten
+from gauss_newton import SCHEDULES, GaussNewton, InnerSolver, batch_grad, batch_loss, trainable, unflatten
 from model import GPT, PRESETS, GPTConfig
 
 GN = ("full_gn", "layerwise_gn")
@@ -91,6 +91,8 @@ def build_parser():
     flag("--data_dir", str, "data", "where prepared data is kept")
 
     flag = group("Gauss-Newton (full_gn, layerwise_gn)")
+    flag("--local_model", str, "gn", "loss to second order in the logits, or the full loss of the linearised network", choices=("gn", "prox_linear"))
+    flag("--solver", str, "cg", "what minimises the local model: conjugate gradients, or an optimizer that streams over the batch", choices=("cg", "muon", "adamw"))
     flag("--damping", float, 3.0, "λ at the start, adapted by Levenberg-Marquardt from then on")
     flag("--damping_metric", str, "kfac", "damp by λI, or by λ times the square root of the K-FAC curvature", choices=("identity", "kfac"))
     flag("--cg_iters", int, 20, "conjugate-gradient iterations per step, at most")
@@ -107,6 +109,17 @@ def build_parser():
     flag("--search_candidates", int, 10, "step lengths 2^(-i/2), i = 0, 1, ..., at most")
     flag("--cache_gb", float, None, "memory for kept graphs, in GB, which save a forward per product (default: 40 %% of what is free)")
     flag("--max_rejections", int, 8, "stop after this many rejected steps in a row")
+
+    flag = group("Gauss-Newton with --solver muon or adamw")
+    flag("--inner_tokens", int, 4096, "tokens per inner step; a batch gives batch_tokens / inner_tokens inner steps")
+    flag("--inner_lr", float, 1e-2, "inner learning rate")
+    flag("--inner_schedule", str, "constant_with_inner_cosine", "inner rate over an outer step and the run", choices=SCHEDULES)
+    flag("--inner_warmup", int, 0, "inner steps of linear warmup")
+    flag("--inner_weight_decay", float, 1e-3, "decoupled, on matrices")
+    flag("--inner_clip", float, 1.0, "clip the inner gradient's norm, per part; 0 = off")
+    flag("--inner_l2", float, 0.0, "pull toward the parameters of the outer step")
+    flag("--inner_reset", bool, False, "start each inner solve at the parameters with fresh moments, not where the last one ended")
+    flag("--newton_steps", int, 3, "prox_linear with cg: Newton steps per outer step")
 
     flag = group("baselines")
     flag("--lr", float, None, "peak learning rate (default " + ", ".join(f"{k} {v:g}" for k, v in DEFAULT_LR.items()) + ")")
@@ -253,8 +266,14 @@ def make_stepper(model, args, progress):
     if args.opt in BASELINES:
         return FirstOrder(model, args)
     same = ("damping", "damping_metric", "precond", "precond_interval", "precond_frac", "cg_iters", "cg_tol", "cg_rtol",
-            "warm_start", "curvature_frac", "line_search", "search_candidates", "micro_batch", "cache_gb", "seed")
-    return GaussNewton(model, parts=model.layers() if args.opt == "layerwise_gn" else None, progress=progress,
+            "warm_start", "curvature_frac", "line_search", "search_candidates", "local_model", "newton_steps", "micro_batch",
+            "cache_gb", "seed")
+    inner = None
+    if args.solver != "cg":
+        inner = InnerSolver(model, args.solver, args.inner_tokens // model.config.block_size, args.inner_lr, args.inner_weight_decay,
+                            clip=args.inner_clip, l2=args.inner_l2, schedule=args.inner_schedule, warmup=args.inner_warmup,
+                            outer_steps=args.steps, reset=args.inner_reset)
+    return GaussNewton(model, parts=model.layers() if args.opt == "layerwise_gn" else None, inner=inner, progress=progress,
                        **{k: getattr(args, k) for k in same})
 
 
@@ -304,7 +323,9 @@ def step_line(row, steps, batch_tokens, remaining):
         parts.append(f"val {row['val_loss']:.3f}")
     if "cg_iterations" in row:
         parts.append(f"cg {row['cg_iterations']} ({row['cg_reason']})")
-    if "damping" in row:
+    if "inner_steps" in row:
+        parts.append(f"inner {row['inner_steps']} | alpha {row['alpha']:.2f}")
+    elif "damping" in row:
         parts += [f"damping {row['damping']:.1e}", "rho " + ("-" if row["rho"] is None else f"{row['rho']:.2f}"), f"alpha {row['alpha']:.2f}"]
     if "lr" in row:
         parts.append(f"lr {row['lr']:.1e}")

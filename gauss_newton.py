@@ -241,6 +241,23 @@ class GGN:
         self.work += self._product_work(part)
         return out
 
+    @torch.no_grad()
+    def pull_back_curvature(self, d, h):
+        """JᵀH f''(d, d) (P,), the second directional derivative of the logits by a difference of step h; see
+        GaussNewton.geodesic. The parameters stay where they are: the graphs belong to them."""
+        names, out = [n for n, p in self.model.named_parameters() if p.requires_grad], 0.0
+        moved = {n: p + h * t for n, p, t in zip(names, self.params, unflatten(d, self.params))}
+        everything = self._select(None)
+        for (x, _), piece in zip(self.data, self._pieces()):
+            with sdpa_kernel(SDPBackend.MATH):
+                z = torch.func.functional_call(self.model, moved, (x,))
+            Jd = self._jvp(piece, unflatten(d, self.params), everything)
+            second = 2 / h * ((z - piece.z.detach()) / h - Jd)
+            out = out + flatten(self._vjp(piece, cross_entropy_hvp(piece.probs, second, self.n), everything))
+        self.products += 1
+        self.work += 1 / 3 + self._product_work(everything)
+        return out
+
     def _product_work(self, part):
         own, behind = (sum(self.params[i].numel() for i in ids) for ids in (part, range(max(part) + 1, len(self.params))))
         return 4 / 3 * (own + behind / 2) / sum(p.numel() for p in self.params) + 1 - len(self.cache) / len(self.data)
@@ -305,6 +322,32 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0):
         x.add_(p, alpha=rz / pAp)
         r.sub_(Ap, alpha=rz / pAp)
         values.append(-0.5 * x.dot(b + r).item())
+
+
+def lanczos(matvec, b, function, iters):
+    """x = function(A) b for symmetric A by Lanczos with full reorthogonalisation, and xᵀA x; returns (x, xᵀAx, iterations).
+
+        A V = V T + residual,  V orthonormal with first column b/‖b‖,  T tridiagonal;   function(A) b ≈ ‖b‖ V function(T) e₁
+    """
+    basis, diagonal, off = [b / b.norm()], [], []
+    for k in range(iters):
+        w = matvec(basis[k])
+        diagonal.append(w.dot(basis[k]).item())
+        for _ in range(2):                              # twice is enough (Parlett)
+            for v in basis:
+                w = w - w.dot(v) * v
+        beta = w.norm().item()
+        if k + 1 == iters or not beta > 1e-12 * max(abs(t) for t in diagonal):     # done, or an invariant subspace
+            break
+        off.append(beta)
+        basis.append(w / beta)
+    T = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    T += torch.diag(torch.tensor(off, dtype=torch.float64), 1) + torch.diag(torch.tensor(off, dtype=torch.float64), -1)
+    if not T.isfinite().all():
+        return torch.full_like(b, math.nan), math.nan, len(basis)
+    values, vectors = torch.linalg.eigh(T)
+    y = vectors @ (function(values.clamp_min(0)) * vectors[0]) * b.norm().item()
+    return sum(c * v for c, v in zip(y.tolist(), basis)), y.dot(T @ y).item(), len(basis)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,9 +570,9 @@ class InnerSolver:
         self.copy, self.outer, self.stale = copy.deepcopy(model), 0, False
         self.optimizer = self.make(self.copy)
 
-    def solve(self, model, parts, idx, targets, prox_linear, record, progress):
+    def solve(self, parts, idx, targets, prox_linear, record, progress):
         """Loss and gradient of the batch at θ, and the direction θ̂ − θ."""
-        params, ends, batches = trainable(model), trainable(self.copy), pieces(idx, targets, self.rows)
+        params, ends, batches = trainable(self.model), trainable(self.copy), pieces(idx, targets, self.rows)
         if self.outer == 0 or self.reset or self.stale:
             with torch.no_grad():
                 [e.copy_(p) for e, p in zip(ends, params)]
@@ -537,7 +580,7 @@ class InnerSolver:
         loss, grad, norms = 0.0, 0.0, []
         for k, (x, y) in enumerate(batches):
             progress("inner", k, len(batches))
-            ggn = GGN(model, x, y)
+            ggn = GGN(self.model, x, y)
             loss, grad = loss + ggn.loss * ggn.n / targets.numel(), grad + ggn.grad * (ggn.n / targets.numel())
             g0, v = ggn.grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)])
             for part in parts:
@@ -598,6 +641,9 @@ class GaussNewton:
     micro_batch      rows worked on at a time; cache_gb: see GGN
     local_model      "gn": the loss to second order in the logits.  "prox_linear": the loss itself on the linearised logits,
                      by newton_steps Newton-CG steps per outer step, each with H at the current linearised logits
+    geodesic         correct the step along the model's curvature, θ + αd + α²a, where that lowers the loss further (CG only)
+    power            1: d = −(G + λI)⁻¹ g.  0.5: d = −(G + λI)^(−½) g by Lanczos, λ fixed, scaled to the model's minimum along
+                     it; without preconditioner, identity metric, GN
     inner            an InnerSolver in place of CG; damping, preconditioner and curvature settings are then not used
     seed             of the sampled labels
     progress         called as progress(what) or progress("cg", done, total) inside long steps
@@ -608,14 +654,19 @@ class GaussNewton:
 
     def __init__(self, model, parts=None, damping=1.0, damping_metric="kfac", precond="kfac", precond_interval=1,
                  precond_frac=0.25, cg_iters=20, cg_tol=0.0, cg_rtol=0.0, warm_start=1.0, curvature_frac=1.0,
-                 line_search="armijo", search_candidates=10, local_model="gn", newton_steps=3, inner=None, micro_batch=None,
-                 cache_gb=None, seed=0, progress=None):
+                 line_search="armijo", search_candidates=10, local_model="gn", newton_steps=3, geodesic=False, power=1.0,
+                 inner=None, micro_batch=None, cache_gb=None, seed=0, progress=None):
         if damping_metric not in self.METRICS:
             raise ValueError(f"damping_metric must be identity or kfac, got {damping_metric!r}")
         if precond not in ("kfac", "none"):
             raise ValueError(f"precond must be kfac or none, got {precond!r}")
         if local_model not in ("gn", "prox_linear"):
             raise ValueError(f"local_model must be gn or prox_linear, got {local_model!r}")
+        if power != 1 and (power != 0.5 or precond != "none" or damping_metric != "identity" or inner or local_model != "gn" or geodesic):
+            raise ValueError("power must be 1 or 0.5, and 0.5 goes without preconditioner, inner solver, prox_linear and geodesic, with "
+                             "damping_metric identity: Lanczos makes a function of G + λI alone")
+        if geodesic and inner:
+            raise ValueError("the geodesic correction is a second CG solve; it does not go with an inner solver")
         if not 0 < curvature_frac <= 1 or not 0 < precond_frac <= 1:
             raise ValueError("curvature_frac and precond_frac must be in (0, 1]")
         self.model, self.params = model, trainable(model)
@@ -630,6 +681,7 @@ class GaussNewton:
         self.cg_iters, self.cg_tol, self.cg_rtol, self.warm_start = cg_iters, cg_tol, cg_rtol, warm_start
         self.curvature_frac, self.line_search, self.search_candidates = curvature_frac, line_search, search_candidates
         self.local_model, self.newton_steps, self.inner = local_model, newton_steps, inner
+        self.geodesic, self.power = geodesic, power
         self.micro_batch, self.cache_gb = micro_batch, cache_gb
         self.progress = progress or (lambda what, done=0, total=0: None)
         self.direction, self.steps, self.rejections = None, 0, 0      # rejections in a row
@@ -644,37 +696,40 @@ class GaussNewton:
         """
         theta = [p.detach().clone() for p in self.params]
         record = {"accepted": False, "reason": "", "damping": self.damping, "alpha": 0.0, "rho": None, "work": 0.0}
-
-        def loss_at(alpha, x, y):
-            self.progress("line search")
-            self._assign(theta, d, alpha)
-            record["work"] += y.numel() / targets.numel() / 3
-            return batch_loss(self.model, x, y, self.micro_batch)
-
         try:
             # 1, 2. Linearise, and minimise the local model.
             if self.inner:
-                loss, grad, d = self.inner.solve(self.model, self.parts, idx, targets, self.local_model == "prox_linear", record, self.progress)
-                decrease = None
+                self.progress("inner")
+                loss, grad, d = self.inner.solve(self.parts, idx, targets, self.local_model == "prox_linear", record, self.progress)
+                decrease, bend = None, None
             else:
-                loss, grad, d, decrease = self._solve(idx, targets, curvature, record)
-            record.update(loss=loss, grad_norm=grad.norm().item())
+                loss, grad, d, decrease, bend = self._solve(idx, targets, curvature, record)
             slope = grad.dot(d).item()
+            record.update(loss=loss, grad_norm=grad.norm().item())
             if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
                 return self._reject(record, "loss or gradient not finite")
             if record.get("cg_reason") in ("nonfinite", "indefinite") or not slope < 0:
-                return self._reject(record, f"cg: {record.get('cg_reason')}, slope {slope:.1e}")
-            # 3. Search along d.
-            batch = search or (idx, targets)
-            loss0 = loss if search is None else loss_at(0.0, *batch)
-            found = line_search(lambda alpha: loss_at(alpha, *batch), loss0, slope, self.line_search, self.search_candidates)
-            record.update(alpha=found.alpha, search_loss0=loss0, search_loss=found.loss, search_tries=found.tries)
+                return self._reject(record, f"no descent direction ({record.get('cg_reason', 'inner')}, slope {slope:.1e})")
+            # 3. Search along θ + αd, and along θ + αd + α²a where there is a correction a.
+            x, y = search or (idx, targets)
+
+            def loss_at(alpha, bend=None, x=x, y=y):
+                self.progress("line search")
+                self._assign(theta, d, alpha, bend)
+                record["work"] += y.numel() / targets.numel() / 3
+                return batch_loss(self.model, x, y, self.micro_batch)
+            loss0 = loss if search is None else loss_at(0.0)
+            found = line_search(loss_at, loss0, slope, self.line_search, self.search_candidates)
+            if bend is not None:
+                bent = line_search(lambda alpha: loss_at(alpha, bend), loss0, slope, self.line_search, self.search_candidates)
+                found, bend = (bent, bend) if bent.loss < found.loss else (found, None)
+            record.update(alpha=found.alpha, search_loss0=loss0, search_loss=found.loss, search_tries=found.tries, bent=bend is not None)
             if found.alpha == 0:
                 self._assign(theta)
                 return self._reject(record, f"line search: {found.reason}")
             # 4. Update θ and λ.
-            new_loss = found.loss if search is None else loss_at(found.alpha, idx, targets)
-            self._assign(theta, d, found.alpha)
+            new_loss = found.loss if search is None else loss_at(found.alpha, bend, idx, targets)
+            self._assign(theta, d, found.alpha, bend)
             return self._accept(record, loss, new_loss, grad, d, slope, decrease)
         except BaseException:                           # out of memory, Ctrl-C: as if the step had not begun
             self._assign(theta)
@@ -706,61 +761,88 @@ class GaussNewton:
 
     def _solve(self, idx, targets, curvature, record):
         """Minimise m(d) + λ/2 dᵀM d by CG for each part, curvature across parts left out. Returns loss and gradient of the
-        batch at θ, d (P,), and the decrease m(d) − m(0) that the local model promises, damping left out.
+        batch at θ, d (P,), the decrease m(d) − m(0) that the local model promises, damping left out, and the geodesic
+        correction or None.
 
         GN: (G + λM) d = −g, one solve. Prox-linear: Newton steps (G_d + λM) δ = −(∇f¹(d) + λM d), d ← d + δ, halved while
         they do not lower the objective. Where G's batch is not the gradient's, m has G's curvature and the batch's slope.
         """
         ggn, loss, grad = self._linearise(idx, targets, curvature, record)
+        if not (math.isfinite(loss) and grad.isfinite().all()):
+            return loss, grad, torch.zeros_like(grad), 0.0, None
         self._precondition(ggn)
-        lam, kfac, metric, prox, total = self.damping, self.kfac, self.metric, self.local_model == "prox_linear", 0.0
-        correction, own_loss, d, results = grad - ggn.grad, ggn.loss, [None] * len(self.params), []
+        lam, kfac, metric, prox = self.damping, self.kfac, self.metric, self.local_model == "prox_linear"
+        reasons, iterations, total, d = [], 0, 0.0, [None] * len(self.params)
+
+        def damp(v, part):
+            return lam * (v if self.damping_metric == "identity" else kfac.apply(v, metric, part))
+
+        def matvec(v, part, damped=True):
+            self.progress("cg", ggn.products, len(self.parts) * self.cg_iters * (self.newton_steps if prox else 1))
+            return ggn.matvec(v, part) + (damp(v, part) if damped else 0)
+
+        def solve(b, part, x0=None):
+            nonlocal iterations
+            precond = (lambda v: kfac.apply(v, lambda S: 1 / (S + lam * metric(S)), part)) if self.precond == "kfac" else None
+            result = cg(lambda v: matvec(v, part), b, x0, precond, self.cg_iters, self.cg_tol, self.cg_rtol)
+            reasons.append(result.reason)
+            iterations += result.iterations
+            return result
+
+        correction, own_loss = grad - ggn.grad, ggn.loss
         for part in self.parts:
-            def damp(v):
-                return lam * (v if self.damping_metric == "identity" else kfac.apply(v, metric, part))
-
-            def matvec(v):
-                self.progress("cg", ggn.products, len(self.parts) * self.cg_iters * (self.newton_steps if prox else 1))
-                return ggn.matvec(v, part) + damp(v)
-
-            def precond(v):
-                return kfac.apply(v, lambda S: 1 / (S + lam * metric(S)), part)
-
-            def solve(b, x0):
-                results.append(cg(matvec, b, x0, precond if self.precond == "kfac" else None, self.cg_iters, self.cg_tol, self.cg_rtol))
-                return results[-1]
             g, c = select(grad, self.params, part), select(correction, self.params, part)
             x0 = self.warm_start * select(self.direction, self.params, part) if self.warm_start and self.direction is not None else None
-            if not prox:
-                result = solve(-g, x0)
+            if self.power != 1:
+                # The power −½ has no natural length: d is scaled to the minimum of m along it.
+                x, xGx, n = lanczos(lambda v: matvec(v, part, False), -g, lambda S: (S + lam) ** -self.power, self.cg_iters)
+                scale = -g.dot(x).item() / xGx if xGx > 0 else math.nan
+                x, iterations = scale * x, iterations + n
+                reasons.append("lanczos" if math.isfinite(scale) else "nonfinite")
+                total += 0.5 * g.dot(x).item()
+            elif not prox:
+                result = solve(-g, part, x0)
                 x = result.x
                 # CG's last value is ½ xᵀ(G + λM)x + gᵀx, so that the decrease costs no product.
-                total += result.values[-1] - 0.5 * x.dot(damp(x)).item()
+                total += result.values[-1] - 0.5 * x.dot(damp(x, part)).item()
             else:
                 x, objective = torch.zeros_like(g), own_loss
                 ggn.shift(x, part)
                 for _ in range(self.newton_steps):
-                    delta = solve(-(ggn.grad + c + damp(x)), x0).x
-                    x0, t = None, 1.0
-                    while t > 1e-2:
-                        y = x + t * delta
-                        ggn.shift(y, part)
-                        value = ggn.loss + c.dot(y).item() + 0.5 * y.dot(damp(y)).item()
-                        if value <= objective:
+                    delta = solve(-(ggn.grad + c + damp(x, part)), part, x0).x
+                    for t in (1.0, 0.5, 0.25, 0.125, 0.0):
+                        ggn.shift(x + t * delta, part)
+                        value = ggn.loss + c.dot(x + t * delta).item() + 0.5 * (x + t * delta).dot(damp(x + t * delta, part)).item()
+                        if value <= objective or t == 0:
                             break
-                        t /= 2
-                    else:
-                        ggn.shift(x, part)
+                    x0, x, objective = None, x + t * delta, value
+                    if t == 0:
                         break
-                    x, objective = y, value
                 total += ggn.loss - own_loss + c.dot(x).item()
             for i, t in zip(part, unflatten(x, [self.params[i] for i in part])):
                 d[i] = t
-        trouble = [r.reason for r in results if r.reason in ("nonfinite", "indefinite")]
-        record.update(cg_iterations=sum(r.iterations for r in results), products=ggn.products,
-                      cg_reason=trouble[0] if trouble else "+".join(sorted({r.reason for r in results})))
+        d, bend = flatten(d), None
+        if self.geodesic and d.isfinite().all() and d.any():
+            bend = self._geodesic(ggn, d, solve)
+            record["bend"] = 2 * (bend.norm() / d.norm()).item()
+            bend = bend if record["bend"] <= 0.75 else None         # Transtrum & Sethna (2012): else the series is not to be trusted
+        trouble = [r for r in reasons if r in ("nonfinite", "indefinite")]
+        record.update(cg_iterations=iterations, products=ggn.products, cg_reason=trouble[0] if trouble else "+".join(sorted(set(reasons))))
         record["work"] += ggn.work * ggn.n / targets.numel()
-        return loss, grad, flatten(d), total
+        return loss, grad, d, total, bend
+
+    def _geodesic(self, ggn, d, solve, h=0.1):
+        """Second-order correction of the step along the model's own curvature, "geodesic acceleration" (Transtrum & Sethna 2012):
+
+            (G + λM) a = −½ JᵀH f''(d, d),   f''(d, d) ≈ (2/h) ((z(θ + hd) − z(θ)) / h − J d)
+        """
+        rhs = ggn.pull_back_curvature(d, h)
+        a = [None] * len(self.params)
+        for part in self.parts:
+            x = solve(-0.5 * select(rhs, self.params, part), part).x
+            for i, t in zip(part, unflatten(x, [self.params[i] for i in part])):
+                a[i] = t
+        return flatten(a)
 
     def _accept(self, record, loss, new_loss, grad, d, slope, decrease):
         alpha = record["alpha"]
@@ -769,7 +851,8 @@ class GaussNewton:
             predicted = alpha * slope + alpha ** 2 * (decrease - slope)
             record["rho"] = (new_loss - loss) / predicted if predicted < 0 else 0.0
             record["predicted"] = predicted
-            self.damping = levenberg_marquardt(self.damping, record["rho"], alpha)
+            if self.power == 1:
+                self.damping = levenberg_marquardt(self.damping, record["rho"], alpha)
         self.direction, self.steps, self.rejections = d, self.steps + 1, 0
         norms = [select(d, self.params, part).norm().item() for part in self.parts]
         record.update(accepted=True, new_loss=new_loss, actual=new_loss - loss, cosine=-slope / (grad.norm() * d.norm()).item(),
@@ -786,10 +869,11 @@ class GaussNewton:
         return record
 
     @torch.no_grad()
-    def _assign(self, theta, d=None, alpha=0.0):
-        """θ + αd into the model; without d, or at α = 0, θ itself, bit for bit."""
-        for p, t, s in zip(self.params, theta, theta if d is None else unflatten(d, self.params)):
-            p.copy_(t if d is None or alpha == 0 else t + alpha * s)
+    def _assign(self, theta, d=None, alpha=0.0, bend=None):
+        """θ + αd, or θ + αd + α²a, into the model; without d, or at α = 0, θ itself, bit for bit."""
+        move = None if d is None or alpha == 0 else unflatten(alpha * d if bend is None else alpha * d + alpha ** 2 * bend, self.params)
+        for i, (p, t) in enumerate(zip(self.params, theta)):
+            p.copy_(t if move is None else t + move[i])
 
     def state_dict(self):
         """Everything that the next step depends on beside the parameters, in tensors and plain types."""

@@ -29,13 +29,13 @@ import torch
 
 from baselines import BASELINES, DEFAULT_LR, lr_schedule, make_optimizer
 from data import TOKENIZERS, DataError, get_batch, prepare, val_batch
-from gauss_newton import SCHEDULES, GaussNewton, InnerSolver, batch_grad, batch_loss, trainable, unflatten
+from gauss_newton import SCHEDULES, GaussNewton, InnerSolver, batch_grad, batch_loss, flatten, line_search, trainable, unflatten
 from model import GPT, PRESETS, GPTConfig
 
 GN = ("full_gn", "layerwise_gn")
 RUN_DEFAULTS = {  # what suits a method that takes few, large steps, and one that takes many
-    "gn": dict(steps=12, batch_tokens=131072, eval_interval=1, checkpoint_interval=1),
-    "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50),
+    "gn": dict(steps=12, batch_tokens=131072, eval_interval=1, checkpoint_interval=1, line_search="armijo"),
+    "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50, line_search="none"),
 }
 # What --resume may change; every other setting is the stored run's.
 RESUMABLE = {"resume", "out_dir", "data_dir", "steps", "target_loss", "sample", "threads", "device", "cache_gb",
@@ -79,6 +79,11 @@ def build_parser():
     flag("--device", str, "auto", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
     flag("--threads", int, None, "CPU threads (default: all cores)")
 
+    flag("--line_search", str, None, "along each step: armijo (backtracking), grid (best of all candidates) or none (default armijo for GN, "
+         "none for baselines)", choices=("armijo", "grid", "none"))
+    flag("--line_search_data", str, "same", "search on the batch or on as many fresh tokens", choices=("same", "fresh"))
+    flag("--search_candidates", int, 10, "step lengths 2^(-i/2), i = 0, 1, ..., at most")
+
     flag = group("model")
     flag("--model", str, "tiny", "size: layers, heads, width and block size", choices=list(PRESETS))
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -93,6 +98,9 @@ def build_parser():
     flag = group("Gauss-Newton (full_gn, layerwise_gn)")
     flag("--local_model", str, "gn", "loss to second order in the logits, or the full loss of the linearised network", choices=("gn", "prox_linear"))
     flag("--solver", str, "cg", "what minimises the local model: conjugate gradients, or an optimizer that streams over the batch", choices=("cg", "muon", "adamw"))
+    flag("--newton_steps", int, 3, "prox_linear with cg: Newton steps per outer step, each with --cg_iters iterations")
+    flag("--geodesic", bool, False, "correct each CG step along the model's own curvature (a second solve), where that helps")
+    flag("--power", float, 1.0, "1 for a step by G^-1; 0.5 for G^-1/2 by Lanczos (turns preconditioner and kfac metric off)")
     flag("--damping", float, 3.0, "λ at the start, adapted by Levenberg-Marquardt from then on")
     flag("--damping_metric", str, "kfac", "damp by λI, or by λ times the square root of the K-FAC curvature", choices=("identity", "kfac"))
     flag("--cg_iters", int, 20, "conjugate-gradient iterations per step, at most")
@@ -104,9 +112,6 @@ def build_parser():
     flag("--curvature_frac", float, 1.0, "share of the batch that the GN matrix is made from; the gradient uses all of it")
     flag("--curvature_data", str, "same", "GN matrix on the batch's own or on fresh sequences", choices=("same", "fresh"))
     flag("--warm_start", float, 1.0, "start CG from this multiple of the last solution; 0 = from zero")
-    flag("--line_search", str, "armijo", "armijo (backtracking), grid (best of all candidates) or none", choices=("armijo", "grid", "none"))
-    flag("--line_search_data", str, "same", "search on the batch or on as many fresh tokens", choices=("same", "fresh"))
-    flag("--search_candidates", int, 10, "step lengths 2^(-i/2), i = 0, 1, ..., at most")
     flag("--cache_gb", float, None, "memory for kept graphs, in GB, which save a forward per product (default: 40 %% of what is free)")
     flag("--max_rejections", int, 8, "stop after this many rejected steps in a row")
 
@@ -119,7 +124,6 @@ def build_parser():
     flag("--inner_clip", float, 1.0, "clip the inner gradient's norm, per part; 0 = off")
     flag("--inner_l2", float, 0.0, "pull toward the parameters of the outer step")
     flag("--inner_reset", bool, False, "start each inner solve at the parameters with fresh moments, not where the last one ended")
-    flag("--newton_steps", int, 3, "prox_linear with cg: Newton steps per outer step")
 
     flag = group("baselines")
     flag("--lr", float, None, "peak learning rate (default " + ", ".join(f"{k} {v:g}" for k, v in DEFAULT_LR.items()) + ")")
@@ -152,14 +156,18 @@ def resolve(argv):
     for key, value in RUN_DEFAULTS["gn" if args.opt in GN else "baseline"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    for key in ("steps", "batch_tokens", "micro_batch", "threads", "cg_iters", "precond_interval", "search_candidates",
+    if args.power != 1:      # what was not asked for gives way; what was is refused by GaussNewton
+        args.precond = args.precond if "precond" in given else "none"
+        args.damping_metric = args.damping_metric if "damping_metric" in given else "identity"
+    for key in ("steps", "batch_tokens", "micro_batch", "threads", "cg_iters", "newton_steps", "inner_tokens", "precond_interval", "search_candidates",
                 "max_rejections", "eval_interval", "eval_tokens", "checkpoint_interval", "precondition_frequency"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UsageError(f"--{key} must be at least 1, got {getattr(args, key)}")
-    for key in ("damping", "lr"):
+    for key in ("damping", "lr", "inner_lr"):
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise UsageError(f"--{key} must be positive, got {getattr(args, key)}")
-    for key in ("cg_tol", "cg_rtol", "warm_start", "warmup_steps", "clip", "weight_decay", "cache_gb", "sample", "seed"):
+    for key in ("cg_tol", "cg_rtol", "warm_start", "warmup_steps", "clip", "weight_decay", "cache_gb", "sample", "seed",
+                "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) < math.inf:
             raise UsageError(f"--{key} must not be negative, got {getattr(args, key)}")
     for key in ("precond_frac", "curvature_frac"):
@@ -235,22 +243,42 @@ class FirstOrder:
         self.base = [group["lr"] for group in self.optimizer.param_groups]
         self.steps, self.rejections = 0, 0
 
-    def step(self, idx, targets):
+    def step(self, idx, targets, search=None):
         args = self.args
         factor = lr_schedule(self.steps, max(args.steps, self.steps + 1), args.schedule, args.warmup_steps)
         for group, lr in zip(self.optimizer.param_groups, self.base):
             group["lr"] = lr * factor
         loss, grad = batch_grad(self.model, idx, targets, args.micro_batch)
         norm, self.steps = grad.norm().item(), self.steps + 1
-        record = {"accepted": False, "reason": "", "loss": loss, "grad_norm": norm, "lr": self.base[0] * factor, "work": 1.0}
+        record = {"accepted": False, "reason": "", "loss": loss, "grad_norm": norm, "lr": self.base[0] * factor, "alpha": 1.0, "work": 1.0}
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.rejections += 1
             return {**record, "reason": "loss or gradient not finite"}
-        if args.clip and norm > args.clip:
-            grad.mul_(args.clip / norm)
-        for p, g in zip(self.params, unflatten(grad, self.params)):
+        if hasattr(self.optimizer, "observe"):          # kfac: curvature from this batch
+            record["work"] += self.optimizer.observe(idx, targets, args.micro_batch)
+        clipped = grad * (args.clip / norm) if args.clip and norm > args.clip else grad
+        for p, g in zip(self.params, unflatten(clipped, self.params)):
             p.grad = g
+        before = flatten([p.detach() for p in self.params])
         self.optimizer.step()
+        d = flatten([p.detach() for p in self.params]) - before
+        slope = grad.dot(d).item()
+        record.update(cosine=-slope / (norm * d.norm().item() + 1e-30), step_norm=d.norm().item())
+        if args.line_search != "none":                  # along the optimizer's own step, which may also be refused
+            x, y = search or (idx, targets)
+
+            def loss_at(alpha):
+                record["work"] += y.numel() / targets.numel() / 3
+                with weights(self.params, unflatten(before + alpha * d, self.params)):
+                    return batch_loss(self.model, x, y, args.micro_batch)
+            loss0 = loss if search is None else loss_at(0.0)
+            found = line_search(loss_at, loss0, slope, args.line_search, args.search_candidates)
+            with torch.no_grad():
+                [p.copy_(v) for p, v in zip(self.params, unflatten(before + found.alpha * d if found.alpha else before, self.params))]
+            record.update(alpha=found.alpha, search_loss0=loss0, search_loss=found.loss, step_norm=found.alpha * d.norm().item())
+            if not found.alpha:
+                self.rejections += 1
+                return {**record, "reason": f"line search: {found.reason}"}
         self.rejections = 0
         return {**record, "accepted": True}
 
@@ -266,7 +294,7 @@ def make_stepper(model, args, progress):
     if args.opt in BASELINES:
         return FirstOrder(model, args)
     same = ("damping", "damping_metric", "precond", "precond_interval", "precond_frac", "cg_iters", "cg_tol", "cg_rtol",
-            "warm_start", "curvature_frac", "line_search", "search_candidates", "local_model", "newton_steps", "micro_batch",
+            "warm_start", "curvature_frac", "line_search", "search_candidates", "local_model", "newton_steps", "geodesic", "power", "micro_batch",
             "cache_gb", "seed")
     inner = None
     if args.solver != "cg":
@@ -425,6 +453,8 @@ def build_model(args, vocab_size):
         raise UsageError(str(e)) from e
     if args.batch_tokens % config.block_size:
         raise UsageError(f"--batch_tokens {args.batch_tokens} is not a multiple of the block size {config.block_size}")
+    if args.solver != "cg" and args.inner_tokens % config.block_size:
+        raise UsageError(f"--inner_tokens {args.inner_tokens} is not a multiple of the block size {config.block_size}")
     torch.manual_seed(args.seed)
     return GPT(config)
 
@@ -455,7 +485,10 @@ def run(args, given, checkpoint):
     params, batch_rows = trainable(model), args.batch_tokens // block_size
     if args.micro_batch is None:     # logits of a piece stay under 256 MB
         args.micro_batch = max(1, min(8192, 2 ** 26 // data.vocab_size) // block_size)
-    stepper = make_stepper(model, args, bar)
+    try:
+        stepper = make_stepper(model, args, bar)
+    except ValueError as e:                             # settings that do not go together
+        raise UsageError(str(e)) from e
     ema = [p.detach().clone() for p in params] if args.ema else None
     val = [t.to(args.device) for t in val_batch(data.val, block_size, args.eval_tokens)]
     progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "grad_equivalents": 0.0, "seconds": 0.0, "log_bytes": 0, "val_loss": None}
@@ -473,7 +506,7 @@ def run(args, given, checkpoint):
         f"tokens ({args.tokenizer}), sha256 {data.meta['sha256'][:12]}")
     say(f"batch: {args.batch_tokens:,} tokens = {batch_rows:,} x {block_size} | guessing evenly is a loss of {math.log(data.vocab_size):.3f} nats per token")
     unused = sorted(given & ({"lr", "schedule", "warmup_steps", "clip", "weight_decay", "betas", "momentum"} if args.opt in GN else
-                             {"damping", "damping_metric", "cg_iters", "cg_tol", "cg_rtol", "precond", "curvature_frac", "line_search"}))
+                             {"damping", "damping_metric", "cg_iters", "cg_tol", "cg_rtol", "precond", "curvature_frac", "solver", "local_model"}))
     if unused:
         say(f"note: {args.opt} does not use {', '.join('--' + k for k in unused)}")
 
@@ -514,7 +547,7 @@ def run(args, given, checkpoint):
             extra = {}                                  # fresh data, each kind from a stream of its own
             if args.opt in GN and args.curvature_data == "fresh":
                 extra["curvature"] = batch(1, step, math.ceil(args.curvature_frac * batch_rows))
-            if args.opt in GN and args.line_search_data == "fresh":
+            if args.line_search != "none" and args.line_search_data == "fresh":
                 extra["search"] = batch(2, step)
             record = stepper.step(*batch(0, step), **extra)
             if ema:

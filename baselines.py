@@ -1,4 +1,4 @@
-"""The optimizers Gauss-Newton is compared with: AdamW, Adam, SGD, Muon, SOAP, and the learning-rate schedules.
+"""The optimizers Gauss-Newton is compared with: AdamW, Adam, SGD, Muon, SOAP, K-FAC, and the learning-rate schedules.
 
     opt = make_optimizer("soap", model)                     # any nn.Module; lr=None takes DEFAULT_LR
     base = [group["lr"] for group in opt.param_groups]
@@ -27,6 +27,7 @@ DEFAULT_LR = {  # peak rates: the best of 2 to 6 each for preset tiny on Python 
     "sgd": 3e-1,
     "muon": 3e-2,
     "soap": 1e-2,
+    "kfac": 1e-1,
 }
 DEFAULTS = {  # everything else, as each method's reference has it
     "adamw": dict(betas=(0.9, 0.95), weight_decay=0.1),     # GPT-3: arXiv 2005.14165, appendix B
@@ -34,6 +35,7 @@ DEFAULTS = {  # everything else, as each method's reference has it
     "sgd": dict(momentum=0.9, weight_decay=0.0),            # Sutskever et al. 2013, Nesterov's form
     "muon": dict(momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1),  # Jordan 2024; decay and scale: arXiv 2502.16982
     "soap": dict(betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=10),  # arXiv 2409.11321
+    "kfac": dict(momentum=0.9, weight_decay=0.0, precondition_frequency=10),         # arXiv 1503.05671; KL clipping: 1708.05144
 }
 BASELINES = tuple(DEFAULTS)
 
@@ -63,6 +65,8 @@ def make_optimizer(name, model, lr=None, weight_decay=None, betas=None, momentum
         return torch.optim.SGD(decayed(params), lr=lr, momentum=o["momentum"], nesterov=o["momentum"] > 0)
     if name == "soap":
         return SOAP(decayed(params), lr=lr, betas=o["betas"], precondition_frequency=o["precondition_frequency"])
+    if name == "kfac":
+        return KFACOptimizer(model, decayed(params), lr, o["momentum"], precondition_frequency=o["precondition_frequency"])
     if name == "muon":  # match_rms_adamw: steps of AdamW's size, 0.2 sqrt(max(m, n)) U V^T, so that one rate suits both
         hidden = hidden_matrices(model)
         rest = [p for p in params if p not in set(hidden)]
@@ -198,6 +202,63 @@ def power_iteration(C, Q):
     CQ = C @ Q
     order = (Q * CQ).sum(0).argsort(descending=True)        # diag(Q^T C Q) estimates the eigenvalues
     return torch.linalg.qr(CQ[:, order]).Q, order
+
+
+class KFACOptimizer(torch.optim.Optimizer):
+    """Natural gradient with Kronecker factors (Martens & Grosse 2015) and momentum, its step clipped in KL:
+
+        L, R = running averages of E[delta delta^T], E[a a^T], labels sampled from the model    `observe`, each step
+        n = [(L + gamma/pi) (x) (R + gamma pi)]^-1 g                       factored Tikhonov damping, gamma = sqrt(damping)
+        n = n min(1, sqrt(kl_clip / (lr^2 n^T g)))                         Ba et al. 2017 (arXiv 1708.05144)
+        M = momentum M + n;   W = W - lr wd W - lr M
+
+    The factors are the preconditioner's own code (gauss_newton.KFAC). Call `observe(inputs, targets)` before each step.
+    Differs from the 2015 paper in: 1. damping is fixed, not adapted. 2. momentum is fixed, not solved for by the quadratic.
+    3. factors come from the first `curvature_frac` of each batch's rows, eigenbases anew every precondition_frequency steps."""
+
+    def __init__(self, model, params, lr=3e-2, momentum=0.9, damping=1e-3, kl_clip=1e-2, stat_decay=0.95, precondition_frequency=10,
+                 curvature_frac=0.25, seed=0):
+        from gauss_newton import KFAC                       # here, since gauss_newton itself imports this file
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=0.0))
+        self.kfac, self.gamma, self.kl_clip, self.stat_decay = KFAC(model), damping ** 0.5, kl_clip, stat_decay
+        self.frequency, self.curvature_frac, self.steps = precondition_frequency, curvature_frac, 0
+        self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(seed)
+
+    def observe(self, inputs, targets, micro_batch=None):
+        """Factors from a share of the batch; returns the work in gradients of the whole batch."""
+        rows = math.ceil(self.curvature_frac * len(inputs))
+        decay = min(1 - 1 / (self.steps + 1), self.stat_decay)          # as the paper starts its average
+        self.kfac.update(inputs[:rows], targets[:rows], micro_batch, self.generator, decay)
+        if self.steps % self.frequency == 0:
+            self.kfac.decompose()
+        return 2 / 3 * rows / len(inputs)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        if not self.kfac.factors:
+            raise RuntimeError("call observe(inputs, targets) before the first step: K-FAC has no factors yet")
+        params, lr = self.kfac.params, self.param_groups[0]["lr"]
+        g = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in params])
+        n = self.kfac.apply(g, lambda S: 1 / S, spectra=self.kfac.tikhonov(self.gamma))
+        n *= min(1.0, math.sqrt(self.kl_clip / max(lr ** 2 * n.dot(g).item(), 1e-30)))
+        natural = dict(zip(params, n.split([p.numel() for p in params])))
+        for group in self.param_groups:
+            for p in group["params"]:
+                M = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                M.mul_(group["momentum"]).add_(natural[p].view_as(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(M, alpha=group["lr"])
+        self.steps += 1
+        return loss
+
+    def state_dict(self):
+        return {**super().state_dict(), "kfac": self.kfac.state_dict(), "steps": self.steps, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        super().load_state_dict({k: state[k] for k in ("state", "param_groups")})
+        self.kfac.load_state_dict(state["kfac"])
+        self.steps = state["steps"]
+        self.generator.set_state(state["generator"].cpu())
 
 
 def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_frac=0.2, min_ratio=0.0):

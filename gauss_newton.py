@@ -388,11 +388,14 @@ class KFAC:
 
     def __init__(self, model, max_side=4096):
         self.model, self.max_side, self.params = model, max_side, trainable(model)
+        self.factors = {}                                 # per parameter index: (L, R), or (diagonal,)
         self.bases = [(None, None)] * len(self.params)    # per parameter: Q_L and Q_R, None for the identity
+        self.values = [None] * len(self.params)           # per parameter: (Λ_L, Λ_R), or (diagonal,)
         self.spectra = [None] * len(self.params)          # per parameter: S, as a matrix or in the parameter's shape
 
-    def update(self, idx, targets, micro_batch=None, generator=None):
-        """Factors from a batch (inputs only: labels are sampled, targets give their shape)."""
+    def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
+        """Factors from a batch (inputs only: labels are sampled, targets give their shape), averaged with the earlier ones
+        by `decay`; then `decompose` makes them ready for use."""
         model, n = self.model, targets.numel()
         index = {id(p): i for i, p in enumerate(self.params)}
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
@@ -430,11 +433,28 @@ class KFAC:
                 if g is not None:
                     add(square, i, g * g)
         for i, p in enumerate(self.params):
-            if i in left:
-                (lL, QL), (lR, QR) = self._eigh(left[i] / n), self._eigh(right[i] / n)
-                self.bases[i], self.spectra[i] = (QL, QR), torch.outer(lL, lR)
+            new = (left[i] / n, right[i] / n) if i in left else (square[i] / n if i in square else torch.zeros_like(p),)
+            old = self.factors.get(i)
+            self.factors[i] = new if old is None else tuple(decay * o + (1 - decay) * f for o, f in zip(old, new))
+
+    def decompose(self):
+        for i, sides in self.factors.items():
+            if len(sides) == 2:
+                (lL, QL), (lR, QR) = self._eigh(sides[0]), self._eigh(sides[1])
+                self.bases[i], self.values[i], self.spectra[i] = (QL, QR), (lL, lR), torch.outer(lL, lR)
             else:
-                self.spectra[i] = square[i] / n if i in square else torch.zeros_like(p)
+                self.values[i], self.spectra[i] = sides, sides[0]
+
+    def tikhonov(self, gamma):
+        """Spectra with factored damping (Martens & Grosse, section 6.3): (Λ_L + γ/π) (Λ_R + γπ)ᵀ, π² = mean(Λ_R) / mean(Λ_L)."""
+        out = []
+        for sides in self.values:
+            if len(sides) == 1:
+                out.append(sides[0] + gamma ** 2)
+                continue
+            pi = ((sides[1].mean() + 1e-30) / (sides[0].mean() + 1e-30)).sqrt()
+            out.append(torch.outer(sides[0] + gamma / pi, sides[1] + gamma * pi))
+        return out
 
     def _gram(self, m):
         """mᵀm (side, side), or its diagonal where the side is too large to decompose."""
@@ -448,15 +468,16 @@ class KFAC:
         values, vectors = torch.linalg.eigh(side)
         return values.clamp_min(0), vectors
 
-    def apply(self, v, function, part=None):
-        """function(K) v, the function taken on the eigenvalues; v flat (P,), or over the parameters in `part`.
+    def apply(self, v, function, part=None, spectra=None):
+        """function(K) v, the function taken on the eigenvalues (or on other `spectra` in the same basis); v flat (P,), or
+        over the parameters in `part`.
 
             K = Q S Qᵀ,   function(K) V = Q_L [ function(S) ∘ (Q_Lᵀ V Q_R) ] Q_Rᵀ
         """
         part = range(len(self.params)) if part is None else part
         out = []
         for i, t in zip(part, unflatten(v, [self.params[i] for i in part])):
-            (QL, QR), S = self.bases[i], self.spectra[i]
+            (QL, QR), S = self.bases[i], (spectra or self.spectra)[i]
             t = t.reshape(S.shape)
             t = t if QL is None else QL.T @ t
             t = t if QR is None else t @ QR
@@ -465,6 +486,16 @@ class KFAC:
             t = t if QR is None else t @ QR.T
             out.append(t)
         return flatten(out)
+
+    def state_dict(self):
+        return {"factors": self.factors, "bases": self.bases, "values": self.values, "spectra": self.spectra}
+
+    def load_state_dict(self, state):
+        def place(x):
+            if isinstance(x, dict):
+                return {k: place(v) for k, v in x.items()}
+            return x.to(self.params[0].device) if torch.is_tensor(x) else type(x)(place(v) for v in x) if x is not None else None
+        self.factors, self.bases, self.values, self.spectra = (place(state[k]) for k in ("factors", "bases", "values", "spectra"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -757,6 +788,7 @@ class GaussNewton:
             x, y = (torch.cat([piece[i] for piece in ggn.data]) for i in (0, 1))
             rows = math.ceil(self.precond_frac * len(x))
             self.kfac.update(x[:rows], y[:rows], self.micro_batch, self.generator)
+            self.kfac.decompose()
             ggn.work += 2 / 3 * rows / len(x)           # a forward, and a backward for the activations alone
 
     def _solve(self, idx, targets, curvature, record):
@@ -810,7 +842,7 @@ class GaussNewton:
                 ggn.shift(x, part)
                 for _ in range(self.newton_steps):
                     delta = solve(-(ggn.grad + c + damp(x, part)), part, x0).x
-                    for t in (1.0, 0.5, 0.25, 0.125, 0.0):
+                    for t in (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0):
                         ggn.shift(x + t * delta, part)
                         value = ggn.loss + c.dot(x + t * delta).item() + 0.5 * (x + t * delta).dot(damp(x + t * delta, part)).item()
                         if value <= objective or t == 0:
@@ -882,7 +914,7 @@ class GaussNewton:
         if self.inner:
             state["inner"] = self.inner.state_dict()
         if self.kfac and self.precond_interval > 1:
-            state["kfac"] = {"bases": self.kfac.bases, "spectra": self.kfac.spectra}
+            state["kfac"] = self.kfac.state_dict()
         return state
 
     def load_state_dict(self, state):
@@ -893,5 +925,4 @@ class GaussNewton:
         if "inner" in state:
             self.inner.load_state_dict(state["inner"])
         if "kfac" in state:
-            self.kfac.bases = [tuple(None if q is None else q.to(device) for q in pair) for pair in state["kfac"]["bases"]]
-            self.kfac.spectra = [s.to(device) for s in state["kfac"]["spectra"]]
+            self.kfac.load_state_dict(state["kfac"])

@@ -7,6 +7,7 @@
     python train.py --opt full_gn --init_from out/warmup        # start from its weights
     python train.py --resume --out_dir out/my_run               # go on where a run stopped
     python train.py --data shakespeare --model small --opt muon # other data, other size
+    python train.py --compare out/a out/b --plot loss.png       # steps, tokens, work and seconds to each loss
     python train.py --help                                      # every flag, its unit and default
 
 Each run owns a folder: log.jsonl (first line the configuration, then one line a step) and checkpoint.pt.
@@ -143,6 +144,8 @@ def build_parser():
     flag("--eval_tokens", int, 65536, "validation tokens, the same ones for every optimizer and seed")
     flag("--ema", float, 0.0, "evaluate an average of the weights over steps with this decay; 0 = the weights themselves")
     flag("--checkpoint_interval", int, None, "steps between checkpoints (default 1 for GN, 50 for baselines)")
+    flag("--compare", str, None, "read the logs of these runs, print what each took to each target loss, and stop", nargs="+", metavar="OUT")
+    flag("--plot", str, None, "with --compare: also draw loss against steps, tokens and gradients into this .svg or .png (needs matplotlib)")
     flag("--sample", int, 200, "tokens of text to generate at the end; 0 = none")
     return p
 
@@ -608,11 +611,97 @@ def finish(args, model, data, progress, reached, stopped, path):
         say(f"\n{args.sample} tokens from the model:\n" + data.encoding.decode(tokens).strip("\n"))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing runs
+
+# Settings in which runs of one configuration may differ.
+INCIDENTAL = RESUMABLE | {"seed", "init_from", "overwrite", "argv", "compare", "plot", "micro_batch", "eval_interval"}
+
+
+def read_run(folder):
+    """(configuration line, rows) of a run's log.jsonl."""
+    path = Path(folder) / "log.jsonl"
+    try:
+        head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return head, [r for r in rows if r["val_loss"] is not None]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UsageError(f"{path} cannot be read as a run's log ({type(e).__name__})") from e
+
+
+def mean_and_error(values):
+    mean = sum(values) / len(values)
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) if len(values) > 1 else None
+    return f"{mean:,.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def compare(folders, targets=(), plot=None):
+    """Print, for each configuration (its seeds together) and target loss, the steps, tokens, gradients and seconds to the first
+    evaluation at or below it: mean ± standard error. A gradient is one over a million tokens, so that batches compare."""
+    groups = {}
+    for folder in folders:
+        head, rows = read_run(folder)
+        key = json.dumps({k: v for k, v in head["config"].items() if k not in INCIDENTAL}, sort_keys=True)
+        groups.setdefault(key, []).append((folder, head["config"], rows))
+    first = [json.loads(k) for k in groups]
+    differing = [k for k in first[0] if any(c.get(k) != first[0][k] for c in first)] if len(first) > 1 else []
+    names = {key: c["opt"] + "".join(f" {k}={c[k]}" for k in differing if k != "opt") for key, c in zip(groups, first)}
+    if not targets:      # what every run reached, rounded up, and two above
+        best = max(min(r["val_loss"] for r in rows) for runs in groups.values() for _, _, rows in runs)
+        targets = [math.ceil(best * 20) / 20 + extra for extra in (0.4, 0.2, 0.0)]
+    table = [("target", "configuration", "runs", "steps", "tokens", "gradients of 1M tokens", "seconds")]
+    for target in targets:
+        for key, runs in groups.items():
+            hits = [(next((r for r in rows if r["val_loss"] <= target), None), config, rows) for _, config, rows in runs]
+            found = [(r, c) for r, c, _ in hits if r]
+            if len(found) < len(hits):
+                cells = [f"> {max(rows[-1]['step'] for r, _, rows in hits if not r)}", "", "", ""]
+            else:
+                cells = [mean_and_error([r["step"] for r, _ in found]), mean_and_error([r["tokens"] for r, _ in found]),
+                         mean_and_error([r["grad_equivalents"] * c["batch_tokens"] / 1e6 for r, c in found]),
+                         mean_and_error([r["seconds"] for r, _ in found])]
+            table.append((f"{target:.2f}", names[key], f"{len(found)}/{len(hits)}", *cells))
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        say("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip())
+    if plot:
+        draw({names[key]: runs for key, runs in groups.items()}, plot)
+        say(f"drawn: {plot}")
+
+
+def draw(groups, path):
+    if Path(path).suffix not in (".svg", ".png"):
+        raise UsageError(f"--plot writes .svg or .png, not {path}")
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as e:
+        raise UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib") from e
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
+    views = (("outer steps", lambda r, c: r["step"]), ("tokens", lambda r, c: r["tokens"]),
+             ("work, in gradients of 1M tokens", lambda r, c: r["grad_equivalents"] * c["batch_tokens"] / 1e6))
+    for axis, (label, view) in zip(axes, views):
+        for i, (name, runs) in enumerate(groups.items()):
+            for j, (_, config, rows) in enumerate(runs):
+                rows = [r for r in rows if r["step"] > 0]
+                axis.plot([view(r, config) for r in rows], [r["val_loss"] for r in rows], color=f"C{i}", lw=1.6, label=name if j == 0 else None)
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("validation loss, nats per token")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
 def main(argv=None):
     """Returns the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot be used."""
     try:
         args, given = resolve(argv)
         checkpoint = None
+        if args.compare:
+            compare(args.compare, [args.target_loss] if args.target_loss is not None else (), args.plot)
+            return 0
         if args.resume:
             args, checkpoint = stored_settings(args, given)
         args.argv = None if argv is None else list(argv)

@@ -6,16 +6,15 @@
     data = prepare("stdlib", block_size=64)            # no network: Python's own standard library, 12 MB of source
     idx, targets = get_batch(data.train, 64, 32, seed=0, step=7)    # (32, 64) int64 each, targets one token ahead
 
-A source is "stdlib", "shakespeare" (1.1 MB, one download), "c4" (Common Crawl's English web pages, about 319 MB a shard)
-or the path of a file or a folder of them; a folder called stdlib is written ./stdlib. A .jsonl or .json file has one
-document per line, {"text": "..."}; any other file is one document. Either may be gzipped (.gz), and is read as a stream.
-Tokenizers: "bytes" (256 ids, nothing to download) and "gpt2" (50257, tiktoken).
+A source is "stdlib", "shakespeare" (1.1 MB, one download), "c4" (English web pages, 319 MB a shard) or the path of a
+file or a folder of them; a folder called stdlib is written ./stdlib. A .jsonl or .json file has a document per line,
+{"text": "..."}; any other file is one document. Each may be gzipped (.gz). Tokenizers: bytes (256 ids) and gpt2 (50257).
 
-Split. The unit is a document; but where there are fewer than 100 text files, theirs is a piece of about 4096 characters,
-ending at a line's end where it can. A unit whose sha256 falls into the lowest 5 % is validation. So duplicates share a
-side, the order of the files does not matter, and one streaming pass is enough. tokens.bin is training, then
-validation; where one side is shorter than a block, the cut between them moves by just the tokens that are missing.
-A document ends with a newline (bytes) or <|endoftext|> (gpt2).
+Split. The unit is a document; but of text files, if there are fewer than 100, a piece of about 4096 characters that ends
+with a line where it can. A unit whose sha256 falls into the lowest 5 % is validation. So duplicates share a side, the
+order of the files does not matter, and one streaming pass is enough. tokens.bin is training, then validation; where one
+side is shorter than a block, the cut between them moves by just the tokens that are missing. A document ends with a
+newline (bytes) or <|endoftext|> (gpt2).
 
 Reuse. Prepared data is taken again if its meta.json has the fingerprint wanted now (source, tokenizer, format, and
 path, size and mtime of every file) and tokens.bin has its full length. Otherwise it is made anew, in a temporary
@@ -49,9 +48,9 @@ except ImportError:      # Windows
 
 FORMAT = 2               # of the prepared folder; raise it whenever the same text would give other tokens
 VAL_FRACTION = 0.05
-FEW_DOCUMENTS = 100      # below this the unit of the split is a piece of text, not a document
+FEW_DOCUMENTS = 100      # if there are fewer text files, the unit of the split is a piece of one
 PIECE = (256, 4096)      # characters, least and most; in between 1 % of the text
-GZIP_RATIO = 2.4         # text to compressed size, as in C4: a guess, for the progress bar and the length of a piece
+RECORDS = re.compile(r"\.jsonl?(\.gz)?$")   # names of files with one document per line
 TOKENIZERS = ("bytes", "gpt2")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -117,11 +116,10 @@ def locked(path):
 def build(folder, files, meta, encoding, block_size, progress):
     """Tokenise files into folder/tokens.bin and meta.json, in one pass that holds one unit at a time."""
     files = [(path, s) for path, s in files if not is_binary(path)]
-    total = int(sum(s.st_size * (GZIP_RATIO if path.suffix == ".gz" else 1) for path, s in files))
-    few = sum(not has_records(path) for path, _ in files) < FEW_DOCUMENTS
+    total = int(sum(s.st_size * (2.4 if path.suffix == ".gz" else 1) for path, s in files))     # 2.4 is a guess, C4's ratio
+    few = sum(not RECORDS.search(path.name) for path, _ in files) < FEW_DOCUMENTS
     piece = min(max(total // 100, PIECE[0]), PIECE[1]) if few else -1                           # -1 is the whole file
-    dtype, content = np.min_scalar_type(encoding.n_vocab - 1), hashlib.sha256()
-    n_documents = n_bytes = 0
+    dtype, content, n_documents, n_bytes = np.min_scalar_type(encoding.n_vocab - 1), hashlib.sha256(), 0, 0
     temp = folder.with_name(folder.name + ".tmp")
     try:
         temp.mkdir()
@@ -150,8 +148,7 @@ def build(folder, files, meta, encoding, block_size, progress):
                 "dtype": dtype.name, "train_tokens": n_train, "val_tokens": n_val}
         find_cut(meta, block_size)                     # too short: say so before anything is kept
         (temp / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        if folder.exists():                            # damaged
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)      # if it is there, it is damaged
         os.replace(temp, folder)
         return meta
     finally:
@@ -161,7 +158,7 @@ def build(folder, files, meta, encoding, block_size, progress):
 def documents(files, piece):
     """Yield each document as an iterable of its units: a record's text, or pieces of a text that end with a line."""
     for path, _ in files:
-        yield from records(path) if has_records(path) else [pieces(path, piece)]
+        yield from records(path) if RECORDS.search(path.name) else [pieces(path, piece)]
 
 
 def pieces(path, piece):
@@ -173,12 +170,11 @@ def pieces(path, piece):
 def records(path):
     with open_text(path) as f:
         for number, line in enumerate(f, 1):
-            if line.strip():
-                try:
-                    text = "" + json.loads(line)["text"]
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    raise DataError(f'{path}, line {number} is no JSON object with a string called "text"') from None
-                yield [text]
+            try:
+                if not line.isspace():
+                    yield ["" + json.loads(line)["text"]]       # "" + raises a TypeError unless it is a string
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise DataError(f'{path}, line {number} is no JSON object with a string called "text"') from None
 
 
 @contextlib.contextmanager
@@ -190,10 +186,6 @@ def open_text(path):
         raise DataError(f"{path} is damaged or no gzip file: delete it or get it again ({e})") from e
 
 
-def has_records(path):
-    return path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
-
-
 def is_binary(path):
     with open_text(path) as f:
         return "\0" in f.read(8192)
@@ -201,13 +193,11 @@ def is_binary(path):
 
 def read_meta(folder, wanted):
     """meta.json of a folder prepared before, or None unless it is what is wanted, and whole."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         meta = json.loads((folder / "meta.json").read_text())
         size = (meta["train_tokens"] + meta["val_tokens"]) * np.dtype(meta["dtype"]).itemsize
-        whole = meta["fingerprint"] == wanted["fingerprint"] and os.path.getsize(folder / "tokens.bin") == size
-        return meta if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        if meta["fingerprint"] == wanted["fingerprint"] and os.path.getsize(folder / "tokens.bin") == size:
+            return meta
 
 
 def find_cut(meta, block_size):
@@ -225,15 +215,13 @@ def find_source(source, cache, progress, shards):
     """(root, [(path, its stat), ...]) of the files that make up a source, sorted by their path below root."""
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        skip = ("site-packages", "dist-packages", "test", "tests", "idle_test")
-        files = find_files(root, skip) if root.is_dir() else []
+        files = find_files(root, ("site-packages", "dist-packages", "test", "tests", "idle_test")) if root.is_dir() else []
         files = [(path, s) for path, s in files if re.fullmatch(r"(?!test_).*(?<!_test)\.py", path.name)]
         if not files:
-            raise DataError(f"the Python standard library has no source on this disk (no .py files in {root}); "
-                            "use shakespeare or the path of a text file or folder")
+            raise DataError(f"no .py files of the Python standard library in {root}: use shakespeare or the path of a text")
         return root, files
     if source == "c4":
-        return cache / "c4", [(path, path.stat()) for path in fetch_c4(cache, progress, shards)]
+        return cache / "c4", [(path, path.stat()) for path in fetch_c4(cache, shards, progress)]
     path = fetch_shakespeare(cache) if source == "shakespeare" else Path(source)
     if not source or not path.exists():
         raise DataError(f"no data called {source!r}: use stdlib, shakespeare, c4 or the path of a text file or folder")
@@ -262,18 +250,14 @@ def fetch_shakespeare(cache):
     """cache/shakespeare.txt, downloaded unless it is there; its sha256 is checked either way."""
     path = cache / "shakespeare.txt"
     by_hand = f"fetch {SHAKESPEARE_URL} by hand and put it at {path.resolve()}"
-    if path.exists():
-        raw, what = path.read_bytes(), path
-    else:
-        try:
-            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=20) as response:
-                raw, what = response.read(), "the download"
-        except (OSError, http.client.HTTPException) as e:
-            raise DataError(f"cannot download shakespeare ({e}); {by_hand}, or use stdlib, which needs no network") from e
+    try:
+        raw = path.read_bytes() if path.exists() else urllib.request.urlopen(SHAKESPEARE_URL, timeout=20).read()
+    except (OSError, http.client.HTTPException) as e:
+        raise DataError(f"cannot get shakespeare ({e}); {by_hand}, or use stdlib, which needs no network") from e
     found = hashlib.sha256(raw).hexdigest()
     if found != SHAKESPEARE_SHA256:
-        raise DataError(f"{what} has sha256 {found}, not {SHAKESPEARE_SHA256}; {by_hand}")
-    if what != path:
+        raise DataError(f"shakespeare has sha256 {found}, not {SHAKESPEARE_SHA256}; {by_hand}")
+    if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         temp = cache / f".shakespeare.txt.{os.getpid()}"
         temp.write_bytes(raw)
@@ -281,19 +265,16 @@ def fetch_shakespeare(cache):
     return path
 
 
-def fetch_c4(cache, progress, shards):
+def fetch_c4(cache, shards, progress):
     """The paths of C4's first shards, each downloaded unless it is there."""
     if not 1 <= shards <= 1024:
         raise DataError(f"c4 has 1 to 1024 shards, not {shards}")
-    paths, before = [cache / "c4" / f"c4-train.{i:05}-of-01024.json.gz" for i in range(shards)], 0
-    for i, path in enumerate(paths):
-        def step(done, total):           # as if the shards to come were as long as this one
-            progress(before + done, before + total * (shards - i))
-
+    paths = [cache / "c4" / f"c4-train.{i:05}-of-01024.json.gz" for i in range(shards)]
+    for path in paths:
         if not path.exists():
-            with locked(cache / "c4" / ".lock"):
-                path.exists() or download(C4_URL + path.name, path, step)
-        before += path.stat().st_size
+            with locked(path.parent / ".lock"):
+                if not path.exists():    # and no other process made it while this one waited
+                    download(C4_URL + path.name, path, progress)
     return paths
 
 
@@ -323,7 +304,8 @@ def download(url, path, progress):
     except (OSError, http.client.HTTPException) as e:
         if old and getattr(e, "code", None) == 416:          # there is no rest: the file has become shorter
             old.unlink()
-        raise DataError(f"cannot download {url} ({e}); run again to go on, or fetch it by hand and put it at {path.resolve()}") from e
+            return download(url, path, progress)
+        raise DataError(f"cannot fetch {url} ({e}): run again to go on, or put it at {path.resolve()} by hand") from e
 
 
 def get_encoding(name):
@@ -351,10 +333,8 @@ def get_encoding(name):
 
 def get_batch(tokens, block_size, batch_size, seed, step, stream=0, start=0, stop=None):
     """Rows start .. stop (all by default) of a random batch: idx, targets, (stop - start, block_size) int64 each.
-
     Row i is a function of (seed, stream, step, i) alone: neither batch_size nor how rows are shared among processes
-    changes it, and there is no state to save. Streams keep training (0) and fresh data for other uses (1, ...) apart.
-    """
+    changes it, and there is no state to save. Streams keep training (0) and fresh data for other uses (1, ...) apart."""
     windows = all_windows(tokens, block_size)
     offsets = np.random.default_rng([seed, stream, step]).integers(len(windows), size=batch_size)
     return split_windows(windows[offsets[start:stop]])

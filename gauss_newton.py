@@ -295,8 +295,9 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0):
         return CGResult(x, 0, "zero", [0.0])
     if x0 is not None and x0.any():
         Ax0 = matvec(x0)
-        scale = (b.dot(x0) / x0.dot(Ax0)).item()
-        if math.isfinite(scale):
+        xAx = x0.dot(Ax0).item()
+        if 0 < xAx < math.inf:
+            scale = b.dot(x0).item() / xAx
             x, r = scale * x0, b - scale * Ax0
     values = [-0.5 * x.dot(b + r).item()]
     p, rz = None, 1.0
@@ -415,17 +416,18 @@ class KFAC:
             grads = torch.autograd.grad(z, [edge for _, _, edge in calls] + [self.params[i] for i in rest], u,
                                         materialize_grads=False, allow_unused=True)
             for (m, a, _), delta in zip(calls, grads):
-                if delta is None or id(m.weight) not in index:
+                if delta is None:
                     continue
-                delta = delta.flatten(0, -2)                                        # (tokens, out)
+                delta, weight = delta.flatten(0, -2), index.get(id(m.weight))       # (tokens, out); None: frozen
                 if isinstance(m, nn.Embedding):
-                    count = torch.bincount(a.flatten(), minlength=m.num_embeddings).to(delta.dtype)
-                    add(left, index[id(m.weight)], count)
-                    add(right, index[id(m.weight)], self._gram(delta))
+                    if weight is not None:
+                        add(left, weight, torch.bincount(a.flatten(), minlength=m.num_embeddings).to(delta.dtype))
+                        add(right, weight, self._gram(delta))
                     continue
                 gram, bias = self._gram(delta), index.get(id(m.bias))
-                add(left, index[id(m.weight)], gram)
-                add(right, index[id(m.weight)], self._gram(a.flatten(0, -2)))
+                if weight is not None:
+                    add(left, weight, gram)
+                    add(right, weight, self._gram(a.flatten(0, -2)))
                 if bias is not None:
                     add(left, bias, gram)
                     add(right, bias, delta.new_full((1,), float(len(delta))))
@@ -435,7 +437,7 @@ class KFAC:
         for i, p in enumerate(self.params):
             new = (left[i] / n, right[i] / n) if i in left else (square[i] / n if i in square else torch.zeros_like(p),)
             old = self.factors.get(i)
-            self.factors[i] = new if old is None else tuple(decay * o + (1 - decay) * f for o, f in zip(old, new))
+            self.factors[i] = new if old is None or decay == 0 else tuple(decay * o + (1 - decay) * f for o, f in zip(old, new))
 
     def decompose(self):
         for i, sides in self.factors.items():
@@ -702,7 +704,7 @@ class GaussNewton:
             raise ValueError("curvature_frac and precond_frac must be in (0, 1]")
         self.model, self.params = model, trainable(model)
         index = {id(p): i for i, p in enumerate(self.params)}
-        self.parts = [[index[id(p)] for p in part] for part in parts] if parts else [list(range(len(self.params)))]
+        self.parts = [[index.get(id(p), -1) for p in part] for part in parts] if parts else [list(range(len(self.params)))]
         if sorted(i for part in self.parts for i in part) != list(range(len(self.params))):
             raise ValueError("parts must hold every trainable parameter of the model exactly once")
         self.damping, self.damping_metric, self.precond = damping, damping_metric, precond
@@ -783,7 +785,7 @@ class GaussNewton:
         return ggn, loss, grad
 
     def _precondition(self, ggn):
-        if self.kfac and self.steps % self.precond_interval == 0:
+        if self.kfac and (self.steps % self.precond_interval == 0 or not self.kfac.factors):
             self.progress("kfac")
             x, y = (torch.cat([piece[i] for piece in ggn.data]) for i in (0, 1))
             rows = math.ceil(self.precond_frac * len(x))

@@ -92,7 +92,9 @@ def build_parser():
     flag("--tie_weights", bool, False, "one matrix for embedding and head")
 
     flag = group("data")
-    flag("--data", str, "stdlib", "stdlib (Python's own library, no download), shakespeare (1 MB), or a text file or folder of them")
+    flag("--data", str, "stdlib", "stdlib (Python's own library, no download), shakespeare (1 MB), c4 (English web pages, 319 MB a shard), "
+         "or a file or folder: text, or .jsonl and .json with a document per line in \"text\", each also as .gz")
+    flag("--shards", int, 1, "C4 files to download and use")
     flag("--tokenizer", str, "bytes", "bytes (256 tokens) or gpt2 (50257)", choices=TOKENIZERS)
     flag("--data_dir", str, "data", "where prepared data is kept")
 
@@ -162,7 +164,7 @@ def resolve(argv):
     if args.power != 1:      # what was not asked for gives way; what was is refused by GaussNewton
         args.precond = args.precond if "precond" in given else "none"
         args.damping_metric = args.damping_metric if "damping_metric" in given else "identity"
-    for key in ("steps", "batch_tokens", "micro_batch", "threads", "cg_iters", "newton_steps", "inner_tokens", "precond_interval", "search_candidates",
+    for key in ("steps", "batch_tokens", "micro_batch", "threads", "cg_iters", "newton_steps", "inner_tokens", "shards", "precond_interval", "search_candidates",
                 "max_rejections", "eval_interval", "eval_tokens", "checkpoint_interval", "precondition_frequency"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UsageError(f"--{key} must be at least 1, got {getattr(args, key)}")
@@ -173,6 +175,10 @@ def resolve(argv):
                 "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) < math.inf:
             raise UsageError(f"--{key} must not be negative, got {getattr(args, key)}")
+    if args.seed >= 2 ** 63:
+        raise UsageError(f"--seed must be below 2^63, got {args.seed}")
+    if args.target_loss is not None and math.isnan(args.target_loss):
+        raise UsageError("--target_loss must be a number, got nan")
     for key in ("precond_frac", "curvature_frac"):
         if not 0 < getattr(args, key) <= 1:
             raise UsageError(f"--{key} must be above 0 and at most 1, got {getattr(args, key)}")
@@ -182,7 +188,7 @@ def resolve(argv):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         raise UsageError(f"--device {args.device} cannot be used: {str(e).splitlines()[0]}") from e
     return args, given
@@ -477,7 +483,7 @@ def run(args, given, checkpoint):
     bar = Bar()
     block_size = args.block_size or PRESETS[args.model]["block_size"]
     data = prepare(args.data, args.tokenizer, args.data_dir, block_size,
-                   lambda done, total: bar("preparing data", done >> 20, (total or 0) >> 20))
+                   lambda done, total: bar("data, MB", done >> 20, (total or 0) >> 20), shards=args.shards)
     bar.clear()
     model = build_model(args, data.vocab_size)
     if checkpoint:

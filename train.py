@@ -2,7 +2,7 @@
 
     python train.py --opt full_gn                               # tiny GPT on Python's own standard library, minutes on a CPU
     python train.py --opt layerwise_gn                          # the same with curvature inside each layer only
-    python train.py --opt soap --batch_tokens 65536             # a baseline: adamw, adam, sgd, muon, soap
+    python train.py --opt soap --batch_tokens 65536             # a baseline: adamw, adam, sgd, muon, soap, kfac
     python train.py --opt adamw --steps 60 --out_dir out/warmup
     python train.py --opt full_gn --init_from out/warmup        # start from its weights
     python train.py --resume --out_dir out/my_run               # go on where a run stopped
@@ -56,14 +56,15 @@ def build_parser():
         def error(self, message):
             raise UsageError(message + " (--help lists all flags)")
 
-    p = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(prog="train.py", usage="python train.py [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def group(title):
         g = p.add_argument_group(title)
 
         def flag(name, kind, default, text, **extra):
             if kind is bool:
-                g.add_argument(name, action="store_true", help=text)
+                action = argparse.BooleanOptionalAction if default else "store_true"
+                g.add_argument(name, action=action, default=default, help=text + " (default on)" * default)
             else:
                 shown = "" if default is None else f" (default {default})"
                 g.add_argument(name, type=kind, default=default, help=text + shown, **extra)
@@ -99,20 +100,20 @@ def build_parser():
     flag("--data_dir", str, "data", "where prepared data is kept")
 
     flag = group("Gauss-Newton (full_gn, layerwise_gn)")
-    flag("--local_model", str, "gn", "loss to second order in the logits, or the full loss of the linearised network", choices=("gn", "prox_linear"))
+    flag("--local_model", str, "prox_linear", "loss to second order in the logits, or the full loss of the linearised network", choices=("gn", "prox_linear"))
     flag("--solver", str, "cg", "what minimises the local model: conjugate gradients, or an optimizer that streams over the batch", choices=("cg", "muon", "adamw"))
-    flag("--newton_steps", int, 3, "prox_linear with cg: Newton steps per outer step, each with --cg_iters iterations")
-    flag("--geodesic", bool, False, "correct each CG step along the model's own curvature (a second solve), where that helps")
-    flag("--power", float, 1.0, "1 for a step by G^-1; 0.5 for G^-1/2 by Lanczos (turns preconditioner and kfac metric off)")
-    flag("--damping", float, 3.0, "λ at the start, adapted by Levenberg-Marquardt from then on")
+    flag("--newton_steps", int, 4, "prox_linear with cg: Newton steps per outer step, each with --cg_iters iterations")
+    flag("--geodesic", bool, True, "correct each CG step along the model's own curvature (a second solve), where that helps; --no-geodesic: never")
+    flag("--power", float, 1.0, "1 for a step by G^-1; 0.5 for G^-1/2 by Lanczos, without preconditioner, on the gn model, identity metric")
+    flag("--damping", float, 0.3, "λ at the start, adapted by Levenberg-Marquardt from then on")
     flag("--damping_metric", str, "kfac", "damp by λI, or by λ times the square root of the K-FAC curvature", choices=("identity", "kfac"))
-    flag("--cg_iters", int, 20, "conjugate-gradient iterations per step, at most")
+    flag("--cg_iters", int, 8, "conjugate-gradient iterations per solve, at most")
     flag("--cg_tol", float, 0.0, "stop CG when its quadratic gains less than this fraction per iteration; 0 = off")
     flag("--cg_rtol", float, 0.0, "stop CG at this relative residual; 0 = off")
     flag("--precond", str, "kfac", "preconditioner of CG", choices=("kfac", "none"))
     flag("--precond_interval", int, 1, "steps between new K-FAC factors")
     flag("--precond_frac", float, 0.25, "share of the curvature sequences that factors are made from")
-    flag("--curvature_frac", float, 1.0, "share of the batch that the GN matrix is made from; the gradient uses all of it")
+    flag("--curvature_frac", float, 0.25, "share of the batch that the GN matrix is made from; the gradient uses all of it")
     flag("--curvature_data", str, "same", "GN matrix on the batch's own or on fresh sequences", choices=("same", "fresh"))
     flag("--warm_start", float, 1.0, "start CG from this multiple of the last solution; 0 = from zero")
     flag("--cache_gb", float, None, "memory for kept graphs, in GB, which save a forward per product (default: 40 %% of what is free)")
@@ -161,9 +162,13 @@ def resolve(argv):
     for key, value in RUN_DEFAULTS["gn" if args.opt in GN else "baseline"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.power != 1:      # what was not asked for gives way; what was is refused by GaussNewton
-        args.precond = args.precond if "precond" in given else "none"
-        args.damping_metric = args.damping_metric if "damping_metric" in given else "identity"
+    # What was not asked for gives way to what was; what was asked for and does not go together, GaussNewton refuses.
+    yielding = {"geodesic": False} if args.solver != "cg" else {}
+    if args.power != 1:
+        yielding = {"geodesic": False, "precond": "none", "damping_metric": "identity", "local_model": "gn"}
+    for key, value in yielding.items():
+        if key not in given:
+            setattr(args, key, value)
     for key in ("steps", "batch_tokens", "micro_batch", "threads", "cg_iters", "newton_steps", "inner_tokens", "shards", "precond_interval", "search_candidates",
                 "max_rejections", "eval_interval", "eval_tokens", "checkpoint_interval", "precondition_frequency"):
         if getattr(args, key) is not None and getattr(args, key) < 1:

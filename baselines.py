@@ -150,7 +150,7 @@ class SOAP(torch.optim.Optimizer):
         if first := not s:
             on = [d <= group["max_precond_dim"] for d in G.shape] if G.ndim == 2 else [False, False]
             cov = [None if c is None else c * (1 - b3) for c in covariances(G, on)]          # L (m, m), R (n, n)
-            basis = [None if c is None else torch.linalg.eigh(c).eigenvectors for c in cov]  # Q_L, Q_R
+            basis = [None if c is None else eigenvectors(c) for c in cov]                    # Q_L, Q_R
             s.update(step=0, M=torch.zeros_like(p), V=torch.zeros_like(p), cov=cov, basis=basis)
         s["step"] += 1
         M, V, cov, basis = s["M"], s["V"], s["cov"], s["basis"]
@@ -178,6 +178,11 @@ class SOAP(torch.optim.Optimizer):
                     basis[side], order = power_iteration(cov[side], basis[side])
                     V = V.index_select(side, order)
             s["M"], s["V"] = to_basis(M, basis), V
+
+
+def eigenvectors(C):
+    """Of a symmetric C (d, d), found in float64: in float32 LAPACK can return NaN, without a word, where entries underflow."""
+    return torch.linalg.eigh(C.double()).eigenvectors.to(C.dtype)
 
 
 def covariances(G, on):

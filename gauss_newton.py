@@ -467,8 +467,8 @@ class KFAC:
         """Eigenvalues, not negative, and eigenvectors; for a diagonal side itself and None (the identity)."""
         if side.ndim == 1:
             return side, None
-        values, vectors = torch.linalg.eigh(side)
-        return values.clamp_min(0), vectors
+        values, vectors = torch.linalg.eigh(side.double())   # in float32 it can return NaN, without a word, where entries underflow
+        return values.clamp_min(0).to(side.dtype), vectors.to(side.dtype)
 
     def apply(self, v, function, part=None, spectra=None):
         """function(K) v, the function taken on the eigenvalues (or on other `spectra` in the same basis); v flat (P,), or
@@ -855,12 +855,11 @@ class GaussNewton:
                 total += ggn.loss - own_loss + c.dot(x).item()
             for i, t in zip(part, unflatten(x, [self.params[i] for i in part])):
                 d[i] = t
-        d, bend = flatten(d), None
-        if self.geodesic and d.isfinite().all() and d.any():
+        trouble, d, bend = [r for r in reasons if r in ("nonfinite", "indefinite")], flatten(d), None
+        if self.geodesic and not trouble and d.isfinite().all() and d.any():
             bend = self._geodesic(ggn, d, solve)
             record["bend"] = 2 * (bend.norm() / d.norm()).item()
-            bend = bend if record["bend"] <= 0.75 else None         # Transtrum & Sethna (2012): else the series is not to be trusted
-        trouble = [r for r in reasons if r in ("nonfinite", "indefinite")]
+            bend = bend if record["bend"] <= 0.75 else None         # beyond it the series is not to be trusted (the same source)
         record.update(cg_iterations=iterations, products=ggn.products, cg_reason=trouble[0] if trouble else "+".join(sorted(set(reasons))))
         record["work"] += ggn.work * ggn.n / targets.numel()
         return loss, grad, d, total, bend

@@ -42,6 +42,11 @@ RUN_DEFAULTS = {  # what suits a method that takes few, large steps, and one tha
 RESUMABLE = {"resume", "out_dir", "data_dir", "steps", "target_loss", "sample", "threads", "device", "cache_gb",
              "checkpoint_interval", "max_rejections"}
 
+GN_ONLY = {"local_model", "solver", "newton_steps", "geodesic", "power", "damping", "damping_metric", "cg_iters", "cg_tol", "cg_rtol", "precond",
+           "precond_interval", "precond_frac", "curvature_frac", "curvature_data", "warm_start", "inner_tokens", "inner_lr", "inner_schedule",
+           "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2", "inner_reset"}
+BASELINE_ONLY = {"lr", "schedule", "warmup_steps", "clip", "weight_decay", "betas", "momentum", "precondition_frequency"}
+
 
 class UsageError(ValueError):
     """A setting that cannot be used, told in one line; the program ends with status 2."""
@@ -519,8 +524,7 @@ def run(args, given, checkpoint):
     say(f"data: {args.data}, {data.meta['documents']:,} documents, {len(data.train):,} training and {len(data.val):,} validation "
         f"tokens ({args.tokenizer}), sha256 {data.meta['sha256'][:12]}")
     say(f"batch: {args.batch_tokens:,} tokens = {batch_rows:,} x {block_size} | guessing evenly is a loss of {math.log(data.vocab_size):.3f} nats per token")
-    unused = sorted(given & ({"lr", "schedule", "warmup_steps", "clip", "weight_decay", "betas", "momentum"} if args.opt in GN else
-                             {"damping", "damping_metric", "cg_iters", "cg_tol", "cg_rtol", "precond", "curvature_frac", "solver", "local_model"}))
+    unused = sorted(given & (BASELINE_ONLY if args.opt in GN else GN_ONLY))
     if unused:
         say(f"note: {args.opt} does not use {', '.join('--' + k for k in unused)}")
 
@@ -651,11 +655,15 @@ def compare(folders, targets=(), plot=None):
     groups = {}
     for folder in folders:
         head, rows = read_run(folder)
-        key = json.dumps({k: v for k, v in head["config"].items() if k not in INCIDENTAL}, sort_keys=True)
+        foreign = BASELINE_ONLY if head["config"]["opt"] in GN else GN_ONLY
+        key = json.dumps({k: v for k, v in head["config"].items() if k not in INCIDENTAL | foreign}, sort_keys=True)
         groups.setdefault(key, []).append((folder, head["config"], rows))
-    first = [json.loads(k) for k in groups]
-    differing = [k for k in first[0] if any(c.get(k) != first[0][k] for c in first)] if len(first) > 1 else []
-    names = {key: c["opt"] + "".join(f" {k}={c[k]}" for k in differing if k != "opt") for key, c in zip(groups, first)}
+    configs = {key: json.loads(key) for key in groups}
+
+    def name(key):       # the optimizer, and what tells its configurations apart
+        c, same = configs[key], [o for o in configs.values() if o["opt"] == configs[key]["opt"]]
+        return c["opt"] + "".join(f" {k}={c[k]}" for k in sorted(c) if any(o.get(k) != c[k] for o in same))
+    names = {key: name(key) for key in groups}
     if not targets:      # what every run reached, rounded up, and two above
         best = max(min(r["val_loss"] for r in rows) for runs in groups.values() for _, _, rows in runs)
         targets = [math.ceil(best * 20) / 20 + extra for extra in (0.4, 0.2, 0.0)]

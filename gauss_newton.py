@@ -811,8 +811,10 @@ class GaussNewton:
         def damp(v, part):
             return lam * (v if self.damping_metric == "identity" else kfac.apply(v, metric, part))
 
+        budget = len(self.parts) * self.cg_iters * ((self.newton_steps if prox else 1) + self.geodesic)    # iterations, at most
+
         def matvec(v, part, damped=True):
-            self.progress("cg", ggn.products, len(self.parts) * self.cg_iters * (self.newton_steps if prox else 1))
+            self.progress("cg", min(ggn.products, budget), budget)
             return ggn.matvec(v, part) + (damp(v, part) if damped else 0)
 
         def solve(b, part, x0=None):

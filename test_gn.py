@@ -925,7 +925,8 @@ def test_prox_linear_step_is_the_minimum_of_its_model(layerwise):
 
 
 def test_geodesic_correction():
-    """JᵀH f''(d, d) against torch.func's second directional derivative; the step is θ + αd + α²a, and is taken only if better."""
+    """JᵀH f''(d, d) against torch.func's second directional derivative, and a = −½ (G + λI)⁻¹ of it; the bent step is taken only if
+    better."""
     model, (idx, targets) = gpt(n_layer=1), tokens(8)
     theta, dense = theta_of(model), Dense(model, idx, targets)
     names, params = zip(*model.named_parameters())
@@ -936,7 +937,11 @@ def test_geodesic_correction():
     with sdpa_kernel(SDPBackend.MATH):
         second = torch.func.jacfwd(torch.func.jacfwd(lambda s: logits(theta + s * d)))(torch.zeros(()).double())
     got = GGN(model, idx, targets, 3).pull_back_curvature(d, 1e-4)
-    assert close(got, torch.einsum("nvp,nvw,nw->p", dense.J, dense.H, second), 1e-3)
+    want = torch.einsum("nvp,nvw,nw->p", dense.J, dense.H, second)
+    assert close(got, want, 1e-3)
+    a = GaussNewton(model)._geodesic(GGN(model, idx, targets), d, lambda b, part: gn.CGResult(torch.linalg.solve(
+        dense.G + 0.3 * torch.eye(len(b)), b), 1, "residual", []), h=1e-4)
+    assert close(a, -0.5 * torch.linalg.solve(dense.G + 0.3 * torch.eye(len(d)), want), 1e-3)
     settings, twin = dict(damping=0.3, cg_iters=30), gpt(n_layer=1)
     bent, straight = GaussNewton(model, geodesic=True, **settings).step(idx, targets), GaussNewton(twin, **settings).step(idx, targets)
     assert bent["bent"] == (bent["new_loss"] < straight["new_loss"]) or bent["bend"] > 0.75
@@ -1543,6 +1548,19 @@ def test_compare_tells_what_each_run_took(tmp_path, monkeypatch, capsys):
     _, gauss, adamw = capsys.readouterr().out.splitlines()
     assert gauss.split() == "2.50 full_gn 2/2 1.5 ± 0.5 1,500 ± 5e+02 15 ± 5 3 ± 1".split() and adamw.split() == "2.50 adamw 0/1 > 2".split()
     assert train.main("--compare a x".split()) == 2
+
+
+def test_ema_is_what_is_evaluated(go):
+    """--ema 0.75: after one step the average is 0.75 θ₀ + 0.25 θ₁, the validation loss is its loss, and training goes on from θ₁."""
+    flags = f"--opt adamw --steps 1 --eval_interval 1 {SMALL}"
+    go(f"{flags} --target_loss 99 --out_dir zero"), go(f"{flags} --out_dir plain"), go(f"{flags} --ema 0.75 --out_dir ema")
+    zero, plain, ema = (checkpoint_of(out) for out in ("zero", "plain", "ema"))
+    mixed = {k: 0.75 * zero["model"][k] + 0.25 * v for k, v in plain["model"].items()}
+    assert same_state(ema["model"], plain["model"]) and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ema["ema"], mixed.values()))
+    torch.save({**plain, "model": mixed}, "mixed.pt")
+    go(f"{flags} --init_from mixed.pt --target_loss 99 --out_dir mixed")
+    losses = [log_of(out)[1][-1]["val_loss"] for out in ("ema", "mixed", "plain")]
+    assert math.isclose(losses[0], losses[1], rel_tol=1e-5) and abs(losses[0] - losses[2]) > 1e-2
 
 
 def test_batches_of_a_run_do_not_depend_on_the_optimizer(go, monkeypatch):

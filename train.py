@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import signal
 import sys
@@ -27,6 +26,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:      # Windows
+    resource = None
 
 from baselines import BASELINES, DEFAULT_LR, lr_schedule, make_optimizer
 from data import TOKENIZERS, DataError, get_batch, prepare, val_batch
@@ -401,7 +405,7 @@ def tune_allocator():
 def peak_memory_mb(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 / 1e6 if sys.platform == "darwin" else 1 / 1e3)
+    return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 / 1e6 if sys.platform == "darwin" else 1 / 1e3)
 
 
 @contextmanager

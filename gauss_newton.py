@@ -53,6 +53,15 @@ def select(vector, like, part):
     return flatten([tensors[i] for i in part])
 
 
+def join(vectors, like, parts):
+    """The inverse of `select`: one vector per part, parts together all indices -> the vector over the tensors in `like`."""
+    tensors = [None] * len(like)
+    for vector, part in zip(vectors, parts):
+        for i, t in zip(part, unflatten(vector, [like[i] for i in part])):
+            tensors[i] = t
+    return flatten(tensors)
+
+
 def pieces(idx, targets, micro_batch):
     """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole batch)."""
     step = micro_batch or len(idx)
@@ -806,7 +815,7 @@ class GaussNewton:
             return loss, grad, torch.zeros_like(grad), 0.0, None
         self._precondition(ggn)
         lam, kfac, metric, prox = self.damping, self.kfac, self.metric, self.local_model == "prox_linear"
-        reasons, iterations, total, d = [], 0, 0.0, [None] * len(self.params)
+        reasons, iterations, total, solutions = [], 0, 0.0, []
 
         def damp(v, part):
             return lam * (v if self.damping_metric == "identity" else kfac.apply(v, metric, part))
@@ -847,17 +856,17 @@ class GaussNewton:
                 for _ in range(self.newton_steps):
                     delta = solve(-(ggn.grad + c + damp(x, part)), part, x0).x
                     for t in (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0):
-                        ggn.shift(x + t * delta, part)
-                        value = ggn.loss + c.dot(x + t * delta).item() + 0.5 * (x + t * delta).dot(damp(x + t * delta, part)).item()
+                        moved = x + t * delta
+                        ggn.shift(moved, part)
+                        value = ggn.loss + c.dot(moved).item() + 0.5 * moved.dot(damp(moved, part)).item()
                         if value <= objective or t == 0:
                             break
-                    x0, x, objective = None, x + t * delta, value
+                    x0, x, objective = None, moved, value
                     if t == 0:
                         break
                 total += ggn.loss - own_loss + c.dot(x).item()
-            for i, t in zip(part, unflatten(x, [self.params[i] for i in part])):
-                d[i] = t
-        trouble, d, bend = [r for r in reasons if r in ("nonfinite", "indefinite")], flatten(d), None
+            solutions.append(x)
+        trouble, d, bend = [r for r in reasons if r in ("nonfinite", "indefinite")], join(solutions, self.params, self.parts), None
         if self.geodesic and not trouble and d.isfinite().all() and d.any():
             bend = self._geodesic(ggn, d, solve)
             record["bend"] = 2 * (bend.norm() / d.norm()).item()
@@ -872,12 +881,7 @@ class GaussNewton:
             (G + λM) a = −½ JᵀH f''(d, d),   f''(d, d) ≈ (2/h) ((z(θ + hd) − z(θ)) / h − J d)
         """
         rhs = ggn.pull_back_curvature(d, h)
-        a = [None] * len(self.params)
-        for part in self.parts:
-            x = solve(-0.5 * select(rhs, self.params, part), part).x
-            for i, t in zip(part, unflatten(x, [self.params[i] for i in part])):
-                a[i] = t
-        return flatten(a)
+        return join([solve(-0.5 * select(rhs, self.params, part), part).x for part in self.parts], self.params, self.parts)
 
     def _accept(self, record, loss, new_loss, grad, d, slope, decrease):
         alpha = record["alpha"]

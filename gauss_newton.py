@@ -62,6 +62,13 @@ def join(vectors, like, parts):
     return flatten(tensors)
 
 
+@torch.no_grad()
+def assign(params, values):
+    """Put tensors into parameters, bit for bit."""
+    for p, v in zip(params, values):
+        p.copy_(v)
+
+
 def pieces(idx, targets, micro_batch):
     """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole batch)."""
     step = micro_batch or len(idx)
@@ -595,6 +602,9 @@ class InnerSolver:
         prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v) + l2 v
         θ̂ ← optimizer(θ̂, ∇)
 
+    The decrease m(θ̂ − θ) − m(0) is the mean over the last eighth of the micro-batches, each taken before its inner step: at
+    no cost, and on data that the step has not been fitted to.
+
     optimizer     a name for baselines.make_optimizer: "muon", "adamw", ...
     rows          sequences in a micro-batch: a batch of B rows gives B / rows inner steps
     lr, weight_decay, betas    the optimizer's; schedule, warmup: see inner_schedule
@@ -613,25 +623,28 @@ class InnerSolver:
         self.optimizer = self.make(self.copy)
 
     def solve(self, parts, idx, targets, prox_linear, record, progress):
-        """Loss and gradient of the batch at θ, and the direction θ̂ − θ."""
+        """Loss and gradient of the batch at θ, the direction θ̂ − θ, and the decrease that the local model promises for it."""
         params, ends, batches = trainable(self.model), trainable(self.copy), pieces(idx, targets, self.rows)
         if self.outer == 0 or self.reset or self.stale:
-            with torch.no_grad():
-                [e.copy_(p) for e, p in zip(ends, params)]
+            assign(ends, params)
             self.optimizer, self.stale = self.make(self.copy), False
-        loss, grad, norms = 0.0, 0.0, []
+        loss, grad, norms, decreases = 0.0, 0.0, [], []
         for k, (x, y) in enumerate(batches):
             progress("inner", k, len(batches))
             ggn = GGN(self.model, x, y)
             loss, grad = loss + ggn.loss * ggn.n / targets.numel(), grad + ggn.grad * (ggn.n / targets.numel())
-            g0, v = ggn.grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)])
+            loss0, g0, v = ggn.loss, ggn.grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)])
+            decreases.append(0.0)
             for part in parts:
-                v_part = select(v, params, part)
+                v_part, g = select(v, params, part), select(g0, params, part)
                 if prox_linear:
                     ggn.shift(v_part, part)
                     g = ggn.grad
+                    decreases[-1] += ggn.loss - loss0
                 else:
-                    g = select(g0, params, part) + ggn.matvec(v_part, part)
+                    Gv = ggn.matvec(v_part, part)
+                    decreases[-1] += g.dot(v_part) + 0.5 * Gv.dot(v_part)
+                    g = g + Gv
                 g = g + self.l2 * v_part
                 norms.append(g.norm())
                 if self.clip:
@@ -645,7 +658,8 @@ class InnerSolver:
             record["work"] += ggn.work * ggn.n / targets.numel()
         self.outer += 1
         record.update(inner_steps=len(batches), inner_grad_norm=torch.stack(norms[-len(parts):]).norm().item())
-        return loss, grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)])
+        last = decreases[-math.ceil(len(batches) / 8):]
+        return loss, grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)]), float(sum(last) / len(last))
 
     def restart(self):
         """Start the next solve at θ with fresh moments."""
@@ -655,8 +669,7 @@ class InnerSolver:
         return {"copy": [p.detach() for p in trainable(self.copy)], "optimizer": self.optimizer.state_dict(), "outer": self.outer, "stale": self.stale}
 
     def load_state_dict(self, state):
-        with torch.no_grad():
-            [p.copy_(t) for p, t in zip(trainable(self.copy), state["copy"])]
+        assign(trainable(self.copy), state["copy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.outer, self.stale = state["outer"], state["stale"]
 
@@ -742,8 +755,8 @@ class GaussNewton:
             # 1, 2. Linearise, and minimise the local model.
             if self.inner:
                 self.progress("inner")
-                loss, grad, d = self.inner.solve(self.parts, idx, targets, self.local_model == "prox_linear", record, self.progress)
-                decrease, bend = None, None
+                loss, grad, d, decrease = self.inner.solve(self.parts, idx, targets, self.local_model == "prox_linear", record, self.progress)
+                bend = None
             else:
                 loss, grad, d, decrease, bend = self._solve(idx, targets, curvature, record)
             slope = grad.dot(d).item()
@@ -757,7 +770,7 @@ class GaussNewton:
 
             def loss_at(alpha, bend=None, x=x, y=y):
                 self.progress("line search")
-                self._assign(theta, d, alpha, bend)
+                self._move(theta, d, alpha, bend)
                 record["work"] += y.numel() / targets.numel() / 3
                 return batch_loss(self.model, x, y, self.micro_batch)
             loss0 = loss if search is None else loss_at(0.0)
@@ -767,14 +780,14 @@ class GaussNewton:
                 found, bend = (bent, bend) if bent.loss < found.loss else (found, None)
             record.update(alpha=found.alpha, search_loss0=loss0, search_loss=found.loss, search_tries=found.tries, bent=bend is not None)
             if found.alpha == 0:
-                self._assign(theta)
+                assign(self.params, theta)
                 return self._reject(record, f"line search: {found.reason}")
             # 4. Update θ and λ.
             new_loss = found.loss if search is None else loss_at(found.alpha, bend, idx, targets)
-            self._assign(theta, d, found.alpha, bend)
+            self._move(theta, d, found.alpha, bend)
             return self._accept(record, loss, new_loss, grad, d, slope, decrease)
         except BaseException:                           # out of memory, Ctrl-C: as if the step had not begun
-            self._assign(theta)
+            assign(self.params, theta)
             raise
 
     def _linearise(self, idx, targets, curvature, record):
@@ -851,17 +864,18 @@ class GaussNewton:
                 # CG's last value is ½ xᵀ(G + λM)x + gᵀx, so that the decrease costs no product.
                 total += result.values[-1] - 0.5 * x.dot(damp(x, part)).item()
             else:
-                x, objective = torch.zeros_like(g), own_loss
-                ggn.shift(x, part)
+                x, objective, slope = torch.zeros_like(g), own_loss, g - c
+                if ggn.offset is not None:              # another part's solve has moved the logits
+                    ggn.shift(x, part)
                 for _ in range(self.newton_steps):
-                    delta = solve(-(ggn.grad + c + damp(x, part)), part, x0).x
+                    delta = solve(-(slope + c + damp(x, part)), part, x0).x
                     for t in (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0):
                         moved = x + t * delta
                         ggn.shift(moved, part)
                         value = ggn.loss + c.dot(moved).item() + 0.5 * moved.dot(damp(moved, part)).item()
                         if value <= objective or t == 0:
                             break
-                    x0, x, objective = None, moved, value
+                    x0, x, objective, slope = None, moved, value, ggn.grad
                     if t == 0:
                         break
                 total += ggn.loss - own_loss + c.dot(x).item()
@@ -885,17 +899,14 @@ class GaussNewton:
 
     def _accept(self, record, loss, new_loss, grad, d, slope, decrease):
         alpha = record["alpha"]
-        if decrease is not None:                        # the inner optimizers do not know it, and have no λ to adapt
-            # m along d, a parabola with the model's slope at 0 and its value at 1; exact for GN.
-            predicted = alpha * slope + alpha ** 2 * (decrease - slope)
-            record["rho"] = (new_loss - loss) / predicted if predicted < 0 else 0.0
-            record["predicted"] = predicted
-            if self.power == 1:
-                self.damping = levenberg_marquardt(self.damping, record["rho"], alpha)
+        # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN.
+        predicted = alpha * slope + alpha ** 2 * (decrease - slope)
+        rho = (new_loss - loss) / predicted if predicted < 0 else 0.0
+        if self.inner is None and self.power == 1:      # the others have no λ to adapt
+            self.damping = levenberg_marquardt(self.damping, rho, alpha)
         self.direction, self.steps, self.rejections = d, self.steps + 1, 0
-        norms = [select(d, self.params, part).norm().item() for part in self.parts]
-        record.update(accepted=True, new_loss=new_loss, actual=new_loss - loss, cosine=-slope / (grad.norm() * d.norm()).item(),
-                      step_norm=alpha * d.norm().item(), direction_norms=norms)
+        record.update(accepted=True, new_loss=new_loss, predicted=predicted, actual=new_loss - loss, rho=rho,
+                      cosine=-slope / (grad.norm() * d.norm()).item(), step_norm=alpha * d.norm().item())
         return record
 
     def _reject(self, record, reason):
@@ -907,12 +918,12 @@ class GaussNewton:
         record["reason"] = reason
         return record
 
-    @torch.no_grad()
-    def _assign(self, theta, d=None, alpha=0.0, bend=None):
-        """θ + αd, or θ + αd + α²a, into the model; without d, or at α = 0, θ itself, bit for bit."""
-        move = None if d is None or alpha == 0 else unflatten(alpha * d if bend is None else alpha * d + alpha ** 2 * bend, self.params)
-        for i, (p, t) in enumerate(zip(self.params, theta)):
-            p.copy_(t if move is None else t + move[i])
+    def _move(self, theta, d, alpha, bend=None):
+        """θ + αd, or θ + αd + α²a, into the model; at α = 0 θ itself, bit for bit."""
+        if alpha == 0:
+            return assign(self.params, theta)
+        move = alpha * d if bend is None else alpha * d + alpha ** 2 * bend
+        assign(self.params, [t + m for t, m in zip(theta, unflatten(move, self.params))])
 
     def state_dict(self):
         """Everything that the next step depends on beside the parameters, in tensors and plain types."""

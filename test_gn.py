@@ -66,6 +66,12 @@ def theta_of(model):
     return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters() if p.requires_grad])
 
 
+def with_theta(model, theta):
+    params = [p for p in model.parameters() if p.requires_grad]
+    gn.assign(params, gn.unflatten(theta, params))
+    return model
+
+
 def same_bits(a, b):
     return torch.equal(a.view(torch.int64), b.view(torch.int64))
 
@@ -712,8 +718,6 @@ def test_step_is_the_dense_one(metric, precond, layerwise):
                           predicted=predicted, actual=new_loss - dense.loss, rho=(new_loss - dense.loss) / predicted, damping=0.3,
                           cosine=-slope / (d.norm() * dense.g.norm()), step_norm=alpha * d.norm(), pieces=3).items():
         assert math.isclose(record[key], float(want), rel_tol=1e-5), key
-    norms = [d[dense.index(part)].norm().item() for part in opt.parts]
-    assert np.allclose(record["direction_norms"], norms, rtol=1e-5) and len(norms) == (3 if layerwise else 1)
     assert opt.damping == gn.levenberg_marquardt(0.3, record["rho"], alpha) and (opt.steps, opt.rejections) == (1, 0)
 
 
@@ -962,34 +966,98 @@ def test_power_half_step():
             GaussNewton(model, **bad)
 
 
+class PlainMuon:
+    """Muon for one matrix, written out: M = μM + (1 − μ)G, Nesterov's (1 − μ)G + μM through five Newton-Schulz iterations in
+    bfloat16, scaled by 0.2 √max(m, n); decoupled decay."""
+
+    def __init__(self, p, decay, momentum=0.95):
+        self.p, self.decay, self.momentum, self.M = p, decay, momentum, torch.zeros_like(p)
+
+    def step(self, lr):
+        G, mu = self.p.grad, self.momentum
+        self.M = mu * self.M + (1 - mu) * G
+        X = ((1 - mu) * G + mu * self.M).bfloat16()
+        X = X.T if X.shape[0] > X.shape[1] else X
+        X = X / X.norm().clamp(min=1e-7)
+        for _ in range(5):
+            A = X @ X.T
+            X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
+        X = X.T if G.shape[0] > G.shape[1] else X
+        with torch.no_grad():
+            self.p.mul_(1 - lr * self.decay).sub_(X, alpha=lr * 0.2 * math.sqrt(max(G.shape)))
+
+
+@pytest.mark.parametrize("solver", ["adamw", "muon"])
 @pytest.mark.parametrize("prox", [False, True])
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_inner_solver_is_a_plain_loop(prox, layerwise):
-    """θ̂ − θ after one pass over the batch equals torch.optim.AdamW fed with dense gradients of the local model, per
-    micro-batch with its own J and H, clipped by part, with l2 and schedule; over two outer steps, the second with old moments."""
-    model, (idx, targets) = gpt(n_layer=1), tokens(8)
-    inner = gn.InnerSolver(model, "adamw", rows=3, lr=0.01, weight_decay=0.1, clip=0.05, l2=0.2, schedule="constant_with_inner_cosine")
-    opt = GaussNewton(model, model.layers() if layerwise else None, inner=inner, local_model="prox_linear" if prox else "gn", line_search="none")
-    end = gpt(n_layer=1)
-    matrices, vectors = [[p for p in end.parameters() if (p.ndim > 1) == m] for m in (True, False)]
-    adam = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)], betas=(0.9, 0.999))
+def test_inner_solver_is_a_plain_loop(prox, layerwise, solver):
+    """Two outer steps, the second with the old moments and end point, against a loop over micro-batches on dense J and H: the
+    gradient of the local model with its pull toward θ, clipped by part, into AdamW and Muon; θ̂ − θ, the decrease promised (at
+    the last micro-batch, before its inner step), the step length, and the parameters."""
+    model, (idx, targets), wd = gpt(n_layer=1), tokens(8), 0.1
+    inner = gn.InnerSolver(model, solver, rows=3, lr=0.02, weight_decay=wd, clip=0.05, l2=0.2, schedule="constant_with_inner_cosine")
+    opt = GaussNewton(model, model.layers() if layerwise else None, inner=inner, local_model="prox_linear" if prox else "gn")
+    end, z0, muons = gpt(n_layer=1), gpt(n_layer=1), []
+    if solver == "muon":
+        muons = [PlainMuon(p, wd) for n, p in end.named_parameters() if "blocks" in n and p.ndim == 2]
+        assert len(muons) == 7
+    rest = [p for p in end.parameters() if all(p is not m.p for m in muons)]
+    adam = torch.optim.AdamW([dict(params=[p for p in rest if (p.ndim > 1) == m], weight_decay=wd * m) for m in (True, False)], betas=(0.9, 0.999))
     for _ in range(2):
+        gn.assign(z0.parameters(), model.parameters())
         theta, pieces = theta_of(model), [(idx[i:i + 3], targets[i:i + 3]) for i in (0, 3, 6)]
         for k, (x, y) in enumerate(pieces):
-            dense, v = Dense(model, x, y), theta_of(end) - theta
-            g = torch.zeros_like(v)
+            dense, v = Dense(z0, x, y), theta_of(end) - theta
+            g, promised = torch.zeros_like(v), 0.0
             for part in opt.parts:
                 at, own = dense.index(part), torch.zeros_like(v)
                 own[at] = v[at]
-                full = at_logits(dense, y, own, model, x)[1] if prox else dense.g + dense.G @ own
+                value, full = at_logits(dense, y, own, z0, x)[:2] if prox else (dense.loss + dense.g @ own + 0.5 * own @ dense.G @ own, dense.g + dense.G @ own)
+                promised += float(value) - dense.loss
                 g[at] = full[at] + 0.2 * v[at]
                 g[at] *= min(1.0, 0.05 / g[at].norm().item())
             for p, t in zip(end.parameters(), g.split(dense.sizes)):
                 p.grad = t.view_as(p).clone()
+            lr = 0.02 * 0.5 * (1 + math.cos(math.pi * k / 3))
             for group in adam.param_groups:
-                group["lr"] = 0.01 * 0.5 * (1 + math.cos(math.pi * k / 3))
+                group["lr"] = lr
             adam.step()
-        assert opt.step(idx, targets)["inner_steps"] == 3 and close(opt.direction, theta_of(end) - theta, 1e-6)
+            for muon in muons:
+                muon.step(lr)
+        record, d, whole = opt.step(idx, targets), theta_of(end) - theta, Dense(z0, idx, targets)
+        alpha, slope = record["alpha"], (whole.g @ d).item()
+        assert record["inner_steps"] == 3 and close(opt.direction, d, 1e-6) and close(theta_of(model), theta + alpha * d, 1e-6) and alpha > 0
+        assert math.isclose(record["predicted"], alpha * slope + alpha ** 2 * (promised - slope), rel_tol=1e-5)
+        assert math.isclose(record["rho"], record["actual"] / record["predicted"])
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_solvers_agree(layerwise):
+    """On one fixed batch with λ = 1e-2, an L2 pull in each: CG, inner AdamW and inner Muon, run long with rates that fall to 0,
+    reach the same value of the quadratic, and of the prox-linear objective, to 1 %."""
+    model, (idx, targets), lam = gpt(n_layer=1), tokens(8), 1e-2
+    dense = Dense(model, idx, targets)
+    tiled = idx.repeat(600, 1), targets.repeat(600, 1)          # every micro-batch of the inner solvers is the batch
+
+    def objective(opt, d, prox):
+        total = 0.0
+        for part in opt.parts:
+            at, own = dense.index(part), torch.zeros_like(d)
+            own[at] = d[at]
+            value = at_logits(dense, targets, own, gpt(n_layer=1), idx)[0] if prox else (dense.loss + dense.g @ own + 0.5 * own @ dense.G @ own).item()
+            total += value - dense.loss + lam / 2 * (own @ own).item()
+        return total
+    for prox in (False, True):
+        values, parts, local = {}, model.layers() if layerwise else None, "prox_linear" if prox else "gn"
+        for solver in ("cg", "adamw", "muon"):
+            inner = None if solver == "cg" else gn.InnerSolver(model, solver, rows=8, lr=0.1, weight_decay=0.0, clip=0.0, l2=lam)
+            opt = GaussNewton(model, parts, lam, "identity", "none", inner=inner, local_model=local, newton_steps=15, cg_iters=400, cg_rtol=1e-8)
+            if inner:
+                d = inner.solve(opt.parts, *tiled, prox, {"work": 0.0}, opt.progress)[2]
+            else:
+                d = opt._solve(idx, targets, None, {"work": 0.0})[2]
+            values[solver] = objective(opt, d, prox)
+        assert values["cg"] < -0.05 and all(values["cg"] - 1e-9 <= v <= 0.99 * values["cg"] for v in values.values()), values
 
 
 def test_inner_schedule_values():
@@ -1360,6 +1428,65 @@ def test_every_optimizer_learns(go, flags, capsys):
     assert checkpoint_of("run")["progress"]["step"] == 3
     out = capsys.readouterr().out
     assert "step 3/3 | loss" in out and f"val {losses[-1]:.3f}" in out and "20 tokens from the model:\n" in out
+
+
+@pytest.mark.parametrize("precond", ["kfac", "none"])
+@pytest.mark.parametrize("local_model", ["gn", "prox_linear"])
+@pytest.mark.parametrize("solver", ["cg", "muon", "adamw"])
+@pytest.mark.parametrize("opt", ["full_gn", "layerwise_gn"])
+def test_every_combination_runs(go, opt, solver, local_model, precond):
+    """opt x solver x local_model x precond: three steps are taken and lower the loss."""
+    assert go(f"{SMALL} --opt {opt} --solver {solver} --local_model {local_model} --precond {precond} --inner_tokens 256 --newton_steps 2 --steps 3 --out_dir run") == 0
+    losses = [row["val_loss"] for row in log_of("run")[1]]
+    assert len(losses) == 4 and losses[3] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize("opt", ["full_gn", "layerwise_gn"])
+@pytest.mark.parametrize("flag", ["--precond kfac", "--solver muon", "--solver adamw", "--local_model prox_linear", "--damping_metric kfac", "--geodesic"])
+def test_lanczos_refuses_what_it_cannot_use(go, opt, flag, capsys):
+    assert go(f"{SMALL} --opt {opt} --power 0.5 {flag} --out_dir run") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Lanczos makes a function of G + λI alone" in error and not Path("run").exists()
+
+
+@pytest.mark.parametrize("flags", ["--opt full_gn", "--opt layerwise_gn --solver muon --inner_tokens 512", "--opt soap --eval_interval 1",
+                                   "--opt adamw --eval_interval 1 --line_search armijo", "--opt kfac --line_search grid --line_search_data fresh --eval_interval 1"])
+def test_a_row_says_what_the_step_did(go, flags, capsys, monkeypatch):
+    """For every method: losses before and after the step on its batch and on fresh tokens, what the method's model promised, their ratio,
+    the step's length in each layer, and the angle to the gradient, recomputed from the weights before and after; the line says them too."""
+    thetas, batches, evaluate = [], [], train.batch_loss
+    step_of = {}
+    for cls in (train.FirstOrder, train.GaussNewton):
+        def step(self, idx, targets, search=None, original=cls.step, **extra):
+            thetas.append(theta_of(self.model))
+            batches.append((idx, targets, search))
+            record = original(self, idx, targets, search=search, **extra)
+            step_of.update(model=self.model, after=theta_of(self.model))
+            return record
+        monkeypatch.setattr(cls, "step", step)
+    assert go(f"{SMALL} {flags} --steps 2 --out_dir run") == 0
+    rows = log_of("run")[1]
+    assert all(train.STEP_FIELDS.keys() <= row.keys() for row in rows[1:])
+    model, row, before = step_of["model"], rows[2], thetas[1]
+    moved, sizes = step_of["after"] - before, [p.numel() for p in model.parameters()]
+    idx, targets, search = batches[1]
+    loss_before, grad = gn.batch_grad(with_theta(model, before), idx, targets)
+    fresh = evaluate(model, *search) if search else None
+    after = evaluate(with_theta(model, step_of["after"]), idx, targets)
+    fresh = evaluate(model, *search) - fresh if search else row["val_loss"] - rows[1]["val_loss"]
+    assert math.isclose(row["actual"], after - loss_before, abs_tol=2e-5) and math.isclose(row["actual_fresh"], fresh, abs_tol=2e-5)
+    assert math.isclose(row["rho"], row["actual"] / row["predicted"], rel_tol=1e-5) and row["predicted"] < 0
+    if "_gn" not in flags:
+        assert math.isclose(row["predicted"], (grad @ moved).item(), rel_tol=1e-3)
+    assert math.isclose(row["step_norm"], moved.norm().item(), rel_tol=1e-4)
+    assert math.isclose(row["cosine"], -(grad @ moved / grad.norm() / moved.norm()).item(), rel_tol=1e-3, abs_tol=1e-4)
+    index, pieces = {id(p): i for i, p in enumerate(model.parameters())}, moved.split(sizes)
+    norms = [torch.cat([pieces[index[id(p)]] for p in layer]).norm().item() for layer in model.layers()]
+    assert np.allclose(row["layer_norms"], norms, rtol=1e-4) and len(norms) == 3
+    line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 2/2")][0]
+    assert f"fell {row['actual']:+.3f}, fresh {row['actual_fresh']:+.3f}, model {row['predicted']:+.3f} |" in line
+    assert f"rho {row['rho']:.2f} | alpha {row['alpha']:.2f} | cos {row['cosine']:.2f} | |d| " + " ".join(f"{t:.2g}" for t in norms) in line
+    assert f"work {row['grad_equivalents']:.4g}" in line and ("products" in line) == ("--opt full_gn" == flags)
 
 
 @pytest.mark.parametrize("flags", ["--opt full_gn", "--opt layerwise_gn --precond_interval 2 --curvature_data fresh --tie_weights",

@@ -34,7 +34,7 @@ except ImportError:      # Windows
 
 from baselines import BASELINES, DEFAULT_LR, lr_schedule, make_optimizer
 from data import TOKENIZERS, DataError, get_batch, prepare, val_batch
-from gauss_newton import SCHEDULES, GaussNewton, InnerSolver, batch_grad, batch_loss, flatten, line_search, trainable, unflatten
+from gauss_newton import SCHEDULES, GaussNewton, InnerSolver, assign, batch_grad, batch_loss, flatten, line_search, trainable, unflatten
 from model import GPT, PRESETS, GPTConfig
 
 GN = ("full_gn", "layerwise_gn")
@@ -255,6 +255,9 @@ def save_checkpoint(path, **content):
 # ---------------------------------------------------------------------------------------------------------------------
 # One step of any optimizer: step(idx, targets) -> record
 
+STEP_FIELDS = dict.fromkeys(  # in every row of every method, null where it has no such thing
+    ("predicted", "actual", "actual_fresh", "rho", "alpha", "damping", "cosine", "step_norm", "layer_norms", "products", "cg_iterations", "cg_reason"))
+
 
 class FirstOrder:
     """A baseline behind the interface of GaussNewton: gradient in pieces, clipping, schedule, one optimizer step."""
@@ -284,9 +287,8 @@ class FirstOrder:
             p.grad = g
         before = flatten([p.detach() for p in self.params])
         self.optimizer.step()
-        d = flatten([p.detach() for p in self.params]) - before
+        d, alpha = flatten([p.detach() for p in self.params]) - before, 1.0
         slope = grad.dot(d).item()
-        record.update(cosine=-slope / (norm * d.norm().item() + 1e-30), step_norm=d.norm().item())
         if args.line_search != "none":                  # along the optimizer's own step, which may also be refused
             x, y = search or (idx, targets)
 
@@ -296,12 +298,16 @@ class FirstOrder:
                     return batch_loss(self.model, x, y, args.micro_batch)
             loss0 = loss if search is None else loss_at(0.0)
             found = line_search(loss_at, loss0, slope, args.line_search, args.search_candidates)
-            with torch.no_grad():
-                [p.copy_(v) for p, v in zip(self.params, unflatten(before + found.alpha * d if found.alpha else before, self.params))]
-            record.update(alpha=found.alpha, search_loss0=loss0, search_loss=found.loss, step_norm=found.alpha * d.norm().item())
-            if not found.alpha:
+            alpha = found.alpha
+            assign(self.params, unflatten(before + alpha * d if alpha else before, self.params))
+            record.update(alpha=alpha, search_loss0=loss0, search_loss=found.loss, search_tries=found.tries)
+            if search is None and alpha:
+                record["actual"] = found.loss - loss
+            if not alpha:
                 self.rejections += 1
                 return {**record, "reason": f"line search: {found.reason}"}
+        # A first-order method promises what its gradient does.
+        record.update(predicted=alpha * slope, cosine=-slope / (norm * d.norm().item() + 1e-30), step_norm=alpha * d.norm().item())
         self.rejections = 0
         return {**record, "accepted": True}
 
@@ -372,18 +378,22 @@ def step_line(row, steps, batch_tokens, remaining):
     parts = [f"step {row['step']}/{steps}", f"loss {row['train_loss']:.3f}" if row["train_loss"] is not None else "loss nan"]
     if row["val_loss"] is not None:
         parts.append(f"val {row['val_loss']:.3f}")
-    if "cg_iterations" in row:
-        parts.append(f"cg {row['cg_iterations']} ({row['cg_reason']})")
+    if row["predicted"] is not None:                    # actual of predicted, and on data that the step has not seen
+        known = [f"{k} {row[key]:+.3f}" for k, key in (("fell", "actual"), ("fresh", "actual_fresh")) if row[key] is not None]
+        parts.append(", ".join([*known, f"model {row['predicted']:+.3f}"]))
+    if row["cg_iterations"] is not None:
+        parts.append(f"cg {row['cg_iterations']} ({row['cg_reason']}), {row['products']} products | damping {row['damping']:.1e}")
     if "inner_steps" in row:
-        parts.append(f"inner {row['inner_steps']} | alpha {row['alpha']:.2f}")
-    elif "damping" in row:
-        parts += [f"damping {row['damping']:.1e}", "rho " + ("-" if row["rho"] is None else f"{row['rho']:.2f}"), f"alpha {row['alpha']:.2f}"]
+        parts.append(f"inner {row['inner_steps']}")
     if "lr" in row:
         parts.append(f"lr {row['lr']:.1e}")
+    parts += [f"{name} {row[key]:.2f}" for name, key in (("rho", "rho"), ("alpha", "alpha"), ("cos", "cosine")) if row[key] is not None]
+    if row["layer_norms"]:
+        parts.append("|d| " + " ".join(f"{norm:.2g}" for norm in row["layer_norms"]))
     if not row["accepted"]:
         parts.append(f"REJECTED: {row['reason']}")
     rate = batch_tokens / max(row["step_seconds"], 1e-9)
-    parts += [f"{row['step_seconds']:.1f} s", f"{rate / 1000:.0f}k tok/s" if rate >= 1e4 else f"{rate:.0f} tok/s", f"eta {duration(remaining)}"]
+    parts += [f"work {row['grad_equivalents']:.4g}", f"{row['step_seconds']:.1f} s", f"{rate / 1000:.0f}k tok/s" if rate >= 1e4 else f"{rate:.0f} tok/s", f"eta {duration(remaining)}"]
     return " | ".join(parts)
 
 
@@ -438,13 +448,11 @@ def weights(params, values):
         yield
         return
     kept = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        [p.copy_(v) for p, v in zip(params, values)]
+    assign(params, values)
     try:
         yield
     finally:
-        with torch.no_grad():
-            [p.copy_(v) for p, v in zip(params, kept)]
+        assign(params, kept)
 
 
 def open_out_dir(args):
@@ -514,7 +522,7 @@ def run(args, given, checkpoint):
         raise UsageError(str(e)) from e
     ema = [p.detach().clone() for p in params] if args.ema else None
     val = [t.to(args.device) for t in val_batch(data.val, block_size, args.eval_tokens)]
-    progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "grad_equivalents": 0.0, "seconds": 0.0, "log_bytes": 0, "val_loss": None}
+    progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "grad_equivalents": 0.0, "seconds": 0.0, "log_bytes": 0, "val_loss": None, "evaluated": 0}
     if checkpoint:
         stepper.load_state_dict(checkpoint["optimizer"])
         ema, progress = checkpoint["ema"], checkpoint["progress"]
@@ -561,7 +569,7 @@ def run(args, given, checkpoint):
             write_row(log, {"step": 0, "tokens": 0, "distinct_tokens": 0, "train_loss": None, "val_loss": progress["val_loss"],
                             "seconds": 0.0, "grad_equivalents": 0.0}, progress)
             save()
-        status, began, first = 0, time.time(), progress["step"]
+        status, began, first, layers = 0, time.time(), progress["step"], model.layers()
         reached = args.target_loss is not None and progress["val_loss"] is not None and progress["val_loss"] <= args.target_loss
         while progress["step"] < args.steps and not reached and not signals["stop"]:
             step, start = progress["step"], time.time()
@@ -571,7 +579,8 @@ def run(args, given, checkpoint):
                 extra["curvature"] = batch(1, step, math.ceil(args.curvature_frac * batch_rows))
             if args.line_search != "none" and args.line_search_data == "fresh":
                 extra["search"] = batch(2, step)
-            record = stepper.step(*batch(0, step), **extra)
+            before, (x, y) = [p.detach().clone() for p in params], batch(0, step)
+            record = {**STEP_FIELDS, **stepper.step(x, y, **extra)}
             if ema:
                 torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - args.ema)
             seconds = time.time() - start
@@ -584,7 +593,19 @@ def run(args, given, checkpoint):
             due = step % args.eval_interval == 0 or step == args.steps or given_up or signals["stop"]
             val_loss = evaluate() if due else None
             bar.clear()
-            progress["val_loss"] = val_loss if due else progress["val_loss"]
+            if record["accepted"]:
+                moved = dict(zip(params, torch._foreach_sub(params, before)))
+                record["layer_norms"] = [flatten([moved[p] for p in layer]).norm().item() for layer in layers]
+                if "search" in extra:
+                    record["actual_fresh"] = record["search_loss"] - record["search_loss0"]
+                elif due and progress["evaluated"] == step - 1 and not ema:     # the validation sample, before and after this step
+                    record["actual_fresh"] = val_loss - progress["val_loss"]
+                if due and record["actual"] is None:    # a baseline without line search: like evaluation, outside its time and work
+                    record["actual"] = batch_loss(model, x, y, args.micro_batch) - record["loss"]
+                if record["actual"] is not None and record["rho"] is None:
+                    record["rho"] = record["actual"] / record["predicted"] if record["predicted"] < 0 else 0.0
+            if due:
+                progress["val_loss"], progress["evaluated"] = val_loss, step
             reached = due and args.target_loss is not None and val_loss <= args.target_loss
             row = {"step": step, "tokens": progress["tokens"], "distinct_tokens": progress["distinct_tokens"],
                    "train_loss": record.pop("loss", None), "val_loss": val_loss, "seconds": progress["seconds"], "step_seconds": seconds,

@@ -22,9 +22,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from baselines import make_optimizer
 
@@ -130,6 +132,95 @@ def refuse_randomness(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Attention with the derivatives that Gauss-Newton takes
+
+
+class _Attention(torch.autograd.Function):
+    """o = P v, P = softmax(s q kᵀ + mask), (..., T, head size), with J written out and fused kernels for all the rest.
+
+    The fused kernels have a backward, and no derivative of it nor a forward-mode one. Gauss-Newton needs just one more: the
+    backward is linear in the cotangent of o, and its transpose is the forward tangent
+
+        o' = t v + P v',   t = P ∘ (D − rowsum(P ∘ D)),   D = s (q' kᵀ + q k'ᵀ).
+
+    So the graph of the backward is to be differentiated by the cotangent alone; what depends on q, k and v in it counts as constant.
+    """
+
+    FASTEST = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, scale):
+        inner = [t.detach().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad(), sdpa_kernel(_Attention.FASTEST):
+            o = F.scaled_dot_product_attention(*inner, is_causal=causal, scale=scale)
+        ctx.inner, ctx.causal, ctx.scale = (o, inner), causal, scale
+        ctx.save_for_backward(q, k, v)
+        ctx.save_for_forward(q, k, v)
+        return o.detach()
+
+    @staticmethod
+    def backward(ctx, w):
+        if torch.is_grad_enabled():                     # create_graph: J is to come
+            grads = _AttentionBackward.apply(w, *ctx.saved_tensors, ctx.inner, ctx.causal, ctx.scale)
+        else:
+            grads = torch.autograd.grad(*ctx.inner, w, retain_graph=True)
+        return *grads, None, None
+
+    @staticmethod
+    def jvp(ctx, dq, dk, dv, *_):
+        q, k, v = ctx.saved_tensors
+        return _Attention.tangent(_Attention.probs(q, k, ctx.causal, ctx.scale), q, k, v, dq, dk, dv, ctx.scale)
+
+    @staticmethod
+    def probs(q, k, causal, scale):
+        scores = (q * scale) @ k.transpose(-1, -2)
+        if causal:
+            scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1), -math.inf)
+        return torch.softmax(scores, -1)
+
+    @staticmethod
+    def tangent(P, q, k, v, dq, dk, dv, scale):
+        D = (torch.cat((dq, q), -1) @ torch.cat((k, dk), -1).transpose(-1, -2)).mul_(scale)      # both products in one
+        t = torch.ops.aten._softmax_backward_data(D, P, -1, P.dtype)
+        return t @ v + P @ dv
+
+
+class _AttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, q, k, v, inner, causal, scale):
+        ctx.save_for_backward(q, k, v, _Attention.probs(q, k, causal, scale))
+        ctx.scale = scale
+        return torch.autograd.grad(*inner, w, retain_graph=True)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        q, k, v, P = ctx.saved_tensors
+        return _Attention.tangent(P, q, k, v, dq, dk, dv, ctx.scale), *[None] * 6
+
+
+class _AttentionMode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if attn_mask is None and not dropout_p and not enable_gqa:
+            return _Attention.apply(q, k, v, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+@contextmanager
+def differentiable_attention():
+    """While open, every scaled_dot_product_attention, in our models or others', is _Attention; what that does not cover (a mask,
+    grouped queries, nn.MultiheadAttention) takes the backend that is the same in differentiable operations."""
+    with sdpa_kernel(SDPBackend.MATH), _AttentionMode():
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The Gauss-Newton matrix
 
 
@@ -179,8 +270,7 @@ class GGN:
             del piece
 
     def _linearise(self, x, y):
-        # The fused kernels have no second derivative; MATH is the same attention in differentiable operations.
-        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        with differentiable_attention(), torch.enable_grad():
             z = self.model(x)
             probs = torch.softmax(z.detach(), dim=-1)
             u = cross_entropy_grad(probs, y, self.n).requires_grad_()
@@ -265,8 +355,7 @@ class GGN:
         moved = {n: p + h * t for n, p, t in zip(names, self.params, unflatten(d, self.params))}
         everything = self._select(None)
         for (x, _), piece in zip(self.data, self._pieces()):
-            with sdpa_kernel(SDPBackend.MATH):
-                z = torch.func.functional_call(self.model, moved, (x,))
+            z = torch.func.functional_call(self.model, moved, (x,))
             Jd = self._jvp(piece, unflatten(d, self.params), everything)
             second = 2 / h * ((z - piece.z.detach()) / h - Jd)
             out = out + flatten(self._vjp(piece, cross_entropy_hvp(piece.probs, second, self.n), everything))
@@ -594,6 +683,16 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
     return factor * (min(1.0, (done + 1) / warmup) if warmup else 1.0)
 
 
+def logits_and_tangent(model, x, v):
+    """z (..., V), with the graph of an ordinary backward, and J v (..., V) without one, by a single pass of forward mode. For a
+    batch used once: with one backward behind it 5/3 of a gradient by matrix multiplications, where GGN's first product takes 7/3."""
+    names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    with differentiable_attention(), torch.enable_grad(), forward_ad.dual_level():
+        duals = {n: forward_ad.make_dual(p, t) for n, p, t in zip(names, params, unflatten(v, params))}
+        z, Jv = forward_ad.unpack_dual(torch.func.functional_call(model, duals, (x,)))
+    return z, torch.zeros_like(z) if Jv is None else Jv.detach()
+
+
 class InnerSolver:
     """Minimise the local model by an optimizer that reads the batch once, one inner step per micro-batch (paper, Algorithm 1).
 
@@ -602,8 +701,8 @@ class InnerSolver:
         prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v) + l2 v
         θ̂ ← optimizer(θ̂, ∇)
 
-    The decrease m(θ̂ − θ) − m(0) is the mean over the last eighth of the micro-batches, each taken before its inner step: at
-    no cost, and on data that the step has not been fitted to.
+    g = Jᵀu at θ, and the decrease m(θ̂ − θ) − m(0), are means over the last eighth of the micro-batches, each taken before its
+    inner step: on data that the step has not been fitted to.
 
     optimizer     a name for baselines.make_optimizer: "muon", "adamw", ...
     rows          sequences in a micro-batch: a batch of B rows gives B / rows inner steps
@@ -623,29 +722,26 @@ class InnerSolver:
         self.optimizer = self.make(self.copy)
 
     def solve(self, parts, idx, targets, prox_linear, record, progress):
-        """Loss and gradient of the batch at θ, the direction θ̂ − θ, and the decrease that the local model promises for it."""
+        """Loss of the batch and gradient at θ, the direction θ̂ − θ, and the decrease that the local model promises for it."""
+        refuse_randomness(self.model)
         params, ends, batches = trainable(self.model), trainable(self.copy), pieces(idx, targets, self.rows)
         if self.outer == 0 or self.reset or self.stale:
             assign(ends, params)
             self.optimizer, self.stale = self.make(self.copy), False
-        loss, grad, norms, decreases = 0.0, 0.0, [], []
+        first_late = len(batches) - math.ceil(len(batches) / 8)
+        n_late = sum(y.numel() for _, y in batches[first_late:])
+        loss, grad, decrease = 0.0, 0.0, 0.0
         for k, (x, y) in enumerate(batches):
             progress("inner", k, len(batches))
-            ggn = GGN(self.model, x, y)
-            loss, grad = loss + ggn.loss * ggn.n / targets.numel(), grad + ggn.grad * (ggn.n / targets.numel())
-            loss0, g0, v = ggn.loss, ggn.grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)])
-            decreases.append(0.0)
-            for part in parts:
-                v_part, g = select(v, params, part), select(g0, params, part)
-                if prox_linear:
-                    ggn.shift(v_part, part)
-                    g = ggn.grad
-                    decreases[-1] += ggn.loss - loss0
-                else:
-                    Gv = ggn.matvec(v_part, part)
-                    decreases[-1] += g.dot(v_part) + 0.5 * Gv.dot(v_part)
-                    g = g + Gv
-                g = g + self.l2 * v_part
+            v, late = flatten([e.detach() - p.detach() for e, p in zip(ends, params)]), k >= first_late
+            local = self._expand if len(parts) == 1 else self._expand_parts
+            value, fall, gradients, at_theta, work = local(x, y, v, parts, prox_linear, late)
+            loss = loss + value * (y.numel() / targets.numel())
+            if late:
+                grad, decrease = grad + at_theta * (y.numel() / n_late), decrease + fall * (y.numel() / n_late)
+            norms = []
+            for part, g in zip(parts, gradients):
+                g = g + self.l2 * select(v, params, part)
                 norms.append(g.norm())
                 if self.clip:
                     g = g * (self.clip / (norms[-1] + 1e-12)).clamp(max=1.0)
@@ -655,11 +751,45 @@ class InnerSolver:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * factor
             self.optimizer.step()
-            record["work"] += ggn.work * ggn.n / targets.numel()
+            record["work"] += work * y.numel() / targets.numel()
         self.outer += 1
-        record.update(inner_steps=len(batches), inner_grad_norm=torch.stack(norms[-len(parts):]).norm().item())
-        last = decreases[-math.ceil(len(batches) / 8):]
-        return loss, grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)]), float(sum(last) / len(last))
+        record.update(inner_steps=len(batches), inner_grad_norm=torch.stack(norms).norm().item())
+        return float(loss), grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)]), float(decrease)
+
+    def _expand(self, x, y, v, parts, prox_linear, at_theta):
+        """The local model of a micro-batch at v, for one part that is everything: L at θ, m(v) − L, [∇m(v)], g or None, and the work."""
+        n, params = y.numel(), trainable(self.model)
+        z, Jv = logits_and_tangent(self.model, x, v)
+        with torch.no_grad():
+            probs, loss = torch.softmax(z, dim=-1), F.cross_entropy(z.flatten(0, -2), y.flatten())
+            u = cross_entropy_grad(probs, y, n)
+            if prox_linear:
+                moved = z + Jv
+                fall = F.cross_entropy(moved.flatten(0, -2), y.flatten()) - loss
+                w = cross_entropy_grad(torch.softmax(moved, dim=-1), y, n)
+            else:
+                HJv = cross_entropy_hvp(probs, Jv, n)
+                fall, w = (Jv * (u + 0.5 * HJv)).sum(), u + HJv
+
+        def pull_back(w, keep):
+            return flatten(torch.autograd.grad(z, params, w, retain_graph=keep, materialize_grads=True, allow_unused=True))
+        g = pull_back(w, at_theta)
+        return loss, fall, [g], pull_back(u, False) if at_theta else None, (7 if at_theta else 5) / 3
+
+    def _expand_parts(self, x, y, v, parts, prox_linear, at_theta):
+        """The same for several parts, each with the others at rest, on one linearisation."""
+        params, ggn, fall, gradients = trainable(self.model), GGN(self.model, x, y), 0.0, []
+        loss, at_zero = ggn.loss, ggn.grad
+        for part in parts:
+            v_part, g = select(v, params, part), select(at_zero, params, part)
+            if prox_linear:
+                ggn.shift(v_part, part)
+                fall, g = fall + ggn.loss - loss, ggn.grad
+            else:
+                Gv = ggn.matvec(v_part, part)
+                fall, g = fall + g.dot(v_part) + 0.5 * Gv.dot(v_part), g + Gv
+            gradients.append(g)
+        return loss, fall, gradients, at_zero, ggn.work
 
     def restart(self):
         """Start the next solve at θ with fresh moments."""
@@ -692,7 +822,8 @@ class GaussNewton:
     warm_start       start CG from this multiple of the last solution (0: from zero)
     curvature_frac   share of the batch's rows that G is made from, unless step() is given others; the gradient is always
                      the whole batch's
-    line_search      "armijo", "grid" or "none", with search_candidates step lengths
+    line_search      "armijo", "grid" or "none", with search_candidates step lengths, on the last search_frac of the batch's rows unless
+                     step() is given others
     micro_batch      rows worked on at a time; cache_gb: see GGN
     local_model      "gn": the loss to second order in the logits.  "prox_linear": the loss itself on the linearised logits,
                      by newton_steps Newton-CG steps per outer step, each with H at the current linearised logits
@@ -709,7 +840,7 @@ class GaussNewton:
 
     def __init__(self, model, parts=None, damping=1.0, damping_metric="kfac", precond="kfac", precond_interval=1,
                  precond_frac=0.25, cg_iters=20, cg_tol=0.0, cg_rtol=0.0, warm_start=1.0, curvature_frac=1.0,
-                 line_search="armijo", search_candidates=10, local_model="gn", newton_steps=3, geodesic=False, power=1.0,
+                 line_search="armijo", search_candidates=10, search_frac=1.0, local_model="gn", newton_steps=3, geodesic=False, power=1.0,
                  inner=None, micro_batch=None, cache_gb=None, seed=0, progress=None):
         if damping_metric not in self.METRICS:
             raise ValueError(f"damping_metric must be identity or kfac, got {damping_metric!r}")
@@ -722,8 +853,8 @@ class GaussNewton:
                              "damping_metric identity: Lanczos makes a function of G + λI alone")
         if geodesic and inner:
             raise ValueError("the geodesic correction is a second CG solve; it does not go with an inner solver")
-        if not 0 < curvature_frac <= 1 or not 0 < precond_frac <= 1:
-            raise ValueError("curvature_frac and precond_frac must be in (0, 1]")
+        if not all(0 < share <= 1 for share in (curvature_frac, precond_frac, search_frac)):
+            raise ValueError("curvature_frac, precond_frac and search_frac must be in (0, 1]")
         self.model, self.params = model, trainable(model)
         index = {id(p): i for i, p in enumerate(self.params)}
         self.parts = [[index.get(id(p), -1) for p in part] for part in parts] if parts else [list(range(len(self.params)))]
@@ -734,7 +865,8 @@ class GaussNewton:
         self.kfac = None if precond == "none" and damping_metric == "identity" else KFAC(model)
         self.precond_interval, self.precond_frac = precond_interval, precond_frac
         self.cg_iters, self.cg_tol, self.cg_rtol, self.warm_start = cg_iters, cg_tol, cg_rtol, warm_start
-        self.curvature_frac, self.line_search, self.search_candidates = curvature_frac, line_search, search_candidates
+        self.curvature_frac, self.search_frac = curvature_frac, search_frac
+        self.line_search, self.search_candidates = line_search, search_candidates
         self.local_model, self.newton_steps, self.inner = local_model, newton_steps, inner
         self.geodesic, self.power = geodesic, power
         self.micro_batch, self.cache_gb = micro_batch, cache_gb
@@ -766,14 +898,15 @@ class GaussNewton:
             if record.get("cg_reason") in ("nonfinite", "indefinite") or not slope < 0:
                 return self._reject(record, f"no descent direction ({record.get('cg_reason', 'inner')}, slope {slope:.1e})")
             # 3. Search along θ + αd, and along θ + αd + α²a where there is a correction a.
-            x, y = search or (idx, targets)
+            rows = math.ceil(self.search_frac * len(idx))
+            x, y = search or (idx[-rows:], targets[-rows:])
 
             def loss_at(alpha, bend=None, x=x, y=y):
                 self.progress("line search")
                 self._move(theta, d, alpha, bend)
                 record["work"] += y.numel() / targets.numel() / 3
                 return batch_loss(self.model, x, y, self.micro_batch)
-            loss0 = loss if search is None else loss_at(0.0)
+            loss0 = loss if search is None and rows == len(idx) else loss_at(0.0)
             found = line_search(loss_at, loss0, slope, self.line_search, self.search_candidates)
             if bend is not None:
                 bent = line_search(lambda alpha: loss_at(alpha, bend), loss0, slope, self.line_search, self.search_candidates)
@@ -783,9 +916,9 @@ class GaussNewton:
                 assign(self.params, theta)
                 return self._reject(record, f"line search: {found.reason}")
             # 4. Update θ and λ.
-            new_loss = found.loss if search is None else loss_at(found.alpha, bend, idx, targets)
+            actual = found.loss - loss0 if search is None else loss_at(found.alpha, bend, idx, targets) - loss
             self._move(theta, d, found.alpha, bend)
-            return self._accept(record, loss, new_loss, grad, d, slope, decrease)
+            return self._accept(record, actual, grad, d, slope, decrease)
         except BaseException:                           # out of memory, Ctrl-C: as if the step had not begun
             assign(self.params, theta)
             raise
@@ -897,15 +1030,15 @@ class GaussNewton:
         rhs = ggn.pull_back_curvature(d, h)
         return join([solve(-0.5 * select(rhs, self.params, part), part).x for part in self.parts], self.params, self.parts)
 
-    def _accept(self, record, loss, new_loss, grad, d, slope, decrease):
+    def _accept(self, record, actual, grad, d, slope, decrease):
         alpha = record["alpha"]
         # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN.
         predicted = alpha * slope + alpha ** 2 * (decrease - slope)
-        rho = (new_loss - loss) / predicted if predicted < 0 else 0.0
+        rho = actual / predicted if predicted < 0 else 0.0
         if self.inner is None and self.power == 1:      # the others have no λ to adapt
             self.damping = levenberg_marquardt(self.damping, rho, alpha)
         self.direction, self.steps, self.rejections = d, self.steps + 1, 0
-        record.update(accepted=True, new_loss=new_loss, predicted=predicted, actual=new_loss - loss, rho=rho,
+        record.update(accepted=True, new_loss=record["loss"] + actual, predicted=predicted, actual=actual, rho=rho,
                       cosine=-slope / (grad.norm() * d.norm()).item(), step_norm=alpha * d.norm().item())
         return record
 

@@ -93,6 +93,7 @@ def build_parser():
     flag("--line_search", str, None, "along each step: armijo (backtracking), grid (best of all candidates) or none (default armijo for GN, "
          "none for baselines)", choices=("armijo", "grid", "none"))
     flag("--line_search_data", str, "same", "search on the batch or on as many fresh tokens", choices=("same", "fresh"))
+    flag("--search_frac", float, None, "share of the batch, or of as many fresh tokens, that the search is on (default 0.125 with --solver muon or adamw, else 1)")
     flag("--search_candidates", int, 10, "step lengths 2^(-i/2), i = 0, 1, ..., at most")
 
     flag = group("model")
@@ -171,6 +172,8 @@ def resolve(argv):
     for key, value in RUN_DEFAULTS["gn" if args.opt in GN else "baseline"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.search_frac is None:
+        args.search_frac = 0.125 if args.opt in GN and args.solver != "cg" else 1.0
     # What was not asked for gives way to what was; what was asked for and does not go together, GaussNewton refuses.
     yielding = {"geodesic": False} if args.solver != "cg" else {}
     if args.power != 1:
@@ -193,7 +196,7 @@ def resolve(argv):
         raise UsageError(f"--seed must be below 2^63, got {args.seed}")
     if args.target_loss is not None and math.isnan(args.target_loss):
         raise UsageError("--target_loss must be a number, got nan")
-    for key in ("precond_frac", "curvature_frac"):
+    for key in ("precond_frac", "curvature_frac", "search_frac"):
         if not 0 < getattr(args, key) <= 1:
             raise UsageError(f"--{key} must be above 0 and at most 1, got {getattr(args, key)}")
     for key, value in [("ema", args.ema), ("momentum", args.momentum), *(("betas", b) for b in args.betas or ())]:
@@ -290,19 +293,20 @@ class FirstOrder:
         d, alpha = flatten([p.detach() for p in self.params]) - before, 1.0
         slope = grad.dot(d).item()
         if args.line_search != "none":                  # along the optimizer's own step, which may also be refused
-            x, y = search or (idx, targets)
+            rows = math.ceil(args.search_frac * len(idx))
+            x, y = search or (idx[-rows:], targets[-rows:])
 
             def loss_at(alpha):
                 record["work"] += y.numel() / targets.numel() / 3
                 with weights(self.params, unflatten(before + alpha * d, self.params)):
                     return batch_loss(self.model, x, y, args.micro_batch)
-            loss0 = loss if search is None else loss_at(0.0)
+            loss0 = loss if search is None and rows == len(idx) else loss_at(0.0)
             found = line_search(loss_at, loss0, slope, args.line_search, args.search_candidates)
             alpha = found.alpha
             assign(self.params, unflatten(before + alpha * d if alpha else before, self.params))
             record.update(alpha=alpha, search_loss0=loss0, search_loss=found.loss, search_tries=found.tries)
             if search is None and alpha:
-                record["actual"] = found.loss - loss
+                record["actual"] = found.loss - loss0
             if not alpha:
                 self.rejections += 1
                 return {**record, "reason": f"line search: {found.reason}"}
@@ -323,7 +327,7 @@ def make_stepper(model, args, progress):
     if args.opt in BASELINES:
         return FirstOrder(model, args)
     same = ("damping", "damping_metric", "precond", "precond_interval", "precond_frac", "cg_iters", "cg_tol", "cg_rtol",
-            "warm_start", "curvature_frac", "line_search", "search_candidates", "local_model", "newton_steps", "geodesic", "power", "micro_batch",
+            "warm_start", "curvature_frac", "line_search", "search_candidates", "search_frac", "local_model", "newton_steps", "geodesic", "power", "micro_batch",
             "cache_gb", "seed")
     inner = None
     if args.solver != "cg":
@@ -578,7 +582,7 @@ def run(args, given, checkpoint):
             if args.opt in GN and args.curvature_data == "fresh":
                 extra["curvature"] = batch(1, step, math.ceil(args.curvature_frac * batch_rows))
             if args.line_search != "none" and args.line_search_data == "fresh":
-                extra["search"] = batch(2, step)
+                extra["search"] = batch(2, step, math.ceil(args.search_frac * batch_rows))
             before, (x, y) = [p.detach().clone() for p in params], batch(0, step)
             record = {**STEP_FIELDS, **stepper.step(x, y, **extra)}
             if ema:

@@ -126,12 +126,11 @@ class GPT(nn.Module):
         T, vocab = idx.shape[1], self.config.vocab_size
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
-        # Looked at on a CPU only: on a GPU the two reductions would stall the queue at every forward.
-        if idx.device.type == "cpu" and idx.numel() and not torch.compiler.is_compiling():
+        try:
+            x = self.embed(idx)                                                 # (B, T, C)
+        except IndexError as e:      # on a CPU; a GPU stops with an assertion of its own
             low, high = (int(i) for i in torch.aminmax(idx))
-            if low < 0 or high >= vocab:
-                raise ValueError(f"token ids reach from {low} to {high}, outside 0 .. {vocab - 1} (vocab_size {vocab})")
-        x = self.embed(idx)                                                     # (B, T, C)
+            raise ValueError(f"token ids reach from {low} to {high}, outside 0 .. {vocab - 1} (vocab_size {vocab})") from e
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
         return self.head(self.norm(x))                                          # (B, T, vocab_size)

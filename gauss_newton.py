@@ -18,6 +18,7 @@ forward(inputs) gives logits (..., classes):
 """
 import copy
 import math
+import warnings
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -224,12 +226,178 @@ def differentiable_attention():
 # The Gauss-Newton matrix
 
 
-class _Linearisation(NamedTuple):
-    """One piece of the batch with its graphs. g = Jᵀu is a graph linear in u, so differentiating gᵀv by u gives J v."""
-    z: torch.Tensor       # (..., V) logits, with graph
-    probs: torch.Tensor   # (..., V) softmax(z), no graph
-    u: torch.Tensor       # (..., V) ∂L/∂z, a leaf
-    g: list               # Jᵀu per parameter, with graph in u; None where the parameter is not used
+class _Piece:
+    """One piece of the batch, linearised: z (..., V), probs = softmax(z), and by double backward
+
+        vjp   Jᵀw, an ordinary backward of z
+        jvp   J v: the gradient g = Jᵀu with its graph is linear in u, so that differentiating gᵀv by u gives J v
+    """
+
+    def __init__(self, model, params, x, y, n):
+        with differentiable_attention(), torch.enable_grad():
+            z = model(x)
+            self.probs = torch.softmax(z.detach(), dim=-1)
+            self.u = cross_entropy_grad(self.probs, y, n).requires_grad_()
+            self.g = torch.autograd.grad(z, params, self.u, create_graph=True, allow_unused=True)
+        self.z, self.params, self.n = z, params, n
+
+    def grad(self):
+        return flatten([torch.zeros_like(p) if g is None else g.detach() for g, p in zip(self.g, self.params)])
+
+    def jvp(self, v, part):
+        pairs = [(self.g[i], t) for i, t in zip(part, unflatten(v, [self.params[i] for i in part])) if self.g[i] is not None]
+        return torch.autograd.grad([g for g, _ in pairs], self.u, [t for _, t in pairs], retain_graph=True,
+                                   materialize_grads=True, allow_unused=True)[0]
+
+    def vjp(self, w, part):
+        return flatten(torch.autograd.grad(self.z, [self.params[i] for i in part], w, retain_graph=True,
+                                           materialize_grads=True, allow_unused=True))
+
+    def product(self, v, part):
+        return self.vjp(cross_entropy_hvp(self.probs, self.jvp(v, part), self.n), part)
+
+
+class Program:
+    """The same piece, traced once for one shape, split into what is made once per batch and what is made once per product, each
+    half compiled (torch.compile; minutes for a large model, so for long runs).
+
+    All of it is traced in one graph, F(θ, x, y, v, P, w) -> z, probs, g | J v, JᵀH_P J v, Jᵀw. What depends on (θ, x, y) alone is
+    the first half, and what crosses the cut is saved; the second is cut anew for each of the three results.
+
+        program = Program(model, idx, targets)      # then GGN(..., program=program); pieces of other shapes stay eager
+
+    Raises RuntimeError where the compiled product on (x, y) differs from the eager one by more than rounding: compilers have
+    given wrong second derivatives without a word.
+    """
+
+    def __init__(self, model, x, y):
+        params = self.params = trainable(model)
+        self.shape = x.shape
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+
+        def everything(theta, x, y, v, P, w):
+            theta = [p.detach().requires_grad_() for p in theta]
+            with differentiable_attention(), torch.enable_grad():
+                z = torch.func.functional_call(model, dict(zip(names, theta)), (x,))
+                probs = torch.softmax(z.detach(), dim=-1)
+                u = cross_entropy_grad(probs, y, 1).requires_grad_()          # / n is left to the piece
+                g = torch.autograd.grad(z, theta, u, create_graph=True, materialize_grads=True, allow_unused=True)
+                Jv = torch.autograd.grad(g, u, v, retain_graph=True)[0]
+                back = dict(retain_graph=True, materialize_grads=True, allow_unused=True)
+                Gv = torch.autograd.grad(z, theta, cross_entropy_hvp(P, Jv, 1), **back)
+                return z.detach(), probs, *[t.detach() for t in g], Jv, *Gv, *torch.autograd.grad(z, theta, w, **back)
+        with torch.no_grad():
+            z, k = model(x), len(params)
+        graph = trace(everything, [p.detach() for p in params], x, y, [torch.zeros_like(p) for p in params], z, z.clone())
+        inputs, outputs = [node for node in graph.graph.nodes if node.op == "placeholder"], graph.graph.output_node().args[0]
+        once, v, (P, w) = inputs[:k + 2], inputs[k + 2:-2], inputs[-2:]
+        late = {*v, P, w}
+        for node in graph.graph.nodes:
+            if any(a in late for a in node.all_input_nodes):
+                late.add(node)
+        wanted = {"jvp": (v, outputs[k + 2:k + 3]), "product": ([*v, P], outputs[k + 3:2 * k + 3]), "vjp": ([w], outputs[2 * k + 3:])}
+        cuts = {name: sorted({a for node in _needed(out, late) for a in node.all_input_nodes if a not in late and a.op != "get_attr"} |
+                             {node for node in out if node not in late}, key=lambda a: a.name) for name, (_, out) in wanted.items()}
+        saved = sorted({a for cut in cuts.values() for a in cut}, key=lambda a: a.name)
+        self._first = _compile(graph, once, [*outputs[:k + 2], *saved])
+        self._second = {name: _compile(graph, cuts[name] + ins, out) for name, (ins, out) in wanted.items()}
+        self._at = {name: [saved.index(a) for a in cut] for name, cut in cuts.items()}
+        self._check(model, x, y)
+
+    def _check(self, model, x, y):
+        n, part = y.numel(), range(len(self.params))
+        eager, compiled = _Piece(model, self.params, x, y, n), self.linearise(x, y, n)
+        v = eager.grad()
+        for name, a, b in (("gradient", v, compiled.grad()), ("product", eager.product(v, part), compiled.product(v, part))):
+            error = ((a - b).norm() / a.norm()).item()
+            if not error < 20 * max(torch.finfo(a.dtype).eps, torch.finfo(eager.z.dtype).eps) ** 0.75:
+                raise RuntimeError(f"the compiled {name} differs from the eager one by {error:.1e}")
+
+    @torch.no_grad()
+    def linearise(self, x, y, n):
+        piece, k = _CompiledPiece(), len(self.params)
+        piece.z, piece.probs, *rest = self._first(*[p.detach() for p in self.params], x, y)
+        piece.program, piece.n, piece.g, piece.saved = self, n, rest[:k], rest[k:]
+        return piece
+
+    @torch.no_grad()
+    def call(self, name, saved, *args):
+        return self._second[name](*[saved[i] for i in self._at[name]], *args)
+
+
+class _CompiledPiece:
+    """A piece made by a Program; see _Piece."""
+
+    def grad(self):
+        return flatten(self.g).div_(self.n)
+
+    def _full(self, v, part):
+        params = self.program.params
+        full = [torch.zeros_like(p) for p in params] if len(part) < len(params) else [None] * len(params)
+        for i, t in zip(part, unflatten(v, [params[i] for i in part])):
+            full[i] = t
+        return full
+
+    def jvp(self, v, part):
+        return self.program.call("jvp", self.saved, *self._full(v, part))[0]
+
+    def vjp(self, w, part):
+        out = self.program.call("vjp", self.saved, w)
+        return flatten([out[i] for i in part])
+
+    def product(self, v, part):
+        out = self.program.call("product", self.saved, *self._full(v, part), self.probs)
+        return flatten([out[i] for i in part]).div_(self.n)
+
+
+def trace(function, *examples):
+    """The function's operations on tensors, derivatives and all, as one torch.fx graph for the examples' shapes."""
+    graph = make_fx(function)(*examples)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def compiled_or_eager(function, *examples):
+    """The function compiled for the examples' shapes; itself, with a warning, where that fails or the results differ."""
+    try:
+        graph = trace(lambda *arguments: function(*arguments, traced=True), *examples)
+        compiled = torch.no_grad()(torch.compile(graph, dynamic=False))
+        for a, b in zip(function(*examples), compiled(*examples)):
+            if not (a - b).norm() <= 1e-3 * a.norm() + 1e-6:
+                raise RuntimeError("the compiled result differs from the eager one")
+        return compiled
+    except Exception as e:
+        warnings.warn(f"not compiled: {_first_line(e)}")
+        return function
+
+
+def _first_line(e):
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
+def _needed(outputs, among):
+    """The nodes in `among` that the outputs are made from."""
+    found, stack = set(), [node for node in outputs if node in among]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += [a for a in node.all_input_nodes if a in among]
+    return found
+
+
+def _compile(graph, inputs, outputs):
+    """The part of a graph from some of its nodes to others, compiled."""
+    new, made = torch.fx.Graph(), {}
+    for node in inputs:
+        made[node] = new.placeholder(node.name)
+    needed = _needed(outputs, {node for node in graph.graph.nodes if node not in made})
+    for node in graph.graph.nodes:
+        if node in needed:
+            made[node] = new.node_copy(node, made.__getitem__)
+    new.output(tuple(made[node] for node in outputs))
+    return torch.compile(torch.fx.GraphModule(graph, new), dynamic=False)
 
 
 class GGN:
@@ -240,6 +408,7 @@ class GGN:
     cache_gb       with micro_batch: pieces keep their graphs while they fit in this many GB (None: 40 % of what is free), so
                    that a product repeats no forward; the others are linearised anew at each product, in memory that does
                    not grow with the batch
+    program        a compiled Program for pieces of its shape
 
     loss           mean cross-entropy in nats per token, a float
     grad           its gradient (P,), parameters flattened in the order of model.parameters(), tied ones once
@@ -251,9 +420,9 @@ class GGN:
     it is reused by every product: 1.3 gradients each, where jvp + vjp take 2.3.
     """
 
-    def __init__(self, model, idx, targets, micro_batch=None, cache_gb=0.0):
+    def __init__(self, model, idx, targets, micro_batch=None, cache_gb=0.0, program=None):
         refuse_randomness(model)
-        self.model, self.params, self.n = model, trainable(model), targets.numel()
+        self.model, self.params, self.n, self.program = model, trainable(model), targets.numel(), program
         self.data, self.cache, self.offset = pieces(idx, targets, micro_batch), [], None
         self.products, self.work = 0, 1.0
         self.loss, self.grad = 0.0, 0.0
@@ -264,18 +433,15 @@ class GGN:
             else:
                 piece = self._linearise(x, y)
             self.loss += F.cross_entropy(piece.z.detach().flatten(0, -2), y.flatten(), reduction="sum").item() / self.n
-            self.grad += flatten([torch.zeros_like(p) if g is None else g.detach() for g, p in zip(piece.g, self.params)])
+            self.grad += piece.grad()
             if room == math.inf or (i + 1) * piece_bytes <= room:
                 self.cache.append(piece)
             del piece
 
     def _linearise(self, x, y):
-        with differentiable_attention(), torch.enable_grad():
-            z = self.model(x)
-            probs = torch.softmax(z.detach(), dim=-1)
-            u = cross_entropy_grad(probs, y, self.n).requires_grad_()
-            g = torch.autograd.grad(z, self.params, u, create_graph=True, allow_unused=True)
-        return _Linearisation(z, probs, u, list(g))
+        if self.program and self.program.shape == x.shape:
+            return self.program.linearise(x, y, self.n)
+        return _Piece(self.model, self.params, x, y, self.n)
 
     def _measure(self, x, y):
         """A linearised piece and the bytes that keeping it costs: every storage that its graphs save, once."""
@@ -286,6 +452,8 @@ class GGN:
             return t
         with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
             piece = self._linearise(x, y)
+        for t in getattr(piece, "saved", ()):
+            count(t)
         for p in self.params:
             storages.pop(p.untyped_storage().data_ptr(), None)
         return piece, sum(storages.values()) + 3 * piece.z.numel() * piece.z.element_size()
@@ -297,52 +465,36 @@ class GGN:
             yield self._shifted(self._linearise(x, y))
 
     def _shifted(self, piece):
-        if self.offset is None:
-            return piece
-        return piece._replace(probs=torch.softmax(piece.z.detach() + self._jvp(piece, *self.offset), dim=-1))
+        if self.offset is not None:
+            piece.probs = torch.softmax(piece.z.detach() + piece.jvp(*self.offset), dim=-1)
+        return piece
 
     def shift(self, v, part=None):
         """Expand at v the loss of the linearised model, f¹(v) = L(z + Jv): from now on `loss`, `grad` and `matvec`'s H are
         those of f¹ at v, while J stays (GN-prox-linear). With `part`, v moves those parameters alone and `grad` is theirs."""
         part = self._select(part)
-        self.offset = (unflatten(v, [self.params[i] for i in part]), part)
-        self.loss, self.grad = 0.0, 0.0
+        self.offset, self.loss, self.grad = (v, part), 0.0, 0.0
         for i, ((x, y), piece) in enumerate(zip(self.data, self._pieces())):
             if i < len(self.cache):
-                piece = self.cache[i] = self._shifted(piece)
+                self._shifted(piece)
             logp = piece.probs.gather(-1, y.unsqueeze(-1)).clamp_min(torch.finfo(piece.probs.dtype).tiny).log()
             self.loss -= logp.sum().item() / self.n
-            self.grad += flatten(self._vjp(piece, cross_entropy_grad(piece.probs, y, self.n), part))
+            self.grad += piece.vjp(cross_entropy_grad(piece.probs, y, self.n), part)
         self.work += self._product_work(part)
 
     def _select(self, part):
         return range(len(self.params)) if part is None else part
 
-    def _jvp(self, piece, v, part):
-        pairs = [(piece.g[i], t) for i, t in zip(part, v) if piece.g[i] is not None]
-        return torch.autograd.grad([g for g, _ in pairs], piece.u, [t for _, t in pairs], retain_graph=True,
-                                   materialize_grads=True, allow_unused=True)[0]
-
-    def _vjp(self, piece, w, part):
-        return torch.autograd.grad(piece.z, [self.params[i] for i in part], w, retain_graph=True,
-                                   materialize_grads=True, allow_unused=True)
-
     def jvp(self, v, part=None):
         """J v: the change of every logit, (B, ..., V), for the parameter change v (P,)."""
-        part = self._select(part)
-        v = unflatten(v, [self.params[i] for i in part])
-        return torch.cat([self._jvp(piece, v, part) for piece in self._pieces()])
+        return torch.cat([piece.jvp(v, self._select(part)) for piece in self._pieces()])
 
     def matvec(self, v, part=None):
         """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those parameters
         alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
-        part = self._select(part)
-        v = unflatten(v, [self.params[i] for i in part])
-        out = 0.0
+        part, out = self._select(part), 0.0
         for piece in self._pieces():
-            Jv = self._jvp(piece, v, part)
-            HJv = cross_entropy_hvp(piece.probs, Jv, self.n)
-            out = out + flatten(self._vjp(piece, HJv, part))
+            out = out + piece.product(v, part)
         self.products += 1
         self.work += self._product_work(part)
         return out
@@ -351,14 +503,12 @@ class GGN:
     def pull_back_curvature(self, d, h):
         """JᵀH f''(d, d) (P,), the second directional derivative of the logits by a difference of step h; see
         GaussNewton.geodesic. The parameters stay where they are: the graphs belong to them."""
-        names, out = [n for n, p in self.model.named_parameters() if p.requires_grad], 0.0
+        names, out, everything = [n for n, p in self.model.named_parameters() if p.requires_grad], 0.0, self._select(None)
         moved = {n: p + h * t for n, p, t in zip(names, self.params, unflatten(d, self.params))}
-        everything = self._select(None)
         for (x, _), piece in zip(self.data, self._pieces()):
             z = torch.func.functional_call(self.model, moved, (x,))
-            Jd = self._jvp(piece, unflatten(d, self.params), everything)
-            second = 2 / h * ((z - piece.z.detach()) / h - Jd)
-            out = out + flatten(self._vjp(piece, cross_entropy_hvp(piece.probs, second, self.n), everything))
+            second = 2 / h * ((z - piece.z.detach()) / h - piece.jvp(d, everything))
+            out = out + piece.vjp(cross_entropy_hvp(piece.probs, second, self.n), everything)
         self.products += 1
         self.work += 1 / 3 + self._product_work(everything)
         return out
@@ -683,14 +833,40 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
     return factor * (min(1.0, (done + 1) / warmup) if warmup else 1.0)
 
 
-def logits_and_tangent(model, x, v):
-    """z (..., V), with the graph of an ordinary backward, and J v (..., V) without one, by a single pass of forward mode. For a
-    batch used once: with one backward behind it 5/3 of a gradient by matrix multiplications, where GGN's first product takes 7/3."""
-    names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-    with differentiable_attention(), torch.enable_grad(), forward_ad.dual_level():
-        duals = {n: forward_ad.make_dual(p, t) for n, p, t in zip(names, params, unflatten(v, params))}
-        z, Jv = forward_ad.unpack_dual(torch.func.functional_call(model, duals, (x,)))
-    return z, torch.zeros_like(z) if Jv is None else Jv.detach()
+def expand_once(model, theta, x, y, v, prox_linear, at_theta, traced=False):
+    """The local model of a micro-batch that is used once, at v, all parameters one part; theta, v: lists of tensors.
+
+        forward mode   z, J v in one pass               1/3 + 2/3 of a gradient by matrix multiplications
+        backward       ∇m(v) = Jᵀ(u + H J v), or Jᵀ ∂L/∂z(z + J v) for prox-linear       2/3
+
+    5/3 in all, where GGN and its first product take 7/3. Returns [L(θ), m(v) − L(θ), *∇m(v)], and with at_theta behind them
+    *g, the gradient at θ, for 2/3 more. traced: J v by double backward, for compilers that know no forward mode; the gradient
+    that it makes on its way is dead code there.
+    """
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    theta = [p.detach().requires_grad_() for p in theta]
+    with differentiable_attention(), torch.enable_grad():
+        if traced:
+            z = torch.func.functional_call(model, dict(zip(names, theta)), (x,))
+            u = torch.zeros_like(z, requires_grad=True)
+            g = torch.autograd.grad(z, theta, u, create_graph=True, materialize_grads=True, allow_unused=True)
+            Jv = torch.autograd.grad(g, u, v, materialize_grads=True, retain_graph=True)[0]
+        else:
+            with forward_ad.dual_level():
+                duals = {n: forward_ad.make_dual(p, t) for n, p, t in zip(names, theta, v)}
+                z, Jv = forward_ad.unpack_dual(torch.func.functional_call(model, duals, (x,)))
+    with torch.no_grad():
+        Jv, n, flat = Jv.detach(), y.numel(), (-1, z.shape[-1])
+        probs, loss = torch.softmax(z, dim=-1), F.cross_entropy(z.reshape(flat), y.flatten())
+        u = cross_entropy_grad(probs, y, n)
+        if prox_linear:
+            fall = F.cross_entropy((z + Jv).reshape(flat), y.flatten()) - loss
+            w = cross_entropy_grad(torch.softmax(z + Jv, dim=-1), y, n)
+        else:
+            HJv = cross_entropy_hvp(probs, Jv, n)
+            fall, w = (Jv * (u + 0.5 * HJv)).sum(), u + HJv
+    g = torch.autograd.grad(z, theta, w, retain_graph=at_theta, materialize_grads=True, allow_unused=True)
+    return [loss, fall, *g, *(torch.autograd.grad(z, theta, u, materialize_grads=True, allow_unused=True) if at_theta else ())]
 
 
 class InnerSolver:
@@ -710,13 +886,14 @@ class InnerSolver:
     clip          norm that the gradient of each part is clipped to; 0 = off
     l2            pull toward θ
     reset         start every outer step at θ with fresh moments; else at the last θ̂, before the line search, with the old ones
+    compile       compile what is done per micro-batch (one part only)
     """
 
     def __init__(self, model, optimizer="muon", rows=64, lr=3e-3, weight_decay=1e-3, betas=(0.9, 0.999), clip=1.0, l2=0.0,
-                 schedule="constant_with_inner_cosine", warmup=0, outer_steps=100, reset=False):
+                 schedule="constant_with_inner_cosine", warmup=0, outer_steps=100, reset=False, compile=False):
         inner_schedule(schedule, 0, 1, 0, 1)
         self.model, self.rows, self.lr, self.clip, self.l2, self.reset = model, rows, lr, clip, l2, reset
-        self.schedule, self.warmup, self.outer_steps = schedule, warmup, outer_steps
+        self.schedule, self.warmup, self.outer_steps, self.compile, self.programs = schedule, warmup, outer_steps, compile, {}
         self.make = lambda copied: make_optimizer(optimizer, copied, lr, weight_decay, betas)
         self.copy, self.outer, self.stale = copy.deepcopy(model), 0, False
         self.optimizer = self.make(self.copy)
@@ -757,27 +934,20 @@ class InnerSolver:
         return float(loss), grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)]), float(decrease)
 
     def _expand(self, x, y, v, parts, prox_linear, at_theta):
-        """The local model of a micro-batch at v, for one part that is everything: L at θ, m(v) − L, [∇m(v)], g or None, and the work."""
-        n, params = y.numel(), trainable(self.model)
-        z, Jv = logits_and_tangent(self.model, x, v)
-        with torch.no_grad():
-            probs, loss = torch.softmax(z, dim=-1), F.cross_entropy(z.flatten(0, -2), y.flatten())
-            u = cross_entropy_grad(probs, y, n)
-            if prox_linear:
-                moved = z + Jv
-                fall = F.cross_entropy(moved.flatten(0, -2), y.flatten()) - loss
-                w = cross_entropy_grad(torch.softmax(moved, dim=-1), y, n)
-            else:
-                HJv = cross_entropy_hvp(probs, Jv, n)
-                fall, w = (Jv * (u + 0.5 * HJv)).sum(), u + HJv
+        """The local model of a micro-batch at v: L at θ, m(v) − L, ∇m(v) for each part, g or None, and the work."""
+        params = trainable(self.model)
+        arguments, key = ([p.detach() for p in params], x, y, unflatten(v, params)), (x.shape, prox_linear, at_theta)
 
-        def pull_back(w, keep):
-            return flatten(torch.autograd.grad(z, params, w, retain_graph=keep, materialize_grads=True, allow_unused=True))
-        g = pull_back(w, at_theta)
-        return loss, fall, [g], pull_back(u, False) if at_theta else None, (7 if at_theta else 5) / 3
+        def function(theta, x, y, v, traced=False):
+            return expand_once(self.model, theta, x, y, v, prox_linear, at_theta, traced)
+        if self.compile and key not in self.programs:
+            self.programs[key] = compiled_or_eager(function, *arguments)
+        loss, fall, *g = self.programs.get(key, function)(*arguments)
+        k = len(params)
+        return loss, fall, [flatten(g[:k])], flatten(g[k:]) if at_theta else None, (7 if at_theta else 5) / 3
 
     def _expand_parts(self, x, y, v, parts, prox_linear, at_theta):
-        """The same for several parts, each with the others at rest, on one linearisation."""
+        """The same for several parts, each with the others at rest, all on one linearisation."""
         params, ggn, fall, gradients = trainable(self.model), GGN(self.model, x, y), 0.0, []
         loss, at_zero = ggn.loss, ggn.grad
         for part in parts:
@@ -831,6 +1001,7 @@ class GaussNewton:
     power            1: d = −(G + λI)⁻¹ g.  0.5: d = −(G + λI)^(−½) g by Lanczos, λ fixed, scaled to the model's minimum along
                      it; without preconditioner, identity metric, GN
     inner            an InnerSolver in place of CG; damping, preconditioner and curvature settings are then not used
+    compile          compile the product (see Program; CG only, for an InnerSolver see there); eager, with a warning, where that fails
     seed             of the sampled labels
     progress         called as progress(what) or progress("cg", done, total) inside long steps
     """
@@ -841,7 +1012,7 @@ class GaussNewton:
     def __init__(self, model, parts=None, damping=1.0, damping_metric="kfac", precond="kfac", precond_interval=1,
                  precond_frac=0.25, cg_iters=20, cg_tol=0.0, cg_rtol=0.0, warm_start=1.0, curvature_frac=1.0,
                  line_search="armijo", search_candidates=10, search_frac=1.0, local_model="gn", newton_steps=3, geodesic=False, power=1.0,
-                 inner=None, micro_batch=None, cache_gb=None, seed=0, progress=None):
+                 inner=None, micro_batch=None, cache_gb=None, compile=False, seed=0, progress=None):
         if damping_metric not in self.METRICS:
             raise ValueError(f"damping_metric must be identity or kfac, got {damping_metric!r}")
         if precond not in ("kfac", "none"):
@@ -869,7 +1040,7 @@ class GaussNewton:
         self.line_search, self.search_candidates = line_search, search_candidates
         self.local_model, self.newton_steps, self.inner = local_model, newton_steps, inner
         self.geodesic, self.power = geodesic, power
-        self.micro_batch, self.cache_gb = micro_batch, cache_gb
+        self.micro_batch, self.cache_gb, self.compile, self.program = micro_batch, cache_gb, compile, None
         self.progress = progress or (lambda what, done=0, total=0: None)
         self.direction, self.steps, self.rejections = None, 0, 0      # rejections in a row
         self.generator = torch.Generator(device=self.params[0].device).manual_seed(seed)
@@ -928,7 +1099,15 @@ class GaussNewton:
         self.progress("linearise")
         rows = math.ceil(self.curvature_frac * len(idx))
         x, y = curvature or (idx[:rows], targets[:rows])
-        ggn = GGN(self.model, x, y, self.micro_batch, self.cache_gb)
+        piece = x[:self.micro_batch or len(x)], y[:self.micro_batch or len(x)]
+        if self.compile and (self.program is None or self.program.shape != piece[0].shape):
+            self.progress("compile")
+            try:
+                self.program = Program(self.model, *piece)
+            except Exception as e:
+                warnings.warn(f"not compiled: {_first_line(e)}")
+                self.compile, self.program = False, None
+        ggn = GGN(self.model, x, y, self.micro_batch, self.cache_gb, self.program)
         loss, grad = ggn.loss, ggn.grad
         if curvature is not None or rows < len(idx):    # the rows whose gradient G did not give
             rest = 0 if curvature is not None else rows

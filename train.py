@@ -48,7 +48,7 @@ RESUMABLE = {"resume", "out_dir", "data_dir", "steps", "target_loss", "sample", 
 
 GN_ONLY = {"local_model", "solver", "newton_steps", "geodesic", "power", "damping", "damping_metric", "cg_iters", "cg_tol", "cg_rtol", "precond",
            "precond_interval", "precond_frac", "curvature_frac", "curvature_data", "warm_start", "inner_tokens", "inner_lr", "inner_schedule",
-           "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2", "inner_reset"}
+           "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2", "inner_reset", "compile"}
 BASELINE_ONLY = {"lr", "schedule", "warmup_steps", "clip", "weight_decay", "betas", "momentum", "precondition_frequency"}
 
 
@@ -127,6 +127,7 @@ def build_parser():
     flag("--curvature_data", str, "same", "GN matrix on the batch's own or on fresh sequences", choices=("same", "fresh"))
     flag("--warm_start", float, 1.0, "start CG from this multiple of the last solution; 0 = from zero")
     flag("--cache_gb", float, None, "memory for kept graphs, in GB, which save a forward per product (default: 40 %% of what is free)")
+    flag("--compile", bool, False, "compile products and inner steps: half a minute to some minutes at the start, for long runs (needs a C++ compiler)")
     flag("--max_rejections", int, 8, "stop after this many rejected steps in a row")
 
     flag = group("Gauss-Newton with --solver muon or adamw")
@@ -328,12 +329,12 @@ def make_stepper(model, args, progress):
         return FirstOrder(model, args)
     same = ("damping", "damping_metric", "precond", "precond_interval", "precond_frac", "cg_iters", "cg_tol", "cg_rtol",
             "warm_start", "curvature_frac", "line_search", "search_candidates", "search_frac", "local_model", "newton_steps", "geodesic", "power", "micro_batch",
-            "cache_gb", "seed")
+            "cache_gb", "compile", "seed")
     inner = None
     if args.solver != "cg":
         inner = InnerSolver(model, args.solver, args.inner_tokens // model.config.block_size, args.inner_lr, args.inner_weight_decay,
                             clip=args.inner_clip, l2=args.inner_l2, schedule=args.inner_schedule, warmup=args.inner_warmup,
-                            outer_steps=args.steps, reset=args.inner_reset)
+                            outer_steps=args.steps, reset=args.inner_reset, compile=args.compile)
     return GaussNewton(model, parts=model.layers() if args.opt == "layerwise_gn" else None, inner=inner, progress=progress,
                        **{k: getattr(args, k) for k in same})
 

@@ -210,6 +210,8 @@ class _AttentionMode(TorchFunctionMode):
     @staticmethod
     def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if attn_mask is None and not dropout_p and not enable_gqa:
+            if torch.is_autocast_enabled(q.device.type):        # which would have done it further down
+                q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
             return _Attention.apply(q, k, v, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
@@ -540,11 +542,13 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0):
 
     Differs from the textbook in: 1. x0 is first scaled to its best multiple, (bᵀx0 / x0ᵀA x0) x0, since a direction
     kept from an earlier system can begin uphill. 2. `tol` as above. 3. Trouble is a `reason`, not an exception: on
-    "indefinite" (pᵀAp <= 0, or a preconditioner that is not positive) or "nonfinite" x is the last good iterate.
+    "indefinite" (pᵀAp <= 0, or a preconditioner that is not positive) or "nonfinite" x is the last good iterate. 4. Scalars stay
+    on the device; on a GPU the host waits for it at every fourth iteration only, where all tests are made, and "last good"
+    is the iterate four before.
     """
-    x, r = torch.zeros_like(b), b.clone()
-    bnorm = b.norm().item()
-    if not math.isfinite(bnorm):
+    x, r, every = torch.zeros_like(b), b.clone(), 1 if b.device.type == "cpu" else 4
+    bnorm = b.norm()
+    if not bnorm.isfinite():
         return CGResult(x, 0, "nonfinite", [0.0])
     if bnorm == 0:
         return CGResult(x, 0, "zero", [0.0])
@@ -554,30 +558,36 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0):
         if 0 < xAx < math.inf:
             scale = b.dot(x0).item() / xAx
             x, r = scale * x0, b - scale * Ax0
-    values = [-0.5 * x.dot(b + r).item()]
-    p, rz = None, 1.0
+    values, p, rz, good = [-0.5 * x.dot(b + r)], None, None, True
+
+    def result(x, k, reason):
+        return CGResult(x, k, reason, torch.stack(values[:k + 1]).tolist())
     for k in range(max_iter + 1):
-        if rtol > 0 and r.norm().item() <= rtol * bnorm:
-            return CGResult(x, k, "residual", values)
+        looking = k % every == 0
+        if looking and rtol > 0 and r.norm() <= rtol * bnorm:
+            return result(x, k, "residual")
         j = max(10, k // 10)
-        if tol > 0 and k >= j and values[-1] < 0 and values[-1 - j] - values[-1] < tol * j * -values[-1]:
-            return CGResult(x, k, "progress", values)
+        if looking and tol > 0 and k >= j and values[-1] < 0 and values[-1 - j] - values[-1] < tol * j * -values[-1]:
+            return result(x, k, "progress")
         if k == max_iter:
-            return CGResult(x, k, "max_iter", values)
+            return result(x, k, "max_iter")
         z = r if precond is None else precond(r)
-        rz, rz_old = r.dot(z).item(), rz
-        if rz == 0:
-            return CGResult(x, k, "residual", values)
-        p = z.clone() if p is None else p.mul_(rz / rz_old).add_(z)
+        rz, rz_old = r.dot(z), rz
+        solved = rz == 0
+        if looking:
+            if solved:
+                return result(x, k, "residual")
+            last = (x if every == 1 else x.clone()), k
+        p = z.clone() if p is None else p.mul_(torch.where(solved, rz, rz / rz_old)).add_(z)
         Ap = matvec(p)
-        pAp = p.dot(Ap).item()
-        if not (math.isfinite(pAp) and math.isfinite(rz)):
-            return CGResult(x, k, "nonfinite", values)
-        if pAp <= 0 or rz < 0:
-            return CGResult(x, k, "indefinite", values)
-        x.add_(p, alpha=rz / pAp)
-        r.sub_(Ap, alpha=rz / pAp)
-        values.append(-0.5 * x.dot(b + r).item())
+        pAp = p.dot(Ap)
+        good = good & pAp.isfinite() & rz.isfinite() & (solved | ((pAp > 0) & (rz > 0)))
+        if ((k + 1) % every == 0 or k + 1 == max_iter) and not good:
+            return result(*last, "indefinite" if pAp.isfinite() and rz.isfinite() else "nonfinite")
+        step = torch.where(solved, rz, rz / pAp)
+        x.addcmul_(p, step)
+        r.addcmul_(Ap, step, value=-1)
+        values.append(-0.5 * x.dot(b + r))
 
 
 def lanczos(matvec, b, function, iters):
@@ -673,6 +683,7 @@ class KFAC:
             for (m, a, _), delta in zip(calls, grads):
                 if delta is None:
                     continue
+                a, delta = (t if t.dtype == torch.int64 else t.to(self.params[0].dtype) for t in (a, delta))     # autocast's are shorter
                 delta, weight = delta.flatten(0, -2), index.get(id(m.weight))       # (tokens, out); None: frozen
                 if isinstance(m, nn.Embedding):
                     if weight is not None:

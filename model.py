@@ -100,7 +100,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
+        self.config, self.bf16 = config, False      # bf16: matrix products in bfloat16 (autocast), logits in float32
+        c = config
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
@@ -123,6 +124,10 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
 
     def forward(self, idx):
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._forward(idx).float() if self.bf16 else self._forward(idx)
+
+    def _forward(self, idx):
         T, vocab = idx.shape[1], self.config.vocab_size
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")

@@ -13,6 +13,7 @@
 Each run owns a folder: log.jsonl (first line the configuration, then one line a step) and checkpoint.pt.
 """
 import argparse
+import copy
 import ctypes
 import json
 import math
@@ -26,6 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
     import resource
@@ -34,7 +37,8 @@ except ImportError:      # Windows
 
 from baselines import BASELINES, DEFAULT_LR, lr_schedule, make_optimizer
 from data import TOKENIZERS, DataError, get_batch, prepare, val_batch
-from gauss_newton import SCHEDULES, GaussNewton, InnerSolver, assign, batch_grad, batch_loss, flatten, line_search, trainable, unflatten
+from gauss_newton import (GGN, KFAC, SCHEDULES, GaussNewton, InnerSolver, Program, assign, batch_grad, batch_loss, cg, flatten, line_search, select,
+                          trainable, unflatten)
 from model import GPT, PRESETS, GPTConfig
 
 GN = ("full_gn", "layerwise_gn")
@@ -88,6 +92,8 @@ def build_parser():
     flag("--target_loss", float, None, "stop at the first evaluation at or below this validation loss, in nats per token")
     flag("--init_from", str, None, "checkpoint (or its run's folder) whose weights to start from")
     flag("--device", str, "auto", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
+    flag("--dtype", str, "fp32", "fp32; tf32: shorter mantissas in matrix products on GPUs; bf16: those products in bfloat16 (autocast); solver vectors, "
+         "sums and losses stay fp32", choices=("fp32", "tf32", "bf16"))
     flag("--threads", int, None, "CPU threads (default: all cores)")
 
     flag("--line_search", str, None, "along each step: armijo (backtracking), grid (best of all candidates) or none (default armijo for GN, "
@@ -160,6 +166,7 @@ def build_parser():
     flag("--checkpoint_interval", int, None, "steps between checkpoints (default 1 for GN, 50 for baselines)")
     flag("--compare", str, None, "read the logs of these runs, print what each took to each target loss, and stop", nargs="+", metavar="OUT")
     flag("--plot", str, None, "with --compare: also draw loss against steps, tokens and gradients into this .svg or .png (needs matplotlib)")
+    flag("--bench", bool, False, "print what products and everything else cost on this machine, in gradients, on one thread unless --threads is given, and stop")
     flag("--sample", int, 200, "tokens of text to generate at the end; 0 = none")
     return p
 
@@ -507,6 +514,7 @@ def run(args, given, checkpoint):
     if args.threads:
         torch.set_num_threads(args.threads)
     tune_allocator()
+    torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
     bar = Bar()
     block_size = args.block_size or PRESETS[args.model]["block_size"]
     data = prepare(args.data, args.tokenizer, args.data_dir, block_size,
@@ -518,6 +526,7 @@ def run(args, given, checkpoint):
     elif args.init_from:
         load_weights(model, load_checkpoint(args.init_from), args.init_from)
     model.to(args.device)
+    model.bf16 = args.dtype == "bf16"
     params, batch_rows = trainable(model), args.batch_tokens // block_size
     if args.micro_batch is None:     # logits of a piece stay under 256 MB
         args.micro_batch = max(1, min(8192, 2 ** 26 // data.vocab_size) // block_size)
@@ -660,7 +669,7 @@ def finish(args, model, data, progress, reached, stopped, path):
 # Comparing runs
 
 # Settings in which runs of one configuration may differ.
-INCIDENTAL = RESUMABLE | {"seed", "init_from", "overwrite", "argv", "compare", "plot", "micro_batch", "eval_interval"}
+INCIDENTAL = RESUMABLE | {"bench", "seed", "init_from", "overwrite", "argv", "compare", "plot", "micro_batch", "eval_interval"}
 
 
 def read_run(folder):
@@ -743,6 +752,113 @@ def draw(groups, path):
     figure.savefig(path, dpi=130)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What everything costs, in gradients
+
+BENCH = {"4 layers, d 128, vocabulary 512, 16 x 128 tokens": (dict(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=512), 16),
+         "6 layers, d 256, vocabulary 2048, 8 x 256 tokens": (dict(n_layer=6, n_head=8, n_embd=256, block_size=256, vocab_size=2048), 8)}
+
+
+def bench(args, rounds=9):
+    """Print what each piece of a step costs in gradients (forward, loss and backward, eager, fused attention) of the same model and
+    batch: median and quartiles of the ratio within interleaved rounds, after its result was checked against float64."""
+    torch.set_num_threads(args.threads or 1)
+    torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
+    tune_allocator()
+    name = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else platform.processor() or platform.machine()
+    say(f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {args.dtype}; ratios to one gradient: median (quartiles) of {rounds} interleaved "
+        "rounds; error: relative, against float64")
+    for title, (sizes, rows) in BENCH.items():
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**sizes)).to(args.device)
+        exact, model.bf16 = copy.deepcopy(model).double(), args.dtype == "bf16"
+        x, y = torch.randint(0, sizes["vocab_size"], (2, rows, sizes["block_size"]), device=args.device)
+        g = GGN(exact, x, y)
+        v = torch.randn_like(g.grad)
+        v /= v.norm()
+        want = {"gradient": g.grad, "product": g.matvec(v), "inner": g.grad + g.matvec(v)}
+        del exact, g
+        ways, notes = bench_ways(model, x, y, v.to(torch.float32))
+        say(f"\n{title}, {sum(p.numel() for p in model.parameters()):,} parameters")
+        for note in notes:
+            say(note)
+        times = {way: [] for way in ways}
+        errors = {}
+        for i in range(rounds + 2):
+            for way, (kind, function) in ways.items():
+                start = time.perf_counter()
+                result = function()
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                times[way].append(time.perf_counter() - start)
+                if i == 0 and kind in want:
+                    errors[way] = ((result.double() - want[kind]).norm() / want[kind].norm()).item()
+        base = times["gradient"]
+        for way, t in times.items():
+            ratios = sorted(a / b for a, b in zip(t[2:], base[2:]))
+            error = f"  error {errors[way]:.0e}" if way in errors else ""
+            say(f"  {way:58s} {ratios[rounds // 2]:6.3f}  ({ratios[rounds // 4]:.3f} - {ratios[-1 - rounds // 4]:.3f}){error}")
+        say(f"  (one gradient: {1000 * sorted(base)[len(base) // 2]:.1f} ms)")
+
+
+def bench_ways(model, x, y, v):
+    """{name: (what it returns, function)}, and notes on what could not be measured."""
+    params, notes, everything = trainable(model), [], list(range(len(trainable(model))))
+    index = {id(p): i for i, p in enumerate(params)}
+    layers = [[index[id(p)] for p in layer] for layer in model.layers()]
+    ggn, kfac, inner = GGN(model, x, y), KFAC(model), InnerSolver(model)
+    quarter = x[:len(x) // 4], y[:len(y) // 4]
+    kfac.update(*quarter)
+    kfac.decompose()
+
+    def once(solver):
+        return solver._expand(x, y, v, [everything], False, False)[2][0]
+    ways = {"gradient": ("gradient", lambda: batch_grad(model, x, y)[1]),
+            "product": ("product", lambda: ggn.matvec(v)),
+            "set-up of a batch, its gradient included": ("gradient", lambda: GGN(model, x, y).grad),
+            "local model's gradient, batch used once (inner solver)": ("inner", lambda: once(inner)),
+            "layerwise product, all layers": (None, lambda: [ggn.matvec(select(v, params, layer), layer) for layer in layers]),
+            "line-search candidate": (None, lambda: batch_loss(model, x, y)),
+            "K-FAC factors, from a quarter of the sequences": (None, lambda: kfac.update(*quarter)),
+            "K-FAC application": (None, lambda: kfac.apply(v, lambda S: 1 / (S + 1e-3))),
+            "vectors of a CG iteration": (None, lambda: cg(lambda p: p, v, max_iter=1))}
+    try:
+        program, compiled = Program(model, x, y), torch.compile(model, dynamic=False)
+        kept = GGN(model, x, y, program=program)
+        compiled_inner = InnerSolver(model, compile=True)
+        once(compiled_inner)
+        ways.update({"gradient, compiled": ("gradient", lambda: batch_grad(compiled, x, y)[1]),
+                     "product, compiled": ("product", lambda: kept.matvec(v)),
+                     "set-up, compiled": ("gradient", lambda: GGN(model, x, y, program=program).grad),
+                     "local model's gradient, compiled": ("inner", lambda: once(compiled_inner))})
+    except Exception as e:
+        notes.append(f"  compiled: not measured ({str(e).splitlines()[0]})")
+    flat_model = nn.Sequential(model, nn.Flatten(0, 1))                      # the peers want (N, classes)
+    loss_function = nn.CrossEntropyLoss()
+    try:
+        from curvlinops import GGNLinearOperator
+        operator = GGNLinearOperator(flat_model, loss_function, params, [(x, y.flatten())], check_deterministic=False, num_data=y.numel(),
+                                     batch_size_fn=lambda x: x.numel())
+
+        def curvlinops():
+            with sdpa_kernel(SDPBackend.MATH):
+                return flatten(operator @ unflatten(v, params))
+        curvlinops()
+        ways["product, curvlinops"] = ("product", curvlinops)
+    except Exception as e:
+        notes.append(f"  curvlinops: not measured ({type(e).__name__}: {str(e).splitlines()[0]})")
+    try:
+        from backpack.hessianfree.ggnvp import ggn_vector_product
+        with sdpa_kernel(SDPBackend.MATH):
+            output = flat_model(x)
+            loss = loss_function(output, y.flatten())
+        ways["product, BackPACK"] = ("product", lambda: flatten(ggn_vector_product(loss, output, flat_model, unflatten(v, params))))
+        ways["product, BackPACK"][1]()
+    except Exception as e:
+        notes.append(f"  BackPACK: not measured ({type(e).__name__}: {str(e).splitlines()[0]})")
+    return ways, notes
+
+
 def main(argv=None):
     """Returns the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot be used."""
     try:
@@ -750,6 +866,9 @@ def main(argv=None):
         checkpoint = None
         if args.compare:
             compare(args.compare, [args.target_loss] if args.target_loss is not None else (), args.plot)
+            return 0
+        if args.bench:
+            bench(args)
             return 0
         if args.resume:
             args, checkpoint = stored_settings(args, given)

@@ -27,7 +27,7 @@ DEFAULT_LR = {  # peak rates: the best of 2 to 6 each for preset tiny on Python 
     "sgd": 3e-1,
     "muon": 3e-2,
     "soap": 1e-2,
-    "kfac": 1e-1,
+    "kfac": 3e-2,
 }
 DEFAULTS = {  # everything else, as each method's reference has it
     "adamw": dict(betas=(0.9, 0.95), weight_decay=0.1),     # GPT-3: arXiv 2005.14165, appendix B

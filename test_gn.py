@@ -11,12 +11,14 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, hessian, jacrev
@@ -290,22 +293,100 @@ def test_work_and_products_are_counted():
 
 
 MEMORY = """
-import resource, torch
+import torch
 torch.set_num_threads(1)
-from gauss_newton import GGN
+from gauss_newton import GGN, KFAC, batch_grad, batch_loss
 from model import GPT, GPTConfig
 model, peaks = GPT(GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=32)), []
 for rows, cache_gb in ((16, 0), (256, 0), (256, 10)):
-    ggn = GGN(model, *torch.randint(0, 64, (2, rows, 64)), micro_batch=8, cache_gb=cache_gb)
+    data = torch.randint(0, 64, (2, rows, 64))
+    batch_loss(model, *data, 8), batch_grad(model, *data, 8), KFAC(model).update(*data, 8)
+    ggn = GGN(model, *data, micro_batch=8, cache_gb=cache_gb)
     ggn.matvec(ggn.matvec(ggn.grad)), ggn.jvp(ggn.grad) if cache_gb else None
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    peaks.append(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))    # ru_maxrss begins at the parent's
 print(*peaks)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KB there")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries, keys", [(6, 6), (150, 150), (300, 300), (70, 90), (90, 70)])
+def test_attention_has_the_derivatives_of_its_formula(queries, keys, causal):
+    """Output, backward, J by the backward's own backward and by forward mode, against softmax written out: lengths of one and of
+    several blocks of rows, uneven, and of keys unlike queries."""
+    torch.manual_seed(0)
+    q, k, v, dq, dk, dv = (torch.randn(2, 3, n, 4).double().requires_grad_() for n in (queries, keys, keys) * 2)
+    future = torch.ones(queries, keys, dtype=torch.bool).triu(1) & causal
+
+    def formula(q, k, v):
+        return (q @ k.transpose(-1, -2) * 0.3).masked_fill(future, -math.inf).softmax(-1) @ v
+
+    def ours(q, k, v):
+        with gn.differentiable_attention():
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.3)
+    want, J = torch.func.jvp(formula, (q, k, v), (dq, dk, dv))
+    out, w = ours(q, k, v), torch.randn_like(want).requires_grad_()
+    grads = torch.autograd.grad(out, (q, k, v), w, create_graph=True)
+    assert close(out, want) and all(map(close, grads, torch.autograd.grad(want, (q, k, v), w)))
+    assert close(torch.autograd.grad(grads, w, (dq, dk, dv))[0], J)
+    with forward_ad.dual_level():
+        dual = ours(*[forward_ad.make_dual(t.detach(), d.detach()) for t, d in ((q, dq), (k, dk), (v, dv))])
+        assert close(forward_ad.unpack_dual(dual).tangent, J)
+
+
+@pytest.mark.parametrize("build", [lambda: gpt(n_layer=1), lambda: gpt(tie=True, n_layer=1), lambda: Spare(), lambda: frozen()], ids=["gpt", "tied", "spare", "frozen"])
+def test_expand_once_is_the_local_model(build):
+    """m(v) − L, ∇m(v) and g of a batch used once, by forward mode and as a compiler sees it, against GGN's, GN and prox-linear."""
+    torch.manual_seed(0)
+    model = build().double()
+    idx, targets = tokens() if isinstance(model, GPT) else (torch.randn(20, 4).double(), torch.randint(0, 4, (20,)))
+    params, v = gn.trainable(model), torch.randn(sum(p.numel() for p in gn.trainable(model))).double()
+    for prox, traced in ((False, False), (False, True), (True, False), (True, True)):
+        ggn = GGN(model, idx, targets)
+        loss, g, Gv = ggn.loss, ggn.grad, ggn.matvec(v)
+        fall, gradient = (g @ v + v @ Gv / 2).item(), g + Gv
+        if prox:
+            ggn.shift(v)
+            fall, gradient = ggn.loss - loss, ggn.grad
+        got = gn.expand_once(model, params, idx, targets, gn.unflatten(v, params), prox, True, traced)
+        k = len(params)
+        assert math.isclose(got[0], loss, rel_tol=1e-9) and math.isclose(got[1], fall, rel_tol=1e-9)
+        assert close(gn.flatten(got[2:2 + k]), gradient) and close(gn.flatten(got[2 + k:]), g)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_eager(monkeypatch):
+    """One traced and compiled program, for pieces of its shape: loss, gradient, products (of a part too), J v and the shifted model as
+    eager, in float64; the inner step likewise; a program whose product is wrong is refused, and a step goes on eagerly with a warning."""
+    model, (idx, targets) = gpt(n_layer=1), tokens(7)
+    program = gn.Program(model, idx[:3], targets[:3])
+    eager, compiled = GGN(model, idx, targets, 3, 1.0), GGN(model, idx, targets, 3, 1.0, program)
+    assert [type(piece).__name__ for piece in compiled.cache] == ["_CompiledPiece", "_CompiledPiece", "_Piece"]
+    v = torch.randn(len(eager.grad)).double()
+    for _ in range(2):
+        assert math.isclose(compiled.loss, eager.loss, rel_tol=1e-12) and close(compiled.grad, eager.grad)
+        assert close(compiled.matvec(v), eager.matvec(v)) and close(compiled.jvp(v), eager.jvp(v))
+        own = gn.select(v, eager.params, [1, 4])
+        assert close(compiled.matvec(own, [1, 4]), eager.matvec(own, [1, 4]))
+        assert close(compiled.pull_back_curvature(v, 0.1), eager.pull_back_curvature(v, 0.1))
+        eager.shift(v), compiled.shift(v)
+    a, b = (gn.InnerSolver(model, rows=3, compile=c)._expand(idx[:3], targets[:3], v, [list(range(len(eager.params)))], True, True) for c in (False, True))
+    assert math.isclose(a[1], b[1], rel_tol=1e-9) and close(b[2][0], a[2][0]) and close(b[3], a[3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt = GaussNewton(model, compile=True, cg_iters=5)
+        monkeypatch.setattr(gn, "Program", lambda *_: program)
+        assert opt.step(idx[:3], targets[:3])["accepted"] and opt.program is program
+    monkeypatch.undo()
+    monkeypatch.setattr(gn._CompiledPiece, "product", lambda self, v, part: 1.001 * v)
+    with pytest.warns(UserWarning, match="not compiled: the compiled product differs"):
+        opt = GaussNewton(model, compile=True, cg_iters=5)
+        assert opt.step(idx[:3], targets[:3])["accepted"] and opt.program is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_batch():
-    """Without a cache, 16 times the rows cost under 10 MB more at the peak; keeping every graph costs over 100 MB."""
+    """Loss, gradient, K-FAC factors and products without a cache: 16 times the rows cost under 10 MB more at the peak; keeping every
+    graph costs over 100 MB."""
     out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=HERE, check=True).stdout
     small, large, cached = (int(n) / 1e3 for n in out.split())
     assert large - small < 10 and cached - large > 100
@@ -439,6 +520,24 @@ def test_cg_trouble_is_a_reason():
     assert result.reason == "indefinite" and result.iterations > 0 and result.x.isfinite().all()
     assert cg((-A).matmul, b, x0=b).reason == cg(A.matmul, b, precond=lambda v: -v).reason == "indefinite"
     assert cg((-A).matmul, b, x0=b).values == [0.0]                                       # not started uphill either
+
+
+def test_cg_that_looks_at_every_fourth_iteration():
+    """The same iterates; it stops at the first multiple of four where a test holds, and trouble in between gives the iterate at
+    the last test; an exact solution in between stays one."""
+    A, b, _ = spd()
+    every, fourth = [cg(A.matmul, b, max_iter=200, rtol=1e-6, every=n) for n in (1, 4)]
+    assert fourth.reason == "residual" and fourth.iterations == -(-every.iterations // 4) * 4
+    assert torch.equal(cg(A.matmul, b, max_iter=8, every=4).x, cg(A.matmul, b, max_iter=8).x)
+    assert cg(A.matmul, b, max_iter=6, every=4).values == cg(A.matmul, b, max_iter=6).values
+    for spoil, reason in ((lambda Av: Av * math.nan, "nonfinite"), (lambda Av: -Av, "indefinite")):
+        for max_iter in (7, 50):
+            calls = []
+            result = cg(lambda v: calls.append(1) or (spoil(A @ v) if len(calls) == 6 else A @ v), b, max_iter=max_iter, every=4)
+            good = cg(A.matmul, b, max_iter=4)
+            assert result.reason == reason and result.iterations == 4 and torch.equal(result.x, good.x) and result.values == good.values
+    exact = cg(lambda v: 2 * v, b, max_iter=9, every=4)
+    assert exact.reason == "residual" and exact.iterations == 4 and torch.allclose(exact.x, b / 2)
 
 
 def test_cg_perfect_preconditioner_needs_one_iteration():
@@ -1409,7 +1508,7 @@ def same_state(a, b):
 @pytest.mark.parametrize("flags", [f"--opt {o}" for o in BASELINES] + [
     "--opt full_gn", "--opt layerwise_gn", "--opt full_gn --solver muon --inner_tokens 512", "--opt layerwise_gn --local_model prox_linear "
     "--newton_steps 2", "--opt full_gn --curvature_data fresh --curvature_frac 0.5 --line_search_data fresh --geodesic",
-    "--opt full_gn --power 0.5", "--opt muon --line_search armijo --line_search_data fresh --schedule wsd --warmup_steps 2"])
+    "--opt full_gn --power 0.5", "--opt full_gn --dtype bf16", "--opt full_gn --solver muon --inner_tokens 512 --dtype bf16", "--opt soap --dtype bf16", "--opt muon --line_search armijo --line_search_data fresh --schedule wsd --warmup_steps 2"])
 def test_every_optimizer_learns(go, flags, capsys):
     """Three steps: validation loss finite and lower at each; the log has what it promises; the output tells step and loss."""
     assert go(f"{flags} --steps 3 --eval_interval 1 --out_dir run --sample 20" + (" --batch_tokens 4096 --eval_tokens 4096 --cg_iters 6" if "--opt full_gn" == flags else " " + SMALL)) == 0

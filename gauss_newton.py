@@ -907,7 +907,7 @@ class InnerSolver:
         prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v) + l2 v
         θ̂ ← optimizer(θ̂, ∇)
 
-    g = Jᵀu at θ, and the decrease m(θ̂ − θ) − m(0), are means over the last eighth of the micro-batches, each taken before its
+    g = Jᵀu at θ, and the decrease m(θ̂ − θ) − m(0), are means over the last sixteenth of the micro-batches, each taken before its
     inner step: on data that the step has not been fitted to.
 
     optimizer     a name for baselines.make_optimizer: "muon", "adamw", ...
@@ -935,7 +935,7 @@ class InnerSolver:
         if self.outer == 0 or self.reset or self.stale:
             assign(ends, params)
             self.optimizer, self.stale = self.make(self.copy), False
-        first_late = len(batches) - math.ceil(len(batches) / 8)
+        first_late = len(batches) - math.ceil(len(batches) / 16)
         n_late = sum(y.numel() for _, y in batches[first_late:])
         loss, grad, decrease = 0.0, 0.0, 0.0
         for k, (x, y) in enumerate(batches):

@@ -1569,7 +1569,7 @@ def test_a_row_says_what_the_step_did(go, flags, capsys, monkeypatch):
     model, row, before = step_of["model"], rows[2], thetas[1]
     moved, sizes = step_of["after"] - before, [p.numel() for p in model.parameters()]
     idx, targets, search = batches[1]
-    share = slice(-8 if "muon" in flags else None, None)         # the rows that are searched on: an eighth with an inner solver
+    share = slice(-4 if "muon" in flags else None, None)         # the rows that are searched on: a sixteenth with an inner solver
     grad = gn.batch_grad(with_theta(model, before), idx, targets)[1]
     loss_before = evaluate(model, idx[share], targets[share])
     if "muon" in flags:                                          # g is known from the last micro-batch

@@ -99,7 +99,7 @@ def build_parser():
     flag("--line_search", str, None, "along each step: armijo (backtracking), grid (best of all candidates) or none (default armijo for GN, "
          "none for baselines)", choices=("armijo", "grid", "none"))
     flag("--line_search_data", str, "same", "search on the batch or on as many fresh tokens", choices=("same", "fresh"))
-    flag("--search_frac", float, None, "share of the batch, or of as many fresh tokens, that the search is on (default 0.125 with --solver muon or adamw, else 1)")
+    flag("--search_frac", float, None, "share of the batch, or of as many fresh tokens, that the search is on (default 0.0625 with --solver muon or adamw, else 1)")
     flag("--search_candidates", int, 10, "step lengths 2^(-i/2), i = 0, 1, ..., at most")
 
     flag = group("model")
@@ -181,7 +181,7 @@ def resolve(argv):
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.search_frac is None:
-        args.search_frac = 0.125 if args.opt in GN and args.solver != "cg" else 1.0
+        args.search_frac = 0.0625 if args.opt in GN and args.solver != "cg" else 1.0
     # What was not asked for gives way to what was; what was asked for and does not go together, GaussNewton refuses.
     yielding = {"geodesic": False} if args.solver != "cg" else {}
     if args.power != 1:

@@ -577,7 +577,7 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0, every=N
         if 0 < xAx < math.inf:
             scale = b.dot(x0).item() / xAx
             x, r = scale * x0, b - scale * Ax0
-    values, p, rz, good = [-0.5 * x.dot(b + r)], None, None, True
+    values, p, rz, good = [-0.5 * (x.dot(b) + x.dot(r))], None, None, True
 
     def result(x, k, reason):
         return CGResult(x, k, reason, torch.stack(values[:k + 1]).tolist())
@@ -598,6 +598,7 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0, every=N
                 return result(x, k, "residual")
             last = (x if every == 1 else x.clone()), k
         p = z.clone() if p is None else p.mul_(torch.where(solved, rz, rz / rz_old)).add_(z)
+        del z                                           # six vectors: b, x, r, p, Ap, and `last` where it is a copy
         Ap = matvec(p)
         pAp = p.dot(Ap)
         good = good & pAp.isfinite() & rz.isfinite() & (solved | ((pAp > 0) & (rz > 0)))
@@ -606,7 +607,7 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0, every=N
         step = torch.where(solved, rz, rz / pAp)
         x.addcmul_(p, step)
         r.addcmul_(Ap, step, value=-1)
-        values.append(-0.5 * x.dot(b + r))
+        values.append(-0.5 * (x.dot(b) + x.dot(r)))
 
 
 def lanczos(matvec, b, function, iters):

@@ -1027,6 +1027,17 @@ def test_prox_linear_step_is_the_minimum_of_its_model(layerwise):
     assert math.isclose(record["predicted"], alpha * slope + alpha ** 2 * (promised - slope), rel_tol=1e-5)
 
 
+def test_first_newton_step_of_every_part_is_the_gn_step():
+    """Prox-linear's first Newton step starts at θ for each part, whatever the parts before it did to the linearised logits."""
+    directions = []
+    for settings in (dict(local_model="gn"), dict(local_model="prox_linear", newton_steps=1)):
+        model = gpt(n_layer=1)
+        opt = GaussNewton(model, model.layers(), 1.0, "identity", "none", cg_iters=400, cg_rtol=1e-9, **settings)
+        opt.step(*tokens(8))
+        directions.append(opt.direction)
+    assert close(*directions, 1e-6)
+
+
 def test_geodesic_correction():
     """JᵀH f''(d, d) against torch.func's second directional derivative, and a = −½ (G + λI)⁻¹ of it; the bent step is taken only if
     better."""

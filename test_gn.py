@@ -392,6 +392,27 @@ def test_memory_does_not_grow_with_the_batch():
     assert large - small < 10 and cached - large > 100
 
 
+VOCABULARY = """
+import torch
+torch.set_num_threads(1)
+from gauss_newton import GGN
+from model import GPT, GPTConfig, PRESETS
+def kilobytes(name):
+    return int(next(line.split()[1] for line in open('/proc/self/status') if line.startswith(name)))
+model, data = GPT(GPTConfig(vocab_size=50257, **PRESETS["small"])), torch.randint(0, 50257, (2, 8, 256))
+before, ggn = kilobytes('VmRSS'), GGN(model, *data)
+ggn.matvec(ggn.grad)
+print(kilobytes('VmHWM') - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_product_at_gpt2s_vocabulary_takes_under_3_gb():
+    """2,048 tokens of 50,257 logits, 412 MB a copy: linearisation and product, beyond the model."""
+    out = subprocess.run([sys.executable, "-c", VOCABULARY], capture_output=True, text=True, cwd=HERE, check=True).stdout
+    assert 1e6 < int(out) < 3e6
+
+
 def test_active_randomness_is_refused():
     """Dropout, attention's dropout and batch norm in training mode are errors that name the module; in eval mode, or at
     rate 0, they are welcome."""

@@ -1540,7 +1540,7 @@ def same_state(a, b):
 @pytest.mark.parametrize("flags", [f"--opt {o}" for o in BASELINES] + [
     "--opt full_gn", "--opt layerwise_gn", "--opt full_gn --solver muon --inner_tokens 512", "--opt layerwise_gn --local_model prox_linear "
     "--newton_steps 2", "--opt full_gn --curvature_data fresh --curvature_frac 0.5 --line_search_data fresh --geodesic",
-    "--opt full_gn --power 0.5", "--opt full_gn --dtype bf16", "--opt full_gn --solver muon --inner_tokens 512 --dtype bf16", "--opt soap --dtype bf16", "--opt muon --line_search armijo --line_search_data fresh --schedule wsd --warmup_steps 2"])
+    "--opt full_gn --power 0.5", "--opt full_gn --dtype bf16", "--opt full_gn --solver muon --inner_tokens 512 --dtype bf16", "--opt soap --dtype bf16", "--opt adam --dtype tf32", "--opt muon --line_search armijo --line_search_data fresh --schedule wsd --warmup_steps 2"])
 def test_every_optimizer_learns(go, flags, capsys):
     """Three steps: validation loss finite and lower at each; the log has what it promises; the output tells step and loss."""
     assert go(f"{flags} --steps 3 --eval_interval 1 --out_dir run --sample 20" + (" --batch_tokens 4096 --eval_tokens 4096 --cg_iters 6" if "--opt full_gn" == flags else " " + SMALL)) == 0
@@ -1810,6 +1810,17 @@ def test_compare_tells_what_each_run_took(tmp_path, monkeypatch, capsys):
     _, gauss, adamw = capsys.readouterr().out.splitlines()
     assert gauss.split() == "2.50 full_gn 2/2 1.5 ± 0.5 1,500 ± 5e+02 15 ± 5 3 ± 1".split() and adamw.split() == "2.50 adamw 0/1 > 2".split()
     assert train.main("--compare a x".split()) == 2
+
+
+@long
+def test_bench_prints_checked_ratios(go, monkeypatch, capsys):
+    """Each way of a tiny size with its ratio, and a small error where its result has a reference."""
+    monkeypatch.setattr(train, "BENCH", {"tiny": (dict(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=16), 8)})
+    assert go("--bench") == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("  ") and "(" in line and "measured" not in line and "one gradient" not in line]
+    assert len(rows) >= 9 and "  gradient   " in rows[0] and "product" in rows[1]
+    assert all(float(row.split("error")[1]) < 1e-5 for row in rows if "error" in row) and sum("error" in row for row in rows) >= 4
 
 
 def test_ema_is_what_is_evaluated(go):

@@ -340,6 +340,15 @@ class Program:
         return self._second[name](*[saved[i] for i in self._at[name]], *args)
 
 
+def program_or_none(model, x, y):
+    """A Program, or None, with a warning, where that fails or its results differ."""
+    try:
+        return Program(model, x, y)
+    except Exception as e:
+        warnings.warn(f"not compiled: {_first_line(e)}")
+        return None
+
+
 class _CompiledPiece:
     """A piece made by a Program; see _Piece."""
 
@@ -917,7 +926,7 @@ class InnerSolver:
     clip          norm that the gradient of each part is clipped to; 0 = off
     l2            pull toward θ
     reset         start every outer step at θ with fresh moments; else at the last θ̂, before the line search, with the old ones
-    compile       compile what is done per micro-batch (one part only)
+    compile       compile what is done per micro-batch; eager, with a warning, where that fails
     """
 
     def __init__(self, model, optimizer="muon", rows=64, lr=3e-3, weight_decay=1e-3, betas=(0.9, 0.999), clip=1.0, l2=0.0,
@@ -979,7 +988,9 @@ class InnerSolver:
 
     def _expand_parts(self, x, y, v, parts, prox_linear, at_theta):
         """The same for several parts, each with the others at rest, all on one linearisation."""
-        params, ggn, fall, gradients = trainable(self.model), GGN(self.model, x, y), 0.0, []
+        if self.compile and x.shape not in self.programs:
+            self.programs[x.shape] = program_or_none(self.model, x, y)
+        params, ggn, fall, gradients = trainable(self.model), GGN(self.model, x, y, program=self.programs.get(x.shape)), 0.0, []
         loss, at_zero = ggn.loss, ggn.grad
         for part in parts:
             v_part, g = select(v, params, part), select(at_zero, params, part)
@@ -1032,7 +1043,7 @@ class GaussNewton:
     power            1: d = −(G + λI)⁻¹ g.  0.5: d = −(G + λI)^(−½) g by Lanczos, λ fixed, scaled to the model's minimum along
                      it; without preconditioner, identity metric, GN
     inner            an InnerSolver in place of CG; damping, preconditioner and curvature settings are then not used
-    compile          compile the product (see Program; CG only, for an InnerSolver see there); eager, with a warning, where that fails
+    compile          compile the product (see Program; for CG: an InnerSolver has its own); eager, with a warning, where that fails
     seed             of the sampled labels
     progress         called as progress(what) or progress("cg", done, total) inside long steps
     """
@@ -1133,11 +1144,8 @@ class GaussNewton:
         piece = x[:self.micro_batch or len(x)], y[:self.micro_batch or len(x)]
         if self.compile and (self.program is None or self.program.shape != piece[0].shape):
             self.progress("compile")
-            try:
-                self.program = Program(self.model, *piece)
-            except Exception as e:
-                warnings.warn(f"not compiled: {_first_line(e)}")
-                self.compile, self.program = False, None
+            self.program = program_or_none(self.model, *piece)
+            self.compile = self.program is not None
         ggn = GGN(self.model, x, y, self.micro_batch, self.cache_gb, self.program)
         loss, grad = ggn.loss, ggn.grad
         if curvature is not None or rows < len(idx):    # the rows whose gradient G did not give

@@ -2,6 +2,7 @@
 
 References are independent of the code under test: dense matrices from torch.func, plain loops, torch.optim, closed forms.
 """
+import gc
 import gzip
 import hashlib
 import http.client
@@ -371,6 +372,12 @@ def test_compiled_equals_eager(monkeypatch):
         eager.shift(v), compiled.shift(v)
     a, b = (gn.InnerSolver(model, rows=3, compile=c)._expand(idx[:3], targets[:3], v, [list(range(len(eager.params)))], True, True) for c in (False, True))
     assert math.isclose(a[1], b[1], rel_tol=1e-9) and close(b[2][0], a[2][0]) and close(b[3], a[3])
+    layers = [[0, 1, 2], list(range(3, len(eager.params)))]
+    a, b = (gn.InnerSolver(model, rows=3, compile=c) for c in (False, True))
+    for prox_linear in (False, True):
+        want, got = (solver._expand_parts(idx[:3], targets[:3], v, layers, prox_linear, True) for solver in (a, b))
+        assert math.isclose(got[1], want[1], rel_tol=1e-9) and all(close(g, w) for g, w in zip(got[2], want[2])) and close(got[3], want[3])
+    assert not a.programs and isinstance(b.programs[idx[:3].shape], gn.Program)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt = GaussNewton(model, compile=True, cg_iters=5)
@@ -559,6 +566,21 @@ def test_cg_that_looks_at_every_fourth_iteration():
             assert result.reason == reason and result.iterations == 4 and torch.equal(result.x, good.x) and result.values == good.values
     exact = cg(lambda v: 2 * v, b, max_iter=9, every=4)
     assert exact.reason == "residual" and exact.iterations == 4 and torch.allclose(exact.x, b / 2)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_cg_holds_six_vectors_at_most(every):
+    """All tensors of the system's size that live while a product or an application of the preconditioner runs, b and the operand included."""
+    n, most = 1021, 0
+
+    def count(v):
+        nonlocal most
+        gc.collect()
+        most = max(most, len({t.data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() == n}))
+        return 2 * v
+    before = len({t.data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() == n})
+    cg(count, torch.randn(n), precond=count, max_iter=9, every=every)
+    assert 3 <= most - before <= 6
 
 
 def test_cg_perfect_preconditioner_needs_one_iteration():

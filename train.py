@@ -782,23 +782,42 @@ def bench(args, rounds=9):
         say(f"\n{title}, {sum(p.numel() for p in model.parameters()):,} parameters")
         for note in notes:
             say(note)
-        times = {way: [] for way in ways}
-        errors = {}
-        for i in range(rounds + 2):
-            for way, (kind, function) in ways.items():
-                start = time.perf_counter()
-                result = function()
-                if x.is_cuda:
-                    torch.cuda.synchronize()
-                times[way].append(time.perf_counter() - start)
-                if i == 0 and kind in want:
-                    errors[way] = ((result.double() - want[kind]).norm() / want[kind].norm()).item()
-        base = times["gradient"]
-        for way, t in times.items():
-            ratios = sorted(a / b for a, b in zip(t[2:], base[2:]))
-            error = f"  error {errors[way]:.0e}" if way in errors else ""
-            say(f"  {way:58s} {ratios[rounds // 2]:6.3f}  ({ratios[rounds // 4]:.3f} - {ratios[-1 - rounds // 4]:.3f}){error}")
-        say(f"  (one gradient: {1000 * sorted(base)[len(base) // 2]:.1f} ms)")
+        report(ways, rounds, x.is_cuda, want)
+    say(f"\nthe {args.model} preset, 131,072 tokens, whole steps, line search included; ratios to SOAP's")
+    steps = {"SOAP": "--opt soap", "full GN, inner Muon": "--opt full_gn --solver muon", "full GN, inner Muon, compiled": "--opt full_gn --solver muon --compile"}
+    report({way: (None, bench_step(f"{flags} --model {args.model} --dtype {args.dtype} --device {args.device} --batch_tokens 131072"))
+            for way, flags in steps.items()}, (rounds + 1) // 2, torch.device(args.device).type == "cuda")
+
+
+def report(ways, rounds, is_cuda, want={}):
+    """Time ways, {name: (kind, function)}, in interleaved rounds, and print each one's ratio to the first; the error of its result against
+    want[kind]."""
+    times, errors = {way: [] for way in ways}, {}
+    for i in range(rounds + 2):
+        for way, (kind, function) in ways.items():
+            start = time.perf_counter()
+            result = function()
+            if is_cuda:
+                torch.cuda.synchronize()
+            times[way].append(time.perf_counter() - start)
+            if i == 0 and kind in want:
+                errors[way] = ((result.double() - want[kind]).norm() / want[kind].norm()).item()
+    first, base = next(iter(times.items()))
+    for way, t in times.items():
+        ratios = sorted(a / b for a, b in zip(t[2:], base[2:]))
+        error = f"  error {errors[way]:.0e}" if way in errors else ""
+        say(f"  {way:58s} {ratios[rounds // 2]:6.3f}  ({ratios[rounds // 4]:.3f} - {ratios[-1 - rounds // 4]:.3f}){error}")
+    say(f"  (one {first}: {1000 * sorted(base)[len(base) // 2]:.1f} ms)")
+
+
+def bench_step(flags):
+    """A function that makes one step of train.py's run with these flags, on tokens whose successor is a function of them."""
+    args, _ = resolve(flags.split())
+    model = build_model(args, 256).to(args.device)
+    model.bf16, args.micro_batch = args.dtype == "bf16", 8192 // model.config.block_size
+    x = torch.randint(0, 256, (args.batch_tokens // model.config.block_size, model.config.block_size), device=args.device)
+    stepper = make_stepper(model, args, lambda *where: None)
+    return lambda: stepper.step(x, (5 * x + 1) % 256)
 
 
 def bench_ways(model, x, y, v):

@@ -576,9 +576,9 @@ def test_cg_holds_six_vectors_at_most(every):
     def count(v):
         nonlocal most
         gc.collect()
-        most = max(most, len({t.data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() == n}))
+        most = max(most, len({t.data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() == n}))
         return 2 * v
-    before = len({t.data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() == n})
+    before = len({t.data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() == n})
     cg(count, torch.randn(n), precond=count, max_iter=9, every=every)
     assert 3 <= most - before <= 6
 

@@ -8,6 +8,7 @@
     python train.py --resume --out_dir out/my_run               # go on where a run stopped
     python train.py --data shakespeare --model small --opt muon # other data, other size
     python train.py --compare out/a out/b --plot loss.png       # steps, tokens, work and seconds to each loss
+    python train.py --study headline --quick                    # every method to the same loss: table and pictures
     python train.py --help                                      # every flag, its unit and default
 
 Each run owns a folder: log.jsonl (first line the configuration, then one line a step) and checkpoint.pt.
@@ -15,14 +16,18 @@ Each run owns a folder: log.jsonl (first line the configuration, then one line a
 import argparse
 import copy
 import ctypes
+import html
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,7 +104,7 @@ def build_parser():
     flag("--line_search", str, None, "along each step: armijo (backtracking), grid (best of all candidates) or none (default armijo for GN, "
          "none for baselines)", choices=("armijo", "grid", "none"))
     flag("--line_search_data", str, "same", "search on the batch or on as many fresh tokens", choices=("same", "fresh"))
-    flag("--search_frac", float, None, "share of the batch, or of as many fresh tokens, that the search is on (default 0.0625 with --solver muon or adamw, else 1)")
+    flag("--search_frac", float, None, "share of the batch, or of as many fresh tokens, that the search is on (default 1 with --solver cg and for baselines, else 0.0625)")
     flag("--search_candidates", int, 10, "step lengths 2^(-i/2), i = 0, 1, ..., at most")
 
     flag = group("model")
@@ -117,7 +122,7 @@ def build_parser():
 
     flag = group("Gauss-Newton (full_gn, layerwise_gn)")
     flag("--local_model", str, "prox_linear", "loss to second order in the logits, or the full loss of the linearised network", choices=("gn", "prox_linear"))
-    flag("--solver", str, "cg", "what minimises the local model: conjugate gradients, or an optimizer that streams over the batch", choices=("cg", "muon", "adamw"))
+    flag("--solver", str, "cg", "what minimises the local model: conjugate gradients, or an optimizer that streams over the batch", choices=("cg", "muon", "soap", "adamw"))
     flag("--newton_steps", int, 4, "prox_linear with cg: Newton steps per outer step, each with --cg_iters iterations")
     flag("--geodesic", bool, True, "correct each CG step along the model's own curvature (a second solve), where that helps; --no-geodesic: never")
     flag("--power", float, 1.0, "1 for a step by G^-1; 0.5 for G^-1/2 by Lanczos, without preconditioner, on the gn model, identity metric")
@@ -136,7 +141,7 @@ def build_parser():
     flag("--compile", bool, False, "compile products and inner steps: half a minute to some minutes at the start, for long runs (needs a C++ compiler)")
     flag("--max_rejections", int, 8, "stop after this many rejected steps in a row")
 
-    flag = group("Gauss-Newton with --solver muon or adamw")
+    flag = group("Gauss-Newton with --solver muon, soap or adamw")
     flag("--inner_tokens", int, 4096, "tokens per inner step; a batch gives batch_tokens / inner_tokens inner steps")
     flag("--inner_lr", float, 1e-2, "inner learning rate")
     flag("--inner_schedule", str, "constant_with_inner_cosine", "inner rate over an outer step and the run", choices=SCHEDULES)
@@ -165,8 +170,11 @@ def build_parser():
     flag("--ema", float, 0.0, "evaluate an average of the weights over steps with this decay; 0 = the weights themselves")
     flag("--checkpoint_interval", int, None, "steps between checkpoints (default 1 for GN, 50 for baselines)")
     flag("--compare", str, None, "read the logs of these runs, print what each took to each target loss, and stop", nargs="+", metavar="OUT")
-    flag("--plot", str, None, "with --compare: also draw loss against steps, tokens and gradients into this .svg or .png (needs matplotlib)")
+    flag("--plot", str, None, "with --compare: also draw loss against steps, tokens and gradients into this .svg")
     flag("--bench", bool, False, "print what products and everything else cost on this machine, in gradients, on one thread unless --threads is given, and stop")
+    flag("--study", str, None, "make all runs of a study under --out_dir (default: out/ and its name), one thread each and as many at once as there are cores, "
+         "without repeating what is complete; then print its table and draw its pictures", choices=("headline",))
+    flag("--quick", bool, False, "with --study: middle settings instead of tuning, a higher target, one seed; minutes instead of hours")
     flag("--sample", int, 200, "tokens of text to generate at the end; 0 = none")
     return p
 
@@ -669,7 +677,7 @@ def finish(args, model, data, progress, reached, stopped, path):
 # Comparing runs
 
 # Settings in which runs of one configuration may differ.
-INCIDENTAL = RESUMABLE | {"bench", "seed", "init_from", "overwrite", "argv", "compare", "plot", "micro_batch", "eval_interval"}
+INCIDENTAL = RESUMABLE | {"bench", "study", "quick", "seed", "init_from", "overwrite", "argv", "compare", "plot", "micro_batch", "eval_interval"}
 
 
 def read_run(folder):
@@ -718,38 +726,295 @@ def compare(folders, targets=(), plot=None):
                          mean_and_error([r["grad_equivalents"] * c["batch_tokens"] / 1e6 for r, c in found]),
                          mean_and_error([r["seconds"] for r, _ in found])]
             table.append((f"{target:.2f}", names[key], f"{len(found)}/{len(hits)}", *cells))
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for row in table:
-        say("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip())
+    print_table(table)
     if plot:
         draw({names[key]: runs for key, runs in groups.items()}, plot)
         say(f"drawn: {plot}")
 
 
+def print_table(table):
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        say("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip())
+
+
 def draw(groups, path):
-    if Path(path).suffix not in (".svg", ".png"):
-        raise UsageError(f"--plot writes .svg or .png, not {path}")
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as e:
-        raise UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib") from e
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
+    """Loss of every run in groups, {name: [(folder, configuration, rows)]}, against steps, tokens and work."""
     views = (("outer steps", lambda r, c: r["step"]), ("tokens", lambda r, c: r["tokens"]),
              ("work, in gradients of 1M tokens", lambda r, c: r["grad_equivalents"] * c["batch_tokens"] / 1e6))
-    for axis, (label, view) in zip(axes, views):
-        for i, (name, runs) in enumerate(groups.items()):
-            for j, (_, config, rows) in enumerate(runs):
-                rows = [r for r in rows if r["step"] > 0]
-                axis.plot([view(r, config) for r in rows], [r["val_loss"] for r in rows], color=f"C{i}", lw=1.6, label=name if j == 0 else None)
-        axis.set_xscale("log")
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("validation loss, nats per token")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    chart(path, [(label, {name: [[(view(r, c), r["val_loss"]) for r in rows if r["step"] > 0] for _, c, rows in runs] for name, runs in groups.items()})
+                 for label, view in views], "validation loss, nats per token")
+
+
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22", "#000000", "#aa8800")
+
+
+def ticks(low, high, log):
+    """Round numbers in [low, high]: on a logarithmic axis 1, 2 and 5 times powers of ten, else some five even ones."""
+    if log:
+        found = [m * 10.0 ** e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
+        found = [t for t in found if low <= t <= high]
+        return found if len(found) < 8 else [t for t in found if f"{t:e}"[0] == "1"]
+    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-9)))
+    step *= next(m for m in (1, 0.5, 0.2, 0.1) if (high - low) / (m * step) >= 4)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
+    """An SVG picture of lines: panels [(x label, {name: [curve, ...]})], a curve being [(x, y), ...]; the panels share names, colours and y."""
+    if Path(path).suffix != ".svg":
+        raise UsageError(f"--plot writes .svg, not {path}")
+    panels = [(label, {name: [c for c in curves if c] for name, curves in lines.items() if any(curves)}) for label, lines in panels]
+    names = list(dict.fromkeys(name for _, lines in panels for name in lines))
+    points = [p for _, lines in panels for curves in lines.values() for c in curves for p in c]
+    if not points:
+        raise UsageError(f"nothing to draw into {path}: no run has made a step")
+    wide, high, left, top = 360, 300, 62, 14
+    y0, y1 = min(y for _, y in points), max(y for _, y in points)
+    height = high + 62 + 16 * -(-len(names) // 3)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + len(panels) * (wide + 40)} {height}" width="{left + len(panels) * (wide + 40)}" '
+           f'font-family="sans-serif" font-size="12" fill="#333"><rect width="100%" height="100%" fill="white"/>',
+           f'<text transform="translate(14 {top + high / 2}) rotate(-90)" text-anchor="middle">{y_label}</text>']
+
+    def place(value, low, high, log):                   # into 0 .. 1
+        if log:
+            value, low, high = math.log(value), math.log(low), math.log(high)
+        return (value - low) / ((high - low) or 1)
+    for i, (label, lines) in enumerate(panels):
+        at, mine = left + i * (wide + 40), [p for curves in lines.values() for c in curves for p in c]
+        x0, x1 = min(x for x, _ in mine), max(x for x, _ in mine)
+
+        def xy(x, y):
+            return f"{at + wide * place(x, x0, x1, x_log):.1f},{top + high * (1 - place(y, y0, y1, y_log)):.1f}"
+        for t in ticks(x0, x1, x_log):
+            x = at + wide * place(t, x0, x1, x_log)
+            text = f"{t / 1e6:g}M" if t >= 1e6 else f"{t / 1e3:g}k" if t >= 1e3 else f"{t:g}"
+            out.append(f'<path d="M{x:.1f} {top}v{high}" stroke="#ddd"/><text x="{x:.1f}" y="{top + high + 16}" text-anchor="middle">{text}</text>')
+        for t in ticks(y0, y1, y_log):
+            y = top + high * (1 - place(t, y0, y1, y_log))
+            out.append(f'<path d="M{at} {y:.1f}h{wide}" stroke="#ddd"/>' + f'<text x="{at - 6}" y="{y + 4:.1f}" text-anchor="end">{t:g}</text>' * (i == 0))
+        for name, curves in lines.items():
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            for curve in curves:
+                out.append(f'<polyline points="{" ".join(xy(x, y) for x, y in curve)}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+                if marks:
+                    out += [f'<circle cx="{p[0]}" cy="{p[1]}" r="3" fill="{colour}"/>' for p in (xy(x, y).split(",") for x, y in curve)]
+        out.append(f'<rect x="{at}" y="{top}" width="{wide}" height="{high}" fill="none" stroke="#333"/>'
+                   f'<text x="{at + wide / 2}" y="{top + high + 36}" text-anchor="middle">{label}</text>')
+    for i, name in enumerate(names):
+        x, y = left + i % 3 * (len(panels) * (wide + 40) - 40) / 3, top + high + 56 + 16 * (i // 3)
+        out.append(f'<path d="M{x:.0f} {y - 4}h18" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2.5"/><text x="{x + 24:.0f}" y="{y}">{html.escape(name)}</text>')
+    Path(path).write_text("\n".join(out) + "\n</svg>\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The study: outer steps to the same validation loss, every method tuned alike
+
+# From AdamW's curve alone: its loss after 100 steps at a constant rate, and one for which it needs over 500 even with a decay.
+TARGETS = {"steep": 1.60, "slow": 1.33, "quick": 1.75}
+WARMUP = "--opt adamw --lr 3e-3 --steps 60"
+STUDY = {  # method: its flags, its rate on a grid (the middle first), its own knob beside the default, its batch in tokens
+    "prox-linear GN, inner SOAP": ("--opt full_gn --solver soap", "inner_lr", (3e-3, 1.5e-3, 6e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "prox-linear GN, inner Muon": ("--opt full_gn --solver muon", "inner_lr", (4e-3, 2e-3, 8e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "GN, inner Muon": ("--opt full_gn --solver muon --local_model gn", "inner_lr", (4e-3, 2e-3, 8e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "prox-linear GN, CG": ("--opt full_gn --solver cg", "damping", (0.1, 0.03, 0.3), "cg_iters", ("6", "12"), 2 ** 18),
+    "layerwise GN, inner SOAP": ("--opt layerwise_gn --solver soap", "inner_lr", (3e-3, 1.5e-3, 6e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "K-FAC": ("--opt kfac", "lr", (3e-2, 1.5e-2, 6e-2), "precondition_frequency", ("1", "3"), 2 ** 18),
+    "Muon": ("--opt muon", "lr", (2e-2, 1e-2, 4e-2), "momentum", ("0.9", "0.98"), 2 ** 18),
+    "SOAP": ("--opt soap", "lr", (1e-2, 5e-3, 2e-2), "precondition_frequency", ("1", "3"), 2 ** 18),
+    "AdamW": ("--opt adamw", "lr", (1e-2, 5e-3, 2e-2), "betas", ("0.9 0.99", "0.95 0.95"), 2 ** 18),
+}
+SEEDS = (1, 2, 3)
+BEST_GN = "prox-linear GN, inner SOAP"
+SLOW = {"K-FAC": 240, "Muon": 200, "SOAP": 220, BEST_GN: 28}      # steps of the first run with a decay to the slow target
+ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best solver, four of 131,072 by CG, forty of baselines
+    "inner": ("--opt full_gn --solver soap --inner_lr 6e-3 --batch_tokens 262144 --steps 10", {
+        "as it is": "", "no line search": "--line_search none", "searched on fresh data": "--line_search_data fresh", "searched on the whole batch": "--search_frac 1",
+        "each solve from θ (no warm start)": "--inner_reset", "inner Muon": "--solver muon", "inner AdamW": "--solver adamw", "N = 32": "--inner_tokens 8192",
+        "N = 128": "--inner_tokens 2048", "half the rate": "--inner_lr 3e-3", "twice the rate": "--inner_lr 1.2e-2", "GN model": "--local_model gn", "bf16": "--dtype bf16"}),
+    "CG": ("--opt full_gn --damping 0.1 --batch_tokens 131072 --steps 4", {
+        "as it is": "", "GN model, 32 iterations": "--local_model gn --cg_iters 32", "no preconditioner": "--precond none", "damping λI": "--damping_metric identity --damping 1e-3",
+        "4 iterations": "--cg_iters 4", "16 iterations": "--cg_iters 16", "curvature from 1/8": "--curvature_frac 0.125", "curvature from 1/2": "--curvature_frac 0.5",
+        "no geodesic correction": "--no-geodesic", "no warm start": "--warm_start 0", "G^(-1/2)": "--power 0.5 --damping 1e-3 --cg_iters 32", "no line search": "--line_search none",
+        "searched on fresh data": "--line_search_data fresh", "bf16": "--dtype bf16"}),
+    "baselines": ("--batch_tokens 131072 --steps 40", {
+        "SOAP": "--opt soap", "SOAP, line search": "--opt soap --line_search grid", "Muon": "--opt muon --lr 2e-2", "Muon, line search": "--opt muon --lr 2e-2 --line_search grid",
+        "K-FAC": "--opt kfac", "K-FAC, line search": "--opt kfac --line_search grid"}),
+}
+
+
+class Runs:
+    """Runs of this program, each in a folder of its own, one thread each and `width` at a time. What is complete is not run again, what was
+    cut off goes on."""
+
+    def __init__(self, out, width):
+        self.out, self.pool, self.found = Path(out), ThreadPoolExecutor(width), {}
+
+    def start(self, name, flags, stage, method, init=True):
+        """A future of the run's dict; see `read`."""
+        flags = f"{flags} --threads 1 --sample 0 --data_dir {self.out / 'data'}" + f" --init_from {self.out / 'warmup'}" * init
+        return self.pool.submit(self._make, re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-"), shlex.split(flags), stage, method)
+
+    def best(self, runs):
+        """Of runs to the same target the one that took the fewest steps; of equal ones the one with the lowest loss then."""
+        return min((run.result() for run in runs), key=lambda r: (r["steps"] or math.inf, r["loss"]))
+
+    def _make(self, name, flags, stage, method):
+        folder = self.out / name
+        if not self.read(name)["complete"]:
+            go_on = ["--resume"] if (folder / "checkpoint.pt").exists() else [*flags, "--overwrite"]
+            done = subprocess.run([sys.executable, __file__, *go_on, "--out_dir", str(folder)], capture_output=True, text=True,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
+            if done.returncode not in (0, 1):
+                raise UsageError(f"{folder}: {(done.stderr.strip() or done.stdout.strip() or 'killed').splitlines()[-1]}")
+        run = self.found[name] = {"stage": stage, "method": method, **self.read(name)}
+        reached = "" if run["target"] is None else f"{run['target']:g} after {run['steps']} steps" if run["steps"] else f"> {run['ran']} steps to {run['target']:g}"
+        say(f"{len(self.found):4d}  {name}: {reached or 'done'}, val {run['loss']:.4f}, {duration(run['seconds'])}")
+        return run
+
+    def read(self, name):
+        """What a run's log holds, in short: steps to its target or None, and tokens, gradients of a million tokens and seconds to there."""
+        try:
+            head, rows = read_run(self.out / name)
+        except UsageError:
+            return {"complete": False}
+        c = head["config"]
+        hit = next((r for r in rows if c["target_loss"] is not None and r["val_loss"] <= c["target_loss"]), None)
+        last, stuck = hit or rows[-1], json.loads((self.out / name / "log.jsonl").read_text().splitlines()[-1])
+        rejected = not stuck.get("accepted", True) and stuck["step"] >= c["max_rejections"]
+        return {"complete": bool(hit) or last["step"] >= c["steps"] or rejected, "target": c["target_loss"], "steps": hit and hit["step"], "ran": last["step"],
+                "loss": last["val_loss"], "tokens": last["tokens"], "gradients": round(last["grad_equivalents"] * c["batch_tokens"] / 1e6, 3),
+                "seconds": round(last["seconds"], 1), "device": head["device"], "torch": head["torch"], "command": head["command"],
+                "batch_tokens": c["batch_tokens"], "curve": [[r["step"], round(r["val_loss"], 4)] for r in rows if r["step"] <= last["step"]]}
+
+
+def study(args):
+    """The headline study. Stages, each method on its own: tuning (three rates, then two values of the method's knob), an ending for the baselines (constant
+    rate, average of weights, decay), three other seeds; then batches, the slow target, random initialisation and ablations."""
+    out = Path(args.out_dir or "out/headline")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    runs = Runs(out, args.threads or cores)
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"study headline: {args.threads or cores} runs at a time, one thread each, in {out}")
+    runs.start("warmup", WARMUP, "warmup", "AdamW", init=False).result()
+    target, results = TARGETS["quick" if args.quick else "steep"], {}
+
+    def steep(method, flags, seed=0, batch=None, steps=None, stage="tuning"):
+        batch = batch or STUDY[method][5]
+        steps = steps or (20 if "_gn" in flags else 250) * (1 if batch > 65536 else 2)
+        flags = f"{flags} --batch_tokens {batch} --steps {steps} --target_loss {target} --eval_interval 1 --checkpoint_interval 10 --seed {seed}"
+        return runs.start(f"{stage} {method} {flags[flags.index('--', 2):]}", flags, stage, method)
+
+    def headline(method):
+        """Flags of the tuned method, and its runs over seeds."""
+        base, rate, rates, knob, values, batch = STUDY[method]
+        if args.quick:
+            flags = f"{base} --{rate} {rates[0]:g}"
+            return flags, [steep(method, flags, batch=batch // 4 if "_gn" in base else batch // 2, stage="seeds").result()]
+        tuning = batch if "_gn" in base else batch // 2
+        tried = {f"{base} --{rate} {r:g}": None for r in rates}
+        tried = {flags: steep(method, flags, batch=tuning) for flags in tried}
+        best = runs.best(tried.values())
+        flags = next(f for f, run in tried.items() if run.result() is best)
+        if rates.index(float(flags.split()[-1])) != 0:
+            say(f"note: {method}'s best rate is at the edge of its grid, {flags.split()[-1]}")
+        tried = {flags: tried[flags], **{f: steep(method, f, batch=tuning) for f in (f"{flags} --{knob} {value}" for value in values)}}
+        best = runs.best(tried.values())
+        flags = next(f for f, run in tried.items() if run.result() is best)
+        if "_gn" in base:
+            ending = flags
+        else:
+            decay = math.ceil(0.85 * (best["steps"] or best["ran"]))
+            tried = {flags: steep(method, flags, stage="ending"), f"{flags} --ema 0.9": steep(method, f"{flags} --ema 0.9", stage="ending"),
+                     f"{flags} --schedule wsd": steep(method, f"{flags} --schedule wsd", steps=decay, stage="ending")}
+            best = runs.best(tried.values())
+            ending = next(f for f, run in tried.items() if run.result() is best)
+        seeds = [steep(method, ending, seed, steps=decay if "wsd" in ending else None, stage="seeds") for seed in SEEDS]
+        return flags, [run.result() for run in seeds]
+
+    def batches(method, flags):
+        """Batches doubled until the steps fall by under a tenth; the better of two rates at each, both tried on by the batch's size."""
+        rate, reference, before = STUDY[method][1], STUDY[method][5], None
+        for k in range(14, 21):
+            if args.quick and k not in (14, 16):
+                continue
+            tuned, gn_run = float(flags.split(f"--{rate} ")[1].split()[0]), "_gn" in flags
+            scales = [(reference / 2 ** k) ** 0.5 * s for s in (1, 0.5)] if gn_run else [1, 0.5]
+            tried = [steep(method, flags.replace(f"--{rate} {tuned:g}", f"--{rate} {tuned * s:.2g}"), batch=2 ** k, stage="batches") for s in scales]
+            steps = runs.best(tried)["steps"]
+            if before and steps and steps > 0.9 * before:
+                break
+            before = steps
+
+    def slow(method, flags, seed=0, n=None):
+        """Runs to the slow target with a decay: one of n steps, then one of more or fewer."""
+        schedule = "--inner_schedule global_cosine" if "_gn" in flags else "--schedule wsd"
+        batch, found = STUDY[method][5], []
+        for n in (n,) if n else (SLOW[method], 0):
+            n = n or round(SLOW[method] * (0.85 if found[0]["steps"] else 1.25))
+            flags_n = f"{flags} {schedule} --batch_tokens {batch} --steps {n} --target_loss {TARGETS['slow']} --eval_interval 1 --checkpoint_interval 10 --seed {seed}"
+            found.append(runs.start(f"slow {method} {flags_n[flags_n.index('--', 2):]}", flags_n, "slow", method).result())
+        return min(found, key=lambda r: (r["steps"] or math.inf, r["loss"])), flags
+
+    with ThreadPoolExecutor(64) as chains:              # a chain waits for its runs; the runs themselves queue in order
+        first = {method: chains.submit(headline, method) for method in STUDY}
+        tuned = {method: chain.result() for method, chain in first.items()}
+        results["headline"] = {method: seeds for method, (_, seeds) in tuned.items()}
+        write_study(out, runs, results["headline"], target)
+        rest = [chains.submit(batches, method, tuned[method][0]) for method in ("SOAP", "Muon", "AdamW", "K-FAC", BEST_GN)[:1 if args.quick else None]]
+        if args.quick:
+            rest.append(chains.submit(batches, BEST_GN, tuned[BEST_GN][0]))
+        else:
+            slowly = {method: chains.submit(slow, method, tuned[method][0]) for method in SLOW}
+            adamw = tuned["AdamW"][0]
+            common = f"--batch_tokens 131072 --target_loss {TARGETS['slow']} --eval_interval 1 --checkpoint_interval 50"
+            rest += [runs.start(f"slow AdamW {kind}", f"{adamw} {common} {kind}", "slow", "AdamW") for kind in ("--steps 700", "--steps 500 --schedule wsd")]
+            for method in ("K-FAC", "SOAP", "Muon", "AdamW", BEST_GN):
+                flags = f"{tuned[method][0]} --batch_tokens {STUDY[method][5]} --steps {30 if method == BEST_GN else 300} --target_loss {target} --eval_interval 1"
+                rest.append(runs.start(f"random {method}", flags, "random", method, init=False))
+            for group, (base, settings) in ABLATIONS.items():
+                rest += [runs.start(f"ablation {group} {name}", f"{base} {extra} --eval_interval 1", "ablation", f"{group}: {name}") for name, extra in settings.items()]
+            found = {method: chain.result() for method, chain in slowly.items()}
+            baseline = min((m for m in found if m != BEST_GN), key=lambda m: (found[m][0]["steps"] or math.inf, found[m][0]["loss"]))
+            for method in (BEST_GN, baseline):          # the winners over seeds
+                n = found[method][0]["command"].split("--steps ")[1].split()[0]
+                rest += [chains.submit(slow, method, found[method][1], seed, int(n)) for seed in SEEDS[:2]]
+        for run in rest:
+            run.result()
+    write_study(out, runs, results["headline"], target)
+    return 0
+
+
+def write_study(out, runs, seeds, target):
+    """headline.json with every run, the table of methods, and the pictures."""
+    rows = [("method", f"steps to {target:g}", "each seed", "x full GN", "M tokens", "gradients of 1M tokens", "core-seconds")]
+    means = {m: mean_and_error([r["steps"] for r in found]) if all(r["steps"] for r in found) else f"> {min(r['ran'] for r in found if not r['steps'])}"
+             for m, found in seeds.items()}
+    counts = {m: sum(r["steps"] for r in found) / len(found) for m, found in seeds.items() if all(r["steps"] for r in found)}
+    for method, found in sorted(seeds.items(), key=lambda item: counts.get(item[0], math.inf)):
+        ratio = f"{counts[method] / min(counts.values()):.1f}" if method in counts else ""
+        rows.append((method, means[method], ", ".join(str(r["steps"] or f"> {r['ran']}") for r in found), ratio, *(
+            mean_and_error([value(r) for r in found]) for value in (lambda r: r["tokens"] / 1e6, lambda r: r["gradients"], lambda r: r["seconds"]))))
+    spent = sum(run["gradients"] for run in runs.found.values())
+    text = json.dumps({"targets": TARGETS, "gradients_of_1M_tokens": round(spent, 1), "core_hours": round(sum(r["seconds"] for r in runs.found.values()) / 3600, 2),
+                       "headline": {m: [name for name, run in runs.found.items() if run in found] for m, found in seeds.items()},
+                       "runs": dict(sorted(runs.found.items()))}, ensure_ascii=False)
+    (out / "headline.json").write_text(text.replace('"runs": {', '"runs": {\n').replace("]]}, ", "]]},\n") + "\n")
+    print_table(rows)
+    chart(out / "loss.svg", [("outer steps", {m: [[(s, v) for s, v in r["curve"] if s] for r in found] for m, found in seeds.items()})], "validation loss, nats per byte")
+    by_batch = {}
+    for run in runs.found.values():
+        if run["stage"] in ("batches", "ending", "tuning", "seeds") and run["steps"]:
+            best = by_batch.setdefault(run["method"], {})
+            best[run["batch_tokens"]] = min(run["steps"], best.get(run["batch_tokens"], math.inf))
+    by_batch = {m: [sorted(best.items())] for m, best in by_batch.items() if len(best) > 1}
+    if by_batch:
+        chart(out / "batch.svg", [("tokens per step", by_batch)], f"steps to {target:g}", y_log=True, marks=True)
+    ablations = {r["method"]: [r["curve"]] for r in runs.found.values() if r["stage"] == "ablation"}
+    for group in {m.split(":")[0] for m in ablations}:
+        chart(out / f"ablation-{group}.svg", [("outer steps", {m.split(": ")[1]: c for m, c in sorted(ablations.items()) if m.startswith(group + ":")})],
+              "validation loss, nats per byte", x_log=False)
+    say(f"written: {out}/headline.json and {', '.join(sorted(p.name for p in out.glob('*.svg')))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -889,6 +1154,8 @@ def main(argv=None):
         if args.bench:
             bench(args)
             return 0
+        if args.study:
+            return study(args)
         if args.resume:
             args, checkpoint = stored_settings(args, given)
         args.argv = None if argv is None else list(argv)

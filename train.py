@@ -92,7 +92,7 @@ def build_parser():
     flag("--opt", str, "full_gn", "optimizer", choices=GN + BASELINES)
     flag("--steps", int, None, "optimizer steps; for Gauss-Newton, outer steps (default 12 for GN, 300 for baselines)")
     flag("--batch_tokens", int, None, "tokens per step, a multiple of the block size (default 131072 for GN, 16384 for baselines)")
-    flag("--micro_batch", int, None, "sequences worked on at a time; changes memory and speed, not results (default: about 8192 tokens)")
+    flag("--micro_batch", int, None, "sequences worked on at a time; changes memory and speed, not results (default: about 8192 tokens, more on a GPU)")
     flag("--seed", int, 0, "of initialisation, batches and sampled labels")
     flag("--target_loss", float, None, "stop at the first evaluation at or below this validation loss, in nats per token")
     flag("--init_from", str, None, "checkpoint (or its run's folder) whose weights to start from")
@@ -536,8 +536,9 @@ def run(args, given, checkpoint):
     model.to(args.device)
     model.bf16 = args.dtype == "bf16"
     params, batch_rows = trainable(model), args.batch_tokens // block_size
-    if args.micro_batch is None:     # logits of a piece stay under 256 MB
-        args.micro_batch = max(1, min(8192, 2 ** 26 // data.vocab_size) // block_size)
+    if args.micro_batch is None:     # logits of a piece stay under 256 MB, and it fits a CPU's caches; a GPU wants larger ones
+        many = max(8192, 2 ** 23 // (model.config.n_layer * model.config.n_embd)) if torch.device(args.device).type == "cuda" else 8192
+        args.micro_batch = max(1, min(many, 2 ** 26 // data.vocab_size) // block_size)
     try:
         stepper = make_stepper(model, args, bar)
     except ValueError as e:                             # settings that do not go together
@@ -814,11 +815,11 @@ def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
 TARGETS = {"steep": 1.60, "slow": 1.33, "quick": 1.75}
 WARMUP = "--opt adamw --lr 3e-3 --steps 60"
 STUDY = {  # method: its flags, its rate on a grid (the middle first), its own knob beside the default, its batch in tokens
-    "prox-linear GN, inner SOAP": ("--opt full_gn --solver soap", "inner_lr", (3e-3, 1.5e-3, 6e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
-    "prox-linear GN, inner Muon": ("--opt full_gn --solver muon", "inner_lr", (4e-3, 2e-3, 8e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
-    "GN, inner Muon": ("--opt full_gn --solver muon --local_model gn", "inner_lr", (4e-3, 2e-3, 8e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "prox-linear GN, inner SOAP": ("--opt full_gn --solver soap", "inner_lr", (4e-3, 2e-3, 8e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "prox-linear GN, inner Muon": ("--opt full_gn --solver muon", "inner_lr", (5e-3, 2.5e-3, 1e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "GN, inner Muon": ("--opt full_gn --solver muon --local_model gn", "inner_lr", (5e-3, 2.5e-3, 1e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
     "prox-linear GN, CG": ("--opt full_gn --solver cg", "damping", (0.1, 0.03, 0.3), "cg_iters", ("6", "12"), 2 ** 18),
-    "layerwise GN, inner SOAP": ("--opt layerwise_gn --solver soap", "inner_lr", (3e-3, 1.5e-3, 6e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "layerwise GN, inner SOAP": ("--opt layerwise_gn --solver soap", "inner_lr", (4e-3, 2e-3, 8e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
     "K-FAC": ("--opt kfac", "lr", (3e-2, 1.5e-2, 6e-2), "precondition_frequency", ("1", "3"), 2 ** 18),
     "Muon": ("--opt muon", "lr", (2e-2, 1e-2, 4e-2), "momentum", ("0.9", "0.98"), 2 ** 18),
     "SOAP": ("--opt soap", "lr", (1e-2, 5e-3, 2e-2), "precondition_frequency", ("1", "3"), 2 ** 18),
@@ -826,7 +827,7 @@ STUDY = {  # method: its flags, its rate on a grid (the middle first), its own k
 }
 SEEDS = (1, 2, 3)
 BEST_GN = "prox-linear GN, inner SOAP"
-SLOW = {"K-FAC": 240, "Muon": 200, "SOAP": 220, BEST_GN: 28}      # steps of the first run with a decay to the slow target
+SLOW = {"K-FAC": 240, "Muon": 200, "SOAP": 220, "AdamW": 560, BEST_GN: 28}      # steps of the first run with a decay to the slow target
 ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best solver, four of 131,072 by CG, forty of baselines
     "inner": ("--opt full_gn --solver soap --inner_lr 6e-3 --batch_tokens 262144 --steps 10", {
         "as it is": "", "no line search": "--line_search none", "searched on fresh data": "--line_search_data fresh", "searched on the whole batch": "--search_frac 1",
@@ -848,172 +849,180 @@ class Runs:
     cut off goes on."""
 
     def __init__(self, out, width):
-        self.out, self.pool, self.found = Path(out), ThreadPoolExecutor(width), {}
+        self.out, self.pool, self.started, self.found = Path(out), ThreadPoolExecutor(width), {}, {}
 
-    def start(self, name, flags, stage, method, init=True):
-        """A future of the run's dict; see `read`."""
-        flags = f"{flags} --threads 1 --sample 0 --data_dir {self.out / 'data'}" + f" --init_from {self.out / 'warmup'}" * init
-        return self.pool.submit(self._make, re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-"), shlex.split(flags), stage, method)
+    def start(self, name, flags, method, init=True):
+        """A future of the run's dict; see `read`. Two calls with one name are one run."""
+        name = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-")
+        if name not in self.started:
+            flags = f"{flags} --threads 1 --sample 0 --data_dir {shlex.quote(str(self.out / 'data'))}"
+            flags += f" --init_from {shlex.quote(str(self.out / 'warmup'))}" * init
+            self.started[name] = self.pool.submit(self._make, name, shlex.split(flags), method)
+        return self.started[name]
 
-    def best(self, runs):
-        """Of runs to the same target the one that took the fewest steps; of equal ones the one with the lowest loss then."""
-        return min((run.result() for run in runs), key=lambda r: (r["steps"] or math.inf, r["loss"]))
-
-    def _make(self, name, flags, stage, method):
-        folder = self.out / name
-        if not self.read(name)["complete"]:
+    def _make(self, name, flags, method):
+        folder, result = self.out / name, self.read(name)
+        if result is None:
             go_on = ["--resume"] if (folder / "checkpoint.pt").exists() else [*flags, "--overwrite"]
             done = subprocess.run([sys.executable, __file__, *go_on, "--out_dir", str(folder)], capture_output=True, text=True,
                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-            if done.returncode not in (0, 1):
-                raise UsageError(f"{folder}: {(done.stderr.strip() or done.stdout.strip() or 'killed').splitlines()[-1]}")
-        run = self.found[name] = {"stage": stage, "method": method, **self.read(name)}
-        reached = "" if run["target"] is None else f"{run['target']:g} after {run['steps']} steps" if run["steps"] else f"> {run['ran']} steps to {run['target']:g}"
-        say(f"{len(self.found):4d}  {name}: {reached or 'done'}, val {run['loss']:.4f}, {duration(run['seconds'])}")
+            result = self.read(name)
+            if result is None:
+                raise UsageError(f"{folder} ended with {done.returncode}: {(done.stderr.strip() or done.stdout.strip() or 'no output').splitlines()[-1]}")
+        run = self.found[name] = {"method": method, **result}
+        reached = "" if run["target"] is None else f"{run['target']:g} after {run['steps']} steps, " if run["steps"] else f"> {run['ran']} steps to {run['target']:g}, "
+        say(f"{len(self.found):4d}  {name}: {reached}val {run['loss']:.4f}, {duration(run['seconds'])}")
         return run
 
     def read(self, name):
-        """What a run's log holds, in short: steps to its target or None, and tokens, gradients of a million tokens and seconds to there."""
+        """What a complete run's log holds, in short: steps to its target or None, tokens, gradients of a million tokens and seconds to there."""
         try:
             head, rows = read_run(self.out / name)
         except UsageError:
-            return {"complete": False}
-        c = head["config"]
+            return None
+        c, rejected = head["config"], 0
+        for line in (self.out / name / "log.jsonl").read_text().splitlines()[2:]:
+            rejected = 0 if json.loads(line)["accepted"] else rejected + 1
         hit = next((r for r in rows if c["target_loss"] is not None and r["val_loss"] <= c["target_loss"]), None)
-        last, stuck = hit or rows[-1], json.loads((self.out / name / "log.jsonl").read_text().splitlines()[-1])
-        rejected = not stuck.get("accepted", True) and stuck["step"] >= c["max_rejections"]
-        return {"complete": bool(hit) or last["step"] >= c["steps"] or rejected, "target": c["target_loss"], "steps": hit and hit["step"], "ran": last["step"],
-                "loss": last["val_loss"], "tokens": last["tokens"], "gradients": round(last["grad_equivalents"] * c["batch_tokens"] / 1e6, 3),
-                "seconds": round(last["seconds"], 1), "device": head["device"], "torch": head["torch"], "command": head["command"],
-                "batch_tokens": c["batch_tokens"], "curve": [[r["step"], round(r["val_loss"], 4)] for r in rows if r["step"] <= last["step"]]}
+        if not rows or not (hit or rows[-1]["step"] >= c["steps"] or rejected >= c["max_rejections"]):
+            return None
+        last = hit or rows[-1]
+        return {"target": c["target_loss"], "steps": hit and hit["step"], "ran": last["step"], "loss": last["val_loss"], "tokens": last["tokens"],
+                "gradients": round(last["grad_equivalents"] * c["batch_tokens"] / 1e6, 3), "seconds": round(last["seconds"], 1), "device": head["device"],
+                "torch": head["torch"], "command": head["command"], "batch_tokens": c["batch_tokens"],
+                "curve": [[r["step"], round(r["val_loss"], 4)] for r in rows if r["step"] <= last["step"]]}
+
+
+def score(run):
+    """Fewer steps to the target are better; of equal ones the lower loss then; of runs that missed it the lower loss."""
+    return run["steps"] or math.inf, run["loss"]
 
 
 def study(args):
-    """The headline study. Stages, each method on its own: tuning (three rates, then two values of the method's knob), an ending for the baselines (constant
-    rate, average of weights, decay), three other seeds; then batches, the slow target, random initialisation and ablations."""
+    """The headline study. Each method on its own: tuning at half its batch (three rates, then two values of its knob), for the baselines an ending (constant rate,
+    average of weights, decay), then three other seeds. After that batches, the slow target, random initialisation and ablations."""
     out = Path(args.out_dir or "out/headline")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    runs = Runs(out, args.threads or cores)
+    width = args.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    runs, target = Runs(out, width), TARGETS["quick" if args.quick else "steep"]
     out.mkdir(parents=True, exist_ok=True)
-    say(f"study headline: {args.threads or cores} runs at a time, one thread each, in {out}")
-    runs.start("warmup", WARMUP, "warmup", "AdamW", init=False).result()
-    target, results = TARGETS["quick" if args.quick else "steep"], {}
+    say(f"study {args.study}: {width} runs at a time, one thread each, in {out}; a line for each that is complete")
+    runs.start("warmup", WARMUP, "AdamW", init=False).result()
 
-    def steep(method, flags, seed=0, batch=None, steps=None, stage="tuning"):
-        batch = batch or STUDY[method][5]
-        steps = steps or (20 if "_gn" in flags else 250) * (1 if batch > 65536 else 2)
-        flags = f"{flags} --batch_tokens {batch} --steps {steps} --target_loss {target} --eval_interval 1 --checkpoint_interval 10 --seed {seed}"
-        return runs.start(f"{stage} {method} {flags[flags.index('--', 2):]}", flags, stage, method)
+    def steep(method, flags, batch, seed=0, steps=None):
+        is_gn, own = "_gn" in flags, flags[len(STUDY[method][0]):]
+        steps = steps or (20 if is_gn else 250) * (1 if batch > 65536 else 2)
+        return runs.start(f"{method} {own} {batch // 1024}k seed {seed}" + f" {steps}" * ("wsd" in flags),
+                          f"{flags} --batch_tokens {batch} --steps {steps} --target_loss {target} --eval_interval 1 --seed {seed}", method)
+
+    def best(tried):
+        """The (flags, run) with the best score of {flags: future of a run}."""
+        return min(((flags, run.result()) for flags, run in tried.items()), key=lambda pair: score(pair[1]))
 
     def headline(method):
-        """Flags of the tuned method, and its runs over seeds."""
+        """Flags of the tuned method, its runs over seeds, and the note if the grid was too narrow."""
         base, rate, rates, knob, values, batch = STUDY[method]
         if args.quick:
-            flags = f"{base} --{rate} {rates[0]:g}"
-            return flags, [steep(method, flags, batch=batch // 4 if "_gn" in base else batch // 2, stage="seeds").result()]
-        tuning = batch if "_gn" in base else batch // 2
-        tried = {f"{base} --{rate} {r:g}": None for r in rates}
-        tried = {flags: steep(method, flags, batch=tuning) for flags in tried}
-        best = runs.best(tried.values())
-        flags = next(f for f, run in tried.items() if run.result() is best)
-        if rates.index(float(flags.split()[-1])) != 0:
-            say(f"note: {method}'s best rate is at the edge of its grid, {flags.split()[-1]}")
-        tried = {flags: tried[flags], **{f: steep(method, f, batch=tuning) for f in (f"{flags} --{knob} {value}" for value in values)}}
-        best = runs.best(tried.values())
-        flags = next(f for f, run in tried.items() if run.result() is best)
-        if "_gn" in base:
-            ending = flags
-        else:
-            decay = math.ceil(0.85 * (best["steps"] or best["ran"]))
-            tried = {flags: steep(method, flags, stage="ending"), f"{flags} --ema 0.9": steep(method, f"{flags} --ema 0.9", stage="ending"),
-                     f"{flags} --schedule wsd": steep(method, f"{flags} --schedule wsd", steps=decay, stage="ending")}
-            best = runs.best(tried.values())
-            ending = next(f for f, run in tried.items() if run.result() is best)
-        seeds = [steep(method, ending, seed, steps=decay if "wsd" in ending else None, stage="seeds") for seed in SEEDS]
-        return flags, [run.result() for run in seeds]
+            flags = f"{base} --{rate} {2 * rates[0] if rate == 'inner_lr' else rates[0]:g}"
+            return flags, [steep(method, flags, 2 ** 18 if rate == "inner_lr" else 2 ** 17).result()]
+        flags, _ = best({f: steep(method, f, batch // 2) for f in (f"{base} --{rate} {r:g}" for r in rates)})
+        if float(flags.split()[-1]) != rates[0]:
+            say(f"note: {method}: the best of three rates is at the edge, {flags.split()[-1]}")
+        flags, run = best({f: steep(method, f, batch // 2) for f in (flags, *(f"{flags} --{knob} {value}" for value in values))})
+        ending, steps = flags, None
+        if "_gn" not in base:
+            decay = math.ceil(0.85 * (run["steps"] or run["ran"]))
+            ending, _ = best({flags: steep(method, flags, batch), f"{flags} --ema 0.9": steep(method, f"{flags} --ema 0.9", batch),
+                              f"{flags} --schedule wsd": steep(method, f"{flags} --schedule wsd", batch, steps=decay)})
+            steps = decay if "wsd" in ending else None
+        return flags, [run.result() for run in [steep(method, ending, batch, seed, steps) for seed in SEEDS]]
 
     def batches(method, flags):
-        """Batches doubled until the steps fall by under a tenth; the better of two rates at each, both tried on by the batch's size."""
-        rate, reference, before = STUDY[method][1], STUDY[method][5], None
-        for k in range(14, 21):
-            if args.quick and k not in (14, 16):
-                continue
-            tuned, gn_run = float(flags.split(f"--{rate} ")[1].split()[0]), "_gn" in flags
-            scales = [(reference / 2 ** k) ** 0.5 * s for s in (1, 0.5)] if gn_run else [1, 0.5]
-            tried = [steep(method, flags.replace(f"--{rate} {tuned:g}", f"--{rate} {tuned * s:.2g}"), batch=2 ** k, stage="batches") for s in scales]
-            steps = runs.best(tried)["steps"]
-            if before and steps and steps > 0.9 * before:
+        """Batches doubled until the steps fall by under a tenth; at each the better of two rates, an inner one scaled by the root of the number of inner steps."""
+        _, rate, _, _, _, batch = STUDY[method]
+        tuned, found = float(flags.split(f"--{rate} ")[1].split()[0]), []
+        for k in (14, 16) if args.quick else range(14, 21):
+            scale = (batch / 2 ** k) ** 0.5 if rate == "inner_lr" else 1
+            tried = [flags.replace(f"--{rate} {tuned:g}", f"--{rate} {tuned * scale * s:.2g}") for s in (1, 0.5)]
+            _, run = best({f: steep(method, f, 2 ** k) for f in tried})
+            found.append((2 ** k, run["steps"]))
+            if len(found) > 1 and all(steps for _, steps in found[-2:]) and found[-1][1] > 0.9 * found[-2][1]:
                 break
-            before = steps
+        return found
 
-    def slow(method, flags, seed=0, n=None):
-        """Runs to the slow target with a decay: one of n steps, then one of more or fewer."""
-        schedule = "--inner_schedule global_cosine" if "_gn" in flags else "--schedule wsd"
-        batch, found = STUDY[method][5], []
-        for n in (n,) if n else (SLOW[method], 0):
-            n = n or round(SLOW[method] * (0.85 if found[0]["steps"] else 1.25))
-            flags_n = f"{flags} {schedule} --batch_tokens {batch} --steps {n} --target_loss {TARGETS['slow']} --eval_interval 1 --checkpoint_interval 10 --seed {seed}"
-            found.append(runs.start(f"slow {method} {flags_n[flags_n.index('--', 2):]}", flags_n, "slow", method).result())
-        return min(found, key=lambda r: (r["steps"] or math.inf, r["loss"])), flags
+    def slowly(method, flags, seed, n):
+        flags += " --inner_schedule global_cosine" if "_gn" in flags else " --schedule wsd"
+        batch = 2 ** 17 if method == "AdamW" else STUDY[method][5]
+        return runs.start(f"slow {method} {flags[len(STUDY[method][0]):]} {n} steps seed {seed}",
+                          f"{flags} --batch_tokens {batch} --steps {n} --target_loss {TARGETS['slow']} --eval_interval 1 --seed {seed}", method)
 
-    with ThreadPoolExecutor(64) as chains:              # a chain waits for its runs; the runs themselves queue in order
-        first = {method: chains.submit(headline, method) for method in STUDY}
-        tuned = {method: chain.result() for method, chain in first.items()}
-        results["headline"] = {method: seeds for method, (_, seeds) in tuned.items()}
-        write_study(out, runs, results["headline"], target)
-        rest = [chains.submit(batches, method, tuned[method][0]) for method in ("SOAP", "Muon", "AdamW", "K-FAC", BEST_GN)[:1 if args.quick else None]]
-        if args.quick:
-            rest.append(chains.submit(batches, BEST_GN, tuned[BEST_GN][0]))
-        else:
-            slowly = {method: chains.submit(slow, method, tuned[method][0]) for method in SLOW}
-            adamw = tuned["AdamW"][0]
-            common = f"--batch_tokens 131072 --target_loss {TARGETS['slow']} --eval_interval 1 --checkpoint_interval 50"
-            rest += [runs.start(f"slow AdamW {kind}", f"{adamw} {common} {kind}", "slow", "AdamW") for kind in ("--steps 700", "--steps 500 --schedule wsd")]
-            for method in ("K-FAC", "SOAP", "Muon", "AdamW", BEST_GN):
-                flags = f"{tuned[method][0]} --batch_tokens {STUDY[method][5]} --steps {30 if method == BEST_GN else 300} --target_loss {target} --eval_interval 1"
-                rest.append(runs.start(f"random {method}", flags, "random", method, init=False))
-            for group, (base, settings) in ABLATIONS.items():
-                rest += [runs.start(f"ablation {group} {name}", f"{base} {extra} --eval_interval 1", "ablation", f"{group}: {name}") for name, extra in settings.items()]
-            found = {method: chain.result() for method, chain in slowly.items()}
-            baseline = min((m for m in found if m != BEST_GN), key=lambda m: (found[m][0]["steps"] or math.inf, found[m][0]["loss"]))
-            for method in (BEST_GN, baseline):          # the winners over seeds
-                n = found[method][0]["command"].split("--steps ")[1].split()[0]
-                rest += [chains.submit(slow, method, found[method][1], seed, int(n)) for seed in SEEDS[:2]]
-        for run in rest:
-            run.result()
-    write_study(out, runs, results["headline"], target)
+    def slow(method, flags):
+        """(flags, steps, run) of the best way to the slow target with a decay: at the tuned rate and at twice that, then with fewer steps, or more."""
+        rate, n = STUDY[method][1], SLOW[method]
+        tuned = flags.split(f"--{rate} ")[1].split()[0]
+        double = flags.replace(f"--{rate} {tuned}", f"--{rate} {2 * float(tuned):g}")
+        flags, run = best({f: slowly(method, f, 0, n) for f in (flags, double)})
+        again = round(n * (0.85 if run["steps"] else 1.25))
+        return min([(flags, n, run), (flags, again, slowly(method, flags, 0, again).result())], key=lambda way: score(way[2]))
+
+    try:
+        with ThreadPoolExecutor(64) as chains:          # a chain waits for its runs; the runs themselves queue in order
+            first = {method: chains.submit(headline, method) for method in STUDY}
+            tuned = {method: chain.result()[0] for method, chain in first.items()}
+            found = {"headline": {method: chain.result()[1] for method, chain in first.items()}}
+            write_study(out, runs, found, target)
+            rest, curves = [], {m: chains.submit(batches, m, tuned[m]) for m in (("SOAP", BEST_GN) if args.quick else ("SOAP", "Muon", "AdamW", "K-FAC", BEST_GN))}
+            if not args.quick:
+                late = {method: chains.submit(slow, method, tuned[method]) for method in SLOW}
+                for method in (BEST_GN, "K-FAC", "SOAP", "Muon", "AdamW"):
+                    flags = f"{tuned[method]} --batch_tokens {STUDY[method][5]} --steps {30 if method == BEST_GN else 300} --target_loss {target} --eval_interval 1"
+                    rest.append(runs.start(f"random {method}", flags, method, init=False))
+                for group, (base, settings) in ABLATIONS.items():
+                    rest += [runs.start(f"ablation {group} {name}", f"{base} {extra} --eval_interval 1", f"{group}: {name}") for name, extra in settings.items()]
+                ways = {method: chain.result() for method, chain in late.items()}
+                rival = min(ways.keys() - {BEST_GN}, key=lambda method: score(ways[method][2]))
+                found["slow"] = {method: [way[2]] for method, way in ways.items()}
+                for method in (BEST_GN, rival):         # the winners over seeds
+                    found["slow"][method] += [run.result() for run in [slowly(method, *ways[method][:1], seed, ways[method][1]) for seed in SEEDS[:2]]]
+                found["random"] = {run.result()["method"]: [run.result()] for run in rest if run.result()["target"]}
+            found["batches"] = {method: chain.result() for method, chain in curves.items()}
+            for run in rest:
+                run.result()
+    except BaseException:
+        runs.pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    write_study(out, runs, found, target)
     return 0
 
 
-def write_study(out, runs, seeds, target):
-    """headline.json with every run, the table of methods, and the pictures."""
-    rows = [("method", f"steps to {target:g}", "each seed", "x full GN", "M tokens", "gradients of 1M tokens", "core-seconds")]
-    means = {m: mean_and_error([r["steps"] for r in found]) if all(r["steps"] for r in found) else f"> {min(r['ran'] for r in found if not r['steps'])}"
-             for m, found in seeds.items()}
-    counts = {m: sum(r["steps"] for r in found) / len(found) for m, found in seeds.items() if all(r["steps"] for r in found)}
-    for method, found in sorted(seeds.items(), key=lambda item: counts.get(item[0], math.inf)):
-        ratio = f"{counts[method] / min(counts.values()):.1f}" if method in counts else ""
-        rows.append((method, means[method], ", ".join(str(r["steps"] or f"> {r['ran']}") for r in found), ratio, *(
-            mean_and_error([value(r) for r in found]) for value in (lambda r: r["tokens"] / 1e6, lambda r: r["gradients"], lambda r: r["seconds"]))))
-    spent = sum(run["gradients"] for run in runs.found.values())
-    text = json.dumps({"targets": TARGETS, "gradients_of_1M_tokens": round(spent, 1), "core_hours": round(sum(r["seconds"] for r in runs.found.values()) / 3600, 2),
-                       "headline": {m: [name for name, run in runs.found.items() if run in found] for m, found in seeds.items()},
+def write_study(out, runs, found, target):
+    """headline.json with every run, the tables, and the pictures."""
+    names = {id(run): name for name, run in runs.found.items()}
+    tables = {}
+    for stage in ("headline", "slow", "random"):
+        if stage in found:
+            seeds = found[stage]
+            counts = {m: sum(r["steps"] for r in rs) / len(rs) for m, rs in seeds.items() if all(r["steps"] for r in rs)}
+            rows = [(f"steps to {TARGETS['slow'] if stage == 'slow' else target:g}" + ", random initialisation" * (stage == "random"), "mean", "each seed", "ratio",
+                     "M tokens", "gradients of 1M tokens", "core-seconds")]
+            for method, rs in sorted(seeds.items(), key=lambda item: counts.get(item[0], math.inf)):
+                costs = [mean_and_error([value(r) for r in rs]) for value in (lambda r: r["tokens"] / 1e6, lambda r: r["gradients"], lambda r: r["seconds"])]
+                mean = mean_and_error([r["steps"] for r in rs]) if method in counts else ""
+                ratio = f"{counts[method] / min(counts.values()):.1f}" if method in counts else ""
+                rows.append((method, mean, ", ".join(str(r["steps"] or f"> {r['ran']}") for r in rs), ratio, *costs))
+            print_table(rows)
+            say()
+            tables[stage] = {m: [names[id(r)] for r in rs] for m, rs in seeds.items()}
+    text = json.dumps({"targets": TARGETS, "gradients_of_1M_tokens": round(sum(run["gradients"] for run in runs.found.values()), 1),
+                       "hours": round(sum(r["seconds"] for r in runs.found.values()) / 3600, 2), **tables, "batches": found.get("batches", {}),
                        "runs": dict(sorted(runs.found.items()))}, ensure_ascii=False)
     (out / "headline.json").write_text(text.replace('"runs": {', '"runs": {\n').replace("]]}, ", "]]},\n") + "\n")
-    print_table(rows)
-    chart(out / "loss.svg", [("outer steps", {m: [[(s, v) for s, v in r["curve"] if s] for r in found] for m, found in seeds.items()})], "validation loss, nats per byte")
-    by_batch = {}
-    for run in runs.found.values():
-        if run["stage"] in ("batches", "ending", "tuning", "seeds") and run["steps"]:
-            best = by_batch.setdefault(run["method"], {})
-            best[run["batch_tokens"]] = min(run["steps"], best.get(run["batch_tokens"], math.inf))
-    by_batch = {m: [sorted(best.items())] for m, best in by_batch.items() if len(best) > 1}
-    if by_batch:
-        chart(out / "batch.svg", [("tokens per step", by_batch)], f"steps to {target:g}", y_log=True, marks=True)
-    ablations = {r["method"]: [r["curve"]] for r in runs.found.values() if r["stage"] == "ablation"}
-    for group in {m.split(":")[0] for m in ablations}:
-        chart(out / f"ablation-{group}.svg", [("outer steps", {m.split(": ")[1]: c for m, c in sorted(ablations.items()) if m.startswith(group + ":")})],
-              "validation loss, nats per byte", x_log=False)
+    chart(out / "loss.svg", [("outer steps", {m: [[(s, v) for s, v in r["curve"] if s] for r in rs] for m, rs in found["headline"].items()})], "validation loss, nats per byte")
+    if any(steps for curve in found.get("batches", {}).values() for _, steps in curve):
+        chart(out / "batch.svg", [("tokens per step", {m: [[point for point in curve if point[1]]] for m, curve in found["batches"].items()})],
+              f"steps to {target:g}", y_log=True, marks=True)
+    ablations = [(*r["method"].split(": "), r["curve"]) for r in runs.found.values() if ": " in r["method"]]
+    for group in {group for group, _, _ in ablations}:
+        chart(out / f"ablation-{group}.svg", [("outer steps", {name: [c] for g, name, c in sorted(ablations) if g == group})], "validation loss, nats per byte", x_log=False)
     say(f"written: {out}/headline.json and {', '.join(sorted(p.name for p in out.glob('*.svg')))}")
 
 

@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.error
 import warnings
+import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -831,6 +832,14 @@ def damping_matrix(opt, metric):
     """The damping per λ, from K-FAC applied to unit vectors one by one."""
     n = len(theta_of(opt.model))
     return torch.eye(n).double() if metric == "identity" else torch.stack([opt.kfac.apply(e, opt.metric) for e in torch.eye(n).double()], 1)
+
+
+def test_damping_has_a_floor():
+    """Steps whose model is right lower λ to a tenth of its start and no further."""
+    model, data = gpt(n_layer=1), tokens(8)
+    opt = GaussNewton(model, damping=30.0)
+    seen = [opt.step(*data)["rho"] and opt.damping for _ in range(6)]
+    assert seen[:2] == pytest.approx([12.0, 4.8]) and min(seen) == 3.0
 
 
 @pytest.mark.parametrize("metric, precond", [("identity", "none"), ("identity", "kfac"), ("kfac", "kfac")])
@@ -1832,6 +1841,58 @@ def test_compare_tells_what_each_run_took(tmp_path, monkeypatch, capsys):
     _, gauss, adamw = capsys.readouterr().out.splitlines()
     assert gauss.split() == "2.50 full_gn 2/2 1.5 ± 0.5 1,500 ± 5e+02 15 ± 5 3 ± 1".split() and adamw.split() == "2.50 adamw 0/1 > 2".split()
     assert train.main("--compare a x".split()) == 2
+    assert train.main("--compare a c --target_loss 2.5 --plot loss.svg".split()) == 0
+    picture = xml.etree.ElementTree.parse("loss.svg").getroot()
+    lines = [[tuple(map(float, point.split(","))) for point in e.attrib["points"].split()] for e in picture.iter() if e.tag.endswith("polyline")]
+    assert len(lines) == 3 * 2 and all(len(line) == 2 for line in lines)             # three views of two runs, step 0 left out
+    (x0, y0), (x1, y1) = lines[0]
+    assert x1 > x0 and y1 > y0 and math.isclose(y1 - y0, 300 * (3 - 2) / (4 - 2), abs_tol=0.2)      # down by its share of the losses' range
+    assert train.main("--compare a --plot loss.png".split()) == 2 and not Path("loss.png").exists()
+
+
+def test_chart_ticks_are_round():
+    assert train.ticks(3, 700, True) == [5, 10, 20, 50, 100, 200, 500] and train.ticks(1, 1e6, True) == [10.0 ** i for i in range(7)]
+    assert [round(t, 9) for t in train.ticks(1.28, 2.3, False)] == [1.4, 1.6, 1.8, 2.0, 2.2]
+
+
+def test_a_study_runs_what_is_missing(tmp_path, monkeypatch, capsys, data_dir):
+    """Two methods in small: every run in its folder with its command, the counts in headline.json are those of the logs, tables and pictures; a second
+    call repeats nothing but a run that was cut off, which it ends as before; a run that fails ends the study with its reason."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "TARGETS", {"quick": 3.3, "slow": 0, "steep": 0})
+    monkeypatch.setattr(train, "WARMUP", "--opt adamw --lr 3e-3 --steps 2 --batch_tokens 4096")
+    monkeypatch.setattr(train, "BATCHES", (4096,))
+    monkeypatch.setattr(train, "STUDY", {train.BEST_GN: ("--opt full_gn --solver soap --inner_tokens 512", "inner_lr", (1.6e-2,), "inner_tokens", (), 2 ** 15),
+                                         "SOAP": ("--opt soap --eval_tokens 4096", "lr", (2e-2,), "precondition_frequency", (), 2 ** 13)})
+    Path("study").mkdir()
+    Path("study/data").symlink_to(data_dir)
+    assert train.main("--study headline --quick --threads 2 --out_dir study".split()) == 0
+    out = capsys.readouterr().out
+    found = json.loads(Path("study/headline.json").read_text())
+    assert len(found["runs"]) == len(list(Path("study").glob("*/log.jsonl"))) == 1 + 2 + 3 and set(found["headline"]) == {train.BEST_GN, "SOAP"}
+    for name, run in found["runs"].items():
+        head, *rows = map(json.loads, Path("study", name, "log.jsonl").read_text().splitlines())
+        assert run["command"] == head["command"] and all(len(r) == 2 for r in run["curve"])
+        hit = next((row for row in rows if row["val_loss"] is not None and row["val_loss"] <= 3.3), None) if "warmup" not in name else None
+        assert run["steps"] == (hit and hit["step"]) and (hit is None or (run["tokens"], run["loss"]) == (hit["tokens"], hit["val_loss"]))
+    assert all(run["steps"] for name, run in found["runs"].items() if "-4k-" not in name and name != "warmup")
+    table = [line for line in out.splitlines() if line.startswith(("SOAP  ", train.BEST_GN + "  "))]
+    assert len(table) == 4 and any(f" {found['runs'][found['headline']['SOAP'][0]]['steps']} " in line for line in table)
+    for picture in ("loss.svg", "batch.svg"):
+        assert xml.etree.ElementTree.parse(f"study/{picture}").getroot().tag.endswith("svg")
+
+    cut = Path("study", found["headline"]["SOAP"][0], "log.jsonl")
+    whole = cut.read_text()
+    cut.write_text("".join(whole.splitlines(keepends=True)[:2]))                    # as if it had been killed after its first checkpoint
+    checkpoint = torch.load(cut.parent / "checkpoint.pt", weights_only=True)
+    times = {path: path.stat().st_mtime_ns for path in Path("study").glob("*/log.jsonl") if path != cut}
+    (cut.parent / "checkpoint.pt").unlink()
+    assert train.main("--study headline --quick --threads 2 --out_dir study".split()) == 0
+    assert all(path.stat().st_mtime_ns == at for path, at in times.items())
+    assert same_state(torch.load(cut.parent / "checkpoint.pt", weights_only=True)["model"], checkpoint["model"])
+    assert [json.loads(line)["val_loss"] for line in cut.read_text().splitlines()[1:]] == [json.loads(line)["val_loss"] for line in whole.splitlines()[1:]]
+    monkeypatch.setitem(train.STUDY, "SOAP", ("--opt soap", "lr", (-1.0,), "precondition_frequency", (), 2 ** 13))
+    assert train.main("--study headline --quick --out_dir study".split()) == 2 and "--lr must be positive" in capsys.readouterr().err
 
 
 @long

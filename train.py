@@ -48,16 +48,18 @@ from model import GPT, PRESETS, GPTConfig
 
 GN = ("full_gn", "layerwise_gn")
 RUN_DEFAULTS = {  # what suits a method that takes few, large steps, and one that takes many
-    "gn": dict(steps=12, batch_tokens=131072, eval_interval=1, checkpoint_interval=1, line_search="armijo"),
-    "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50, line_search="none"),
+    "gn": dict(solver="soap", steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1, line_search="armijo", search_frac=0.0625),
+    "cg": dict(solver="cg", steps=12, batch_tokens=131072, eval_interval=1, checkpoint_interval=1, line_search="armijo", search_frac=1.0),
+    "baseline": dict(solver="soap", steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50, line_search="none", search_frac=1.0),
 }
 # What --resume may change; every other setting is the stored run's.
 RESUMABLE = {"resume", "out_dir", "data_dir", "steps", "target_loss", "sample", "threads", "device", "cache_gb",
              "checkpoint_interval", "max_rejections"}
 
-GN_ONLY = {"local_model", "solver", "newton_steps", "geodesic", "power", "damping", "damping_metric", "cg_iters", "cg_tol", "cg_rtol", "precond",
-           "precond_interval", "precond_frac", "curvature_frac", "curvature_data", "warm_start", "inner_tokens", "inner_lr", "inner_schedule",
-           "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2", "inner_reset", "compile"}
+CG_ONLY = {"newton_steps", "geodesic", "power", "damping", "damping_metric", "cg_iters", "cg_tol", "cg_rtol", "precond", "precond_interval", "precond_frac",
+           "curvature_frac", "curvature_data", "warm_start"}
+INNER_ONLY = {"inner_tokens", "inner_lr", "inner_schedule", "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2", "inner_reset"}
+GN_ONLY = CG_ONLY | INNER_ONLY | {"local_model", "solver", "compile"}
 BASELINE_ONLY = {"lr", "schedule", "warmup_steps", "clip", "weight_decay", "betas", "momentum", "precondition_frequency"}
 
 
@@ -90,8 +92,8 @@ def build_parser():
 
     flag = group("what to run")
     flag("--opt", str, "full_gn", "optimizer", choices=GN + BASELINES)
-    flag("--steps", int, None, "optimizer steps; for Gauss-Newton, outer steps (default 12 for GN, 300 for baselines)")
-    flag("--batch_tokens", int, None, "tokens per step, a multiple of the block size (default 131072 for GN, 16384 for baselines)")
+    flag("--steps", int, None, "optimizer steps; for Gauss-Newton, outer steps (default 10 for GN, 12 with --solver cg, 300 for baselines)")
+    flag("--batch_tokens", int, None, "tokens per step, a multiple of the block size (default 1048576 for GN, 131072 with --solver cg, 16384 for baselines)")
     flag("--micro_batch", int, None, "sequences worked on at a time; changes memory and speed, not results (default: about 8192 tokens, more on a GPU)")
     flag("--seed", int, 0, "of initialisation, batches and sampled labels")
     flag("--target_loss", float, None, "stop at the first evaluation at or below this validation loss, in nats per token")
@@ -122,7 +124,8 @@ def build_parser():
 
     flag = group("Gauss-Newton (full_gn, layerwise_gn)")
     flag("--local_model", str, "prox_linear", "loss to second order in the logits, or the full loss of the linearised network", choices=("gn", "prox_linear"))
-    flag("--solver", str, "cg", "what minimises the local model: conjugate gradients, or an optimizer that streams over the batch", choices=("cg", "muon", "soap", "adamw"))
+    flag("--solver", str, None, "what minimises the local model: conjugate gradients, or an optimizer that streams over the batch (default soap; cg where one of "
+         "its own flags is given)", choices=("cg", "muon", "soap", "adamw"))
     flag("--newton_steps", int, 4, "prox_linear with cg: Newton steps per outer step, each with --cg_iters iterations")
     flag("--geodesic", bool, True, "correct each CG step along the model's own curvature (a second solve), where that helps; --no-geodesic: never")
     flag("--power", float, 1.0, "1 for a step by G^-1; 0.5 for G^-1/2 by Lanczos, without preconditioner, on the gn model, identity metric")
@@ -143,7 +146,7 @@ def build_parser():
 
     flag = group("Gauss-Newton with --solver muon, soap or adamw")
     flag("--inner_tokens", int, 4096, "tokens per inner step; a batch gives batch_tokens / inner_tokens inner steps")
-    flag("--inner_lr", float, 1e-2, "inner learning rate")
+    flag("--inner_lr", float, 8e-3, "inner learning rate")
     flag("--inner_schedule", str, "constant_with_inner_cosine", "inner rate over an outer step and the run", choices=SCHEDULES)
     flag("--inner_warmup", int, 0, "inner steps of linear warmup")
     flag("--inner_weight_decay", float, 1e-3, "decoupled, on matrices")
@@ -185,11 +188,10 @@ def resolve(argv):
     args = parser.parse_args(argv)
     marked = parser.parse_args(argv, argparse.Namespace(**{k: missing for k in vars(args)}))
     given = {k for k, v in vars(marked).items() if v is not missing}
-    for key, value in RUN_DEFAULTS["gn" if args.opt in GN else "baseline"].items():
+    by_cg = args.solver == "cg" or (args.solver is None and given & CG_ONLY)       # a flag of CG's asks for CG
+    for key, value in RUN_DEFAULTS["baseline" if args.opt not in GN else "cg" if by_cg else "gn"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.search_frac is None:
-        args.search_frac = 0.0625 if args.opt in GN and args.solver != "cg" else 1.0
     # What was not asked for gives way to what was; what was asked for and does not go together, GaussNewton refuses.
     yielding = {"geodesic": False} if args.solver != "cg" else {}
     if args.power != 1:
@@ -559,9 +561,9 @@ def run(args, given, checkpoint):
     say(f"data: {args.data}, {data.meta['documents']:,} documents, {len(data.train):,} training and {len(data.val):,} validation "
         f"tokens ({args.tokenizer}), sha256 {data.meta['sha256'][:12]}")
     say(f"batch: {args.batch_tokens:,} tokens = {batch_rows:,} x {block_size} | guessing evenly is a loss of {math.log(data.vocab_size):.3f} nats per token")
-    unused = sorted(given & (BASELINE_ONLY if args.opt in GN else GN_ONLY))
+    unused = sorted(given & (GN_ONLY if args.opt not in GN else BASELINE_ONLY | (INNER_ONLY if args.solver == "cg" else CG_ONLY)))
     if unused:
-        say(f"note: {args.opt} does not use {', '.join('--' + k for k in unused)}")
+        say(f"note: {args.opt}{f' by {args.solver}' * (args.opt in GN)} does not use {', '.join('--' + k for k in unused)}")
 
     def evaluate():
         bar("evaluate")
@@ -814,20 +816,20 @@ def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
 # From AdamW's curve alone: its loss after 100 steps at a constant rate, and one for which it needs over 500 even with a decay.
 TARGETS = {"steep": 1.60, "slow": 1.33, "quick": 1.75}
 WARMUP = "--opt adamw --lr 3e-3 --steps 60"
-STUDY = {  # method: its flags, its rate on a grid (the middle first), its own knob beside the default, its batch in tokens
-    "prox-linear GN, inner SOAP": ("--opt full_gn --solver soap", "inner_lr", (4e-3, 2e-3, 8e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
-    "prox-linear GN, inner Muon": ("--opt full_gn --solver muon", "inner_lr", (5e-3, 2.5e-3, 1e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
-    "GN, inner Muon": ("--opt full_gn --solver muon --local_model gn", "inner_lr", (5e-3, 2.5e-3, 1e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
-    "prox-linear GN, CG": ("--opt full_gn --solver cg", "damping", (0.1, 0.03, 0.3), "cg_iters", ("6", "12"), 2 ** 18),
-    "layerwise GN, inner SOAP": ("--opt layerwise_gn --solver soap", "inner_lr", (4e-3, 2e-3, 8e-3), "inner_tokens", ("2048", "8192"), 2 ** 20),
-    "K-FAC": ("--opt kfac", "lr", (3e-2, 1.5e-2, 6e-2), "precondition_frequency", ("1", "3"), 2 ** 18),
-    "Muon": ("--opt muon", "lr", (2e-2, 1e-2, 4e-2), "momentum", ("0.9", "0.98"), 2 ** 18),
-    "SOAP": ("--opt soap", "lr", (1e-2, 5e-3, 2e-2), "precondition_frequency", ("1", "3"), 2 ** 18),
-    "AdamW": ("--opt adamw", "lr", (1e-2, 5e-3, 2e-2), "betas", ("0.9 0.99", "0.95 0.95"), 2 ** 18),
+STUDY = {  # method: its flags, four rates, for --quick the first, its own knob beside the default, its batch in tokens
+    "prox-linear GN, inner SOAP": ("--opt full_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "prox-linear GN, inner Muon": ("--opt full_gn --solver muon", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "GN, inner Muon": ("--opt full_gn --solver muon --local_model gn", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "prox-linear GN, CG": ("--opt full_gn --solver cg", "damping", (0.3, 0.03, 0.1, 1.0), "cg_iters", ("6", "12"), 2 ** 18),
+    "layerwise GN, inner SOAP": ("--opt layerwise_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "K-FAC": ("--opt kfac", "lr", (6e-2, 1.5e-2, 3e-2, 0.12), "precondition_frequency", ("1", "3"), 2 ** 18),
+    "Muon": ("--opt muon", "lr", (4e-2, 1e-2, 2e-2, 8e-2), "momentum", ("0.9", "0.98"), 2 ** 18),
+    "SOAP": ("--opt soap", "lr", (2e-2, 5e-3, 1e-2, 4e-2), "precondition_frequency", ("1", "3"), 2 ** 18),
+    "AdamW": ("--opt adamw", "lr", (1e-2, 5e-3, 2e-2, 4e-2), "betas", ("0.9 0.99", "0.95 0.95"), 2 ** 18),
 }
-SEEDS = (1, 2, 3)
+SEEDS, BATCHES = (1, 2, 3), tuple(2 ** k for k in range(14, 21))
 BEST_GN = "prox-linear GN, inner SOAP"
-SLOW = {"K-FAC": 240, "Muon": 200, "SOAP": 220, "AdamW": 560, BEST_GN: 28}      # steps of the first run with a decay to the slow target
+SLOW = {"K-FAC": (180, 1, 2), "Muon": (200, 1, 2), "SOAP": (220, 1, 2), "AdamW": (560, 1, 2), BEST_GN: (28, 0.25, 0.5)}     # steps of a first run, multiples of the tuned rate
 ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best solver, four of 131,072 by CG, forty of baselines
     "inner": ("--opt full_gn --solver soap --inner_lr 6e-3 --batch_tokens 262144 --steps 10", {
         "as it is": "", "no line search": "--line_search none", "searched on fresh data": "--line_search_data fresh", "searched on the whole batch": "--search_frac 1",
@@ -899,7 +901,7 @@ def score(run):
 
 
 def study(args):
-    """The headline study. Each method on its own: tuning at half its batch (three rates, then two values of its knob), for the baselines an ending (constant rate,
+    """The headline study. Each method on its own: tuning at half its batch (four rates, then two values of its knob), for the baselines an ending (constant rate,
     average of weights, decay), then three other seeds. After that batches, the slow target, random initialisation and ablations."""
     out = Path(args.out_dir or "out/headline")
     width = args.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
@@ -919,14 +921,14 @@ def study(args):
         return min(((flags, run.result()) for flags, run in tried.items()), key=lambda pair: score(pair[1]))
 
     def headline(method):
-        """Flags of the tuned method, its runs over seeds, and the note if the grid was too narrow."""
+        """Flags of the tuned method, and its runs over seeds."""
         base, rate, rates, knob, values, batch = STUDY[method]
         if args.quick:
-            flags = f"{base} --{rate} {2 * rates[0] if rate == 'inner_lr' else rates[0]:g}"
-            return flags, [steep(method, flags, 2 ** 18 if rate == "inner_lr" else 2 ** 17).result()]
+            flags = f"{base} --{rate} {rates[0]:g}"
+            return flags, [steep(method, flags, batch // (4 if rate == "inner_lr" else 2)).result()]
         flags, _ = best({f: steep(method, f, batch // 2) for f in (f"{base} --{rate} {r:g}" for r in rates)})
-        if float(flags.split()[-1]) != rates[0]:
-            say(f"note: {method}: the best of three rates is at the edge, {flags.split()[-1]}")
+        if float(flags.split()[-1]) in (min(rates), max(rates)):
+            say(f"note: {method}: the best rate is at the edge of the grid, {flags.split()[-1]}")
         flags, run = best({f: steep(method, f, batch // 2) for f in (flags, *(f"{flags} --{knob} {value}" for value in values))})
         ending, steps = flags, None
         if "_gn" not in base:
@@ -937,14 +939,13 @@ def study(args):
         return flags, [run.result() for run in [steep(method, ending, batch, seed, steps) for seed in SEEDS]]
 
     def batches(method, flags):
-        """Batches doubled until the steps fall by under a tenth; at each the better of two rates, an inner one scaled by the root of the number of inner steps."""
-        _, rate, _, _, _, batch = STUDY[method]
+        """Batches doubled until the steps fall by under a tenth, small ones with half the rate as well."""
+        rate = STUDY[method][1]
         tuned, found = float(flags.split(f"--{rate} ")[1].split()[0]), []
-        for k in (14, 16) if args.quick else range(14, 21):
-            scale = (batch / 2 ** k) ** 0.5 if rate == "inner_lr" else 1
-            tried = [flags.replace(f"--{rate} {tuned:g}", f"--{rate} {tuned * scale * s:.2g}") for s in (1, 0.5)]
-            _, run = best({f: steep(method, f, 2 ** k) for f in tried})
-            found.append((2 ** k, run["steps"]))
+        for size in BATCHES[:3:2] if args.quick else BATCHES:
+            tried = [flags.replace(f"--{rate} {tuned:g}", f"--{rate} {tuned * s:g}") for s in ((1, 0.5) if size < 2 ** 16 or rate == "inner_lr" else (1,))]
+            _, run = best({f: steep(method, f, size) for f in tried})
+            found.append((size, run["steps"]))
             if len(found) > 1 and all(steps for _, steps in found[-2:]) and found[-1][1] > 0.9 * found[-2][1]:
                 break
         return found
@@ -956,11 +957,10 @@ def study(args):
                           f"{flags} --batch_tokens {batch} --steps {n} --target_loss {TARGETS['slow']} --eval_interval 1 --seed {seed}", method)
 
     def slow(method, flags):
-        """(flags, steps, run) of the best way to the slow target with a decay: at the tuned rate and at twice that, then with fewer steps, or more."""
-        rate, n = STUDY[method][1], SLOW[method]
+        """(flags, steps, run) of the best way to the slow target with a decay: at two rates, then with fewer steps, or more."""
+        rate, (n, *factors) = STUDY[method][1], SLOW[method]
         tuned = flags.split(f"--{rate} ")[1].split()[0]
-        double = flags.replace(f"--{rate} {tuned}", f"--{rate} {2 * float(tuned):g}")
-        flags, run = best({f: slowly(method, f, 0, n) for f in (flags, double)})
+        flags, run = best({f: slowly(method, f, 0, n) for f in (flags.replace(f"--{rate} {tuned}", f"--{rate} {factor * float(tuned):g}") for factor in factors)})
         again = round(n * (0.85 if run["steps"] else 1.25))
         return min([(flags, n, run), (flags, again, slowly(method, flags, 0, again).result())], key=lambda way: score(way[2]))
 
@@ -1172,6 +1172,9 @@ def main(argv=None):
     except (UsageError, DataError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as e:
+        print(f"train.py: error: {str(e).splitlines()[0].split('. ')[0]}; the last checkpoint is whole; --micro_batch and --cache_gb set what is held at once", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted; the last checkpoint is whole", file=sys.stderr)
         return 130

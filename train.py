@@ -1001,14 +1001,14 @@ def write_study(out, runs, found, target):
     for stage in ("headline", "slow", "random"):
         if stage in found:
             seeds = found[stage]
-            counts = {m: sum(r["steps"] for r in rs) / len(rs) for m, rs in seeds.items() if all(r["steps"] for r in rs)}
+            counts = {m: sum(r["steps"] or r["ran"] for r in rs) / len(rs) for m, rs in seeds.items()}       # at least, where a run missed the target
             rows = [(f"steps to {TARGETS['slow'] if stage == 'slow' else target:g}" + ", random initialisation" * (stage == "random"), "mean", "each seed", "ratio",
                      "M tokens", "gradients of 1M tokens", "core-seconds")]
-            for method, rs in sorted(seeds.items(), key=lambda item: counts.get(item[0], math.inf)):
-                costs = [mean_and_error([value(r) for r in rs]) for value in (lambda r: r["tokens"] / 1e6, lambda r: r["gradients"], lambda r: r["seconds"])]
-                mean = mean_and_error([r["steps"] for r in rs]) if method in counts else ""
-                ratio = f"{counts[method] / min(counts.values()):.1f}" if method in counts else ""
-                rows.append((method, mean, ", ".join(str(r["steps"] or f"> {r['ran']}") for r in rs), ratio, *costs))
+            for method, rs in sorted(seeds.items(), key=lambda item: counts[item[0]]):
+                missed, on_cpu = "> " * (not all(r["steps"] for r in rs)), [r["seconds"] for r in rs if r["device"].startswith("cpu")]
+                mean = mean_and_error([r["steps"] for r in rs]) if not missed else f"{counts[method]:.4g}"
+                rows.append((method, missed + mean, ", ".join(str(r["steps"] or f"> {r['ran']}") for r in rs), f"{missed}{counts[method] / min(counts.values()):.1f}",
+                             mean_and_error([r["tokens"] / 1e6 for r in rs]), mean_and_error([r["gradients"] for r in rs]), mean_and_error(on_cpu) if on_cpu else ""))
             print_table(rows)
             say()
             tables[stage] = {m: [names[id(r)] for r in rs] for m, rs in seeds.items()}
@@ -1021,7 +1021,9 @@ def write_study(out, runs, found, target):
         chart(out / "batch.svg", [("tokens per step", {m: [[point for point in curve if point[1]]] for m, curve in found["batches"].items()})],
               f"steps to {target:g}", y_log=True, marks=True)
     ablations = [(*r["method"].split(": "), r["curve"]) for r in runs.found.values() if ": " in r["method"]]
-    for group in {group for group, _, _ in ablations}:
+    for group in sorted({group for group, _, _ in ablations}):
+        print_table([(f"{group}, one thing changed", "steps", "loss")] + [(name, str(c[-1][0]), f"{c[-1][1]:.3f}") for g, name, c in ablations if g == group])
+        say()
         chart(out / f"ablation-{group}.svg", [("outer steps", {name: [c] for g, name, c in sorted(ablations) if g == group})], "validation loss, nats per byte", x_log=False)
     say(f"written: {out}/headline.json and {', '.join(sorted(p.name for p in out.glob('*.svg')))}")
 

@@ -21,6 +21,7 @@ import time
 import urllib.error
 import warnings
 import xml.etree.ElementTree
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -1777,8 +1778,116 @@ def test_damaged_or_differing_checkpoints_are_refused(go, capsys):
         Path("a/checkpoint.pt").write_bytes(raw)
         refused("--resume --out_dir a", "damaged")
         refused(f"--init_from a --out_dir c {SMALL}", "damaged")
-    Path("a/checkpoint.pt").write_bytes(whole)
+    # One bit of the weights, a version to come, another model; the checkpoint before is offered, and goes on to the same end.
+    storage = max(zipfile.ZipFile("a/checkpoint.pt" if Path("a/checkpoint.pt").write_bytes(whole) else "").infolist(), key=lambda record: record.file_size)
+    flipped = bytearray(whole)
+    flipped[storage.header_offset + 200 + storage.file_size // 2] ^= 1
+    torch.save({**torch.load(io.BytesIO(whole), weights_only=True), "format": 2}, "newer.pt")
+    for raw, told in ((bytes(flipped), "damaged"), (Path("newer.pt").read_bytes(), "has format 2")):
+        Path("a/checkpoint.pt").write_bytes(raw)
+        refused("--resume --out_dir a", told)
+        refused("--resume --out_dir a", "the one before it, of step 0, is whole: copy a/checkpoint.previous.pt over it")
+    assert go(f"--init_from a/checkpoint.previous.pt --opt sgd --steps 1 --out_dir d {SMALL} --n_layer 2") == 2 and "another one: n_layer 1 there and 2 here" in capsys.readouterr().err
+    shutil.copyfile("a/checkpoint.previous.pt", "a/checkpoint.pt")
+    assert go("--resume --out_dir a") == 0 and Path("a/log.jsonl").read_bytes() != log and same_state(
+        checkpoint_of("a")["model"], torch.load(io.BytesIO(whole), weights_only=True)["model"])
     assert go("--resume --out_dir a --steps 3") == 0 and not Path("c").exists()
+
+
+def in_a_child(function):
+    """Run it in a forked process without output; its exit status, or minus the signal that ended it."""
+    child = os.fork()
+    if not child:
+        status = 99
+        try:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            status = function()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def count_lines(files, at=None, inside=None):
+    """Count every line that Python executes in these files (and, with `inside`, in functions of these names alone) by a list of one number; SIGKILL at the
+    one numbered `at`."""
+    count = [0]
+
+    def tracer(frame, event, arg):
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line" and (inside is None or frame.f_code.co_name in inside):
+            count[0] += 1
+            if count[0] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return tracer
+    sys.settrace(tracer)
+    return count
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("flags", ["--opt full_gn --cg_iters 3 --newton_steps 2", "--opt layerwise_gn --solver muon --inner_tokens 512", "--opt soap --eval_interval 1 --checkpoint_interval 1 --ema 0.5"])
+def test_killed_anywhere(flags, tmp_path, monkeypatch):
+    """SIGKILL in the preparation of the data, inside a checkpoint's write, inside a line of the log, inside CG or an inner solve, and at random lines: what comes
+    after, --resume or, before there is a checkpoint, the command again, ends with the parameters and rows of a run that was never killed. GN_LONG: 50 times in all."""
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(flags)
+    Path("text.txt").write_text("".join(rng.choice("abc \n") for _ in range(30_000)))
+    base = f"--data text.txt --threads 1 --sample 0 {flags} {SMALL.replace('--cg_iters 5', '')} --steps 4 --out_dir"
+    files = {module.__file__ for module in (train, gn, D, torch.serialization)}
+
+    def start(out, **where):
+        def body():
+            count = count_lines(files, **where)
+            again = ["--resume", "--out_dir", out, "--data_dir", out + "-data"] if Path(out, "checkpoint.pt").exists() else f"{base} {out} --overwrite --data_dir {out}-data".split()
+            status = train.main(again)
+            sys.settrace(None)
+            Path("lines.txt").write_text(str(count[0]))
+            return status
+        return in_a_child(body)
+    lines = {}
+    for inside in (None, ("build",), ("save_checkpoint", "save", "_save"), ("write_row",), ("cg", "solve", "matvec", "step")):
+        shutil.rmtree("whole", ignore_errors=True), shutil.rmtree("whole-data", ignore_errors=True)
+        assert start("whole", inside=inside) == 0
+        lines[inside] = int(Path("lines.txt").read_text())
+    assert all(lines.values())
+    rows, weights, kills = log_of("whole")[1], checkpoint_of("whole")["model"], 0
+    places = [inside for inside in lines if inside]
+    for inside in places + [None] * (13 if os.environ.get("GN_LONG") else 0):
+        shutil.rmtree("run", ignore_errors=True), shutil.rmtree("run-data", ignore_errors=True)
+        ended = start("run", at=rng.randint(1, lines[inside]), inside=inside)
+        while ended == -signal.SIGKILL:
+            kills += 1
+            if rng.random() < 0.5 and Path("run/checkpoint.pt").exists():
+                with open("run/log.jsonl", "a") as log:                      # what a line of the log looks like when it is cut
+                    log.write('{"step": 9, "tok')
+            ended = start("run", **({"at": rng.randint(1, lines[None])} if rng.random() < 0.3 else {}))
+        assert ended == 0 and log_of("run")[1] == rows and same_state(checkpoint_of("run")["model"], weights)
+    assert kills >= len(places)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, and limits a file's size")
+@pytest.mark.parametrize("limit", [100_000, 3_000])
+def test_full_disk(limit, go, capfd):
+    """A checkpoint, or a line of the log, that cannot be written whole: status 1, one line, the checkpoint before it as it was, nothing half-written beside it,
+    and with room again the run goes on to the same end."""
+    import resource
+    assert go(f"--opt adamw --steps 2 --eval_interval 1 --out_dir whole {SMALL}") == 0 and go(f"--opt adamw --steps 1 --eval_interval 1 --out_dir run {SMALL}") == 0
+    before = checkpoint_of("run")
+    capfd.readouterr()
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with open("told.txt", "w") as told:
+            sys.stderr = told
+            return go("--resume --out_dir run --steps 2")
+    assert in_a_child(limited) == 1
+    told = Path("told.txt").read_text()
+    assert told.startswith("train.py: error: ") and told.count("\n") == 1 and ("cannot write run/checkpoint.pt" in told) == (limit == 100_000)
+    assert same_state(checkpoint_of("run")["model"], before["model"]) and not Path("run/checkpoint.tmp").exists()
+    assert go("--resume --out_dir run --steps 2") == 0
+    assert log_of("run")[1] == log_of("whole")[1] and same_state(checkpoint_of("run")["model"], checkpoint_of("whole")["model"])
 
 
 @pytest.mark.parametrize("flags", """--opt foo | --no_such_flag 1 | --step 3 | --steps 0 | --steps x | --batch_tokens 100 | --batch_tokens 0

@@ -23,12 +23,14 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -251,25 +253,52 @@ def stored_settings(args, given):
 # Checkpoints
 
 
+FORMAT = 1       # of a checkpoint; raise it whenever an older program could not read a newer one, or the other way round
+
+
 def load_checkpoint(path):
-    """The dict in a checkpoint file, or in checkpoint.pt of a folder. Raises UsageError."""
+    """The dict in a checkpoint file, or in checkpoint.pt of a folder, every byte checked. Raises UsageError."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UsageError(f"there is no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: checkpoint[k] for k in ("config", "model_config", "model", "optimizer", "ema", "progress")}
+        return read_checkpoint(path)
     except Exception as e:
-        raise UsageError(f"{path} is no checkpoint of this program, or damaged ({type(e).__name__})") from e
+        previous, offer = path.with_name("checkpoint.previous.pt"), ""
+        if path.name == "checkpoint.pt":
+            with suppress(Exception):
+                offer = f"; the one before it, of step {read_checkpoint(previous)['progress']['step']}, is whole: copy {previous} over it"
+        raise UsageError(f"{path} {e if isinstance(e, UsageError) else f'is no checkpoint of this program, or damaged ({type(e).__name__})'}{offer}") from e
+
+
+def read_checkpoint(path):
+    with zipfile.ZipFile(path) as archive:              # torch.load does not compare the checksums that torch.save wrote
+        if archive.testzip():
+            raise ValueError
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint.get("format", 1) != FORMAT:
+        raise UsageError(f"has format {checkpoint['format']}, and this program reads format {FORMAT}")
+    return {k: checkpoint[k] for k in ("config", "model_config", "model", "optimizer", "ema", "progress")}
 
 
 def save_checkpoint(path, **content):
-    """Written under a temporary name and renamed: whatever happens, checkpoint.pt is whole."""
-    temp = path.with_suffix(".tmp")
-    with open(temp, "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
+    """Written under a temporary name and renamed: whatever happens, checkpoint.pt is whole; the one before it is kept beside it. Raises OSError."""
+    temp, previous = path.with_suffix(".tmp"), path.with_name("checkpoint.previous.pt")
+    try:
+        with open(temp, "wb") as f:
+            torch.save({"format": FORMAT, **content}, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:                # torch's writer turns the one into the other
+        with suppress(OSError):
+            temp.unlink()
+        raise OSError(f"cannot write {path} ({str(e).splitlines()[0]}); what is there is as it was") from e
+    if path.exists():
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(path, previous)
+        except OSError:                                 # a file system without links
+            shutil.copyfile(path, previous)
     os.replace(temp, path)
 
 
@@ -490,7 +519,7 @@ def open_out_dir(args):
     try:
         out.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
-            for name in ("log.jsonl", "checkpoint.pt"):
+            for name in ("log.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.tmp"):
                 (out / name).unlink(missing_ok=True)
     except OSError as e:
         raise UsageError(f"--out_dir {out} cannot be used: {e}") from e
@@ -652,8 +681,11 @@ def run(args, given, checkpoint):
 def write_row(log, row, progress):
     """One JSON line, on disk before the next step; what is not finite is null, as JSON has no other word for it."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    log.write(json.dumps(clean) + "\n")
-    log.flush()
+    try:
+        log.write(json.dumps(clean) + "\n")
+        log.flush()
+    except OSError as e:
+        raise OSError(f"cannot write {log.name} ({e.strerror}); its last checkpoint is whole") from e
     progress["log_bytes"] = log.tell()
 
 
@@ -1175,6 +1207,9 @@ def main(argv=None):
     except (UsageError, DataError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         return 2
+    except OSError as e:                                # a full disk
+        print(f"train.py: error: {e}", file=sys.stderr)
+        return 1
     except torch.OutOfMemoryError as e:
         print(f"train.py: error: {str(e).splitlines()[0].split('. ')[0]}; the last checkpoint is whole; --micro_batch and --cache_gb set what is held at once", file=sys.stderr)
         return 1

@@ -16,6 +16,7 @@ and one in DEFAULTS, and add its branch to make_optimizer; the trainer and the t
 Use Combined if it suits only some of the parameters. Its step() must leave p.grad as it was.
 """
 import math
+import warnings
 from itertools import islice
 
 import torch
@@ -181,8 +182,13 @@ class SOAP(torch.optim.Optimizer):
 
 
 def eigenvectors(C):
-    """Of a symmetric C (d, d), found in float64: in float32 LAPACK can return NaN, without a word, where entries underflow."""
-    return torch.linalg.eigh(C.double()).eigenvectors.to(C.dtype)
+    """Of a symmetric C (d, d), found in float64: in float32 LAPACK can return NaN, without a word, where entries underflow. Where
+    it fails, the identity, with a warning: SOAP is Adam on that side until its next power iteration."""
+    try:
+        return torch.linalg.eigh(C.double()).eigenvectors.to(C.dtype)
+    except torch.linalg.LinAlgError as e:
+        warnings.warn(f"SOAP starts from the identity on one side: {str(e).splitlines()[0]}")
+        return torch.eye(len(C), dtype=C.dtype, device=C.device)
 
 
 def covariances(G, on):

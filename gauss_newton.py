@@ -683,6 +683,7 @@ class KFAC:
 
     def __init__(self, model, max_side=4096):
         self.model, self.max_side, self.params = model, max_side, trainable(model)
+        self.repaired = ""                                # what went wrong in the last update or decomposition, and was mended
         self.factors = {}                                 # per parameter index: (L, R), or (diagonal,)
         self.bases = [(None, None)] * len(self.params)    # per parameter: Q_L and Q_R, None for the identity
         self.values = [None] * len(self.params)           # per parameter: (Λ_L, Λ_R), or (diagonal,)
@@ -729,9 +730,13 @@ class KFAC:
             for i, g in zip(rest, grads[len(calls):]):
                 if g is not None:
                     add(square, i, g * g)
+        self.repaired = ""
         for i, p in enumerate(self.params):
             new = (left[i] / n, right[i] / n) if i in left else (square[i] / n if i in square else torch.zeros_like(p),)
             old = self.factors.get(i)
+            if not all(f.isfinite().all() for f in new):
+                self.repaired = "K-FAC factors not finite"
+                new = old or tuple(torch.zeros_like(f) for f in new)
             self.factors[i] = new if old is None or decay == 0 else tuple(decay * o + (1 - decay) * f for o, f in zip(old, new))
 
     def decompose(self):
@@ -757,12 +762,15 @@ class KFAC:
         """mᵀm (side, side), or its diagonal where the side is too large to decompose."""
         return m.T @ m if m.shape[1] <= self.max_side else (m * m).sum(0)
 
-    @staticmethod
-    def _eigh(side):
-        """Eigenvalues, not negative, and eigenvectors; for a diagonal side itself and None (the identity)."""
+    def _eigh(self, side):
+        """Eigenvalues, not negative, and eigenvectors; for a diagonal side itself and None (the identity), and so where LAPACK fails."""
         if side.ndim == 1:
             return side, None
-        values, vectors = torch.linalg.eigh(side.double())   # in float32 it can return NaN, without a word, where entries underflow
+        try:
+            values, vectors = torch.linalg.eigh(side.double())   # in float32 it can return NaN, without a word, where entries underflow
+        except torch.linalg.LinAlgError:
+            self.repaired = "an eigendecomposition failed: K-FAC takes that factor's diagonal"
+            return side.diagonal().clamp_min(0), None
         return values.clamp_min(0).to(side.dtype), vectors.to(side.dtype)
 
     def apply(self, v, function, part=None, spectra=None):
@@ -1133,8 +1141,13 @@ class GaussNewton:
                 return self._reject(record, f"line search: {found.reason}")
             # 4. Update θ and λ.
             actual = found.loss - loss0 if search is None else loss_at(found.alpha, bend, idx, targets) - loss
+            # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN.
+            predicted = found.alpha * slope + found.alpha ** 2 * (decrease - slope)
+            if search is None and actual > 1e-4 * predicted:        # a decrease that is rounding of a huge loss, say
+                assign(self.params, theta)
+                return self._reject(record, f"the loss fell by {-actual:.1e} where the model promised {-predicted:.1e}")
             self._move(theta, d, found.alpha, bend)
-            return self._accept(record, actual, grad, d, slope, decrease)
+            return self._accept(record, actual, predicted, grad, d, slope)
         except BaseException:                           # out of memory, Ctrl-C: as if the step had not begun
             assign(self.params, theta)
             raise
@@ -1160,13 +1173,14 @@ class GaussNewton:
         record.update(pieces=len(ggn.data), pieces_kept=len(ggn.cache))
         return ggn, loss, grad
 
-    def _precondition(self, ggn):
+    def _precondition(self, ggn, record):
         if self.kfac and (self.steps % self.precond_interval == 0 or not self.kfac.factors):
             self.progress("kfac")
             x, y = (torch.cat([piece[i] for piece in ggn.data]) for i in (0, 1))
             rows = math.ceil(self.precond_frac * len(x))
             self.kfac.update(x[:rows], y[:rows], self.micro_batch, self.generator)
             self.kfac.decompose()
+            record["repaired"] = self.kfac.repaired or None
             ggn.work += 2 / 3 * rows / len(x)           # a forward, and a backward for the activations alone
 
     def _solve(self, idx, targets, curvature, record):
@@ -1180,7 +1194,7 @@ class GaussNewton:
         ggn, loss, grad = self._linearise(idx, targets, curvature, record)
         if not (math.isfinite(loss) and grad.isfinite().all()):
             return loss, grad, torch.zeros_like(grad), 0.0, None
-        self._precondition(ggn)
+        self._precondition(ggn, record)
         lam, kfac, metric, prox = self.damping, self.kfac, self.metric, self.local_model == "prox_linear"
         reasons, iterations, total, solutions = [], 0, 0.0, []
 
@@ -1251,10 +1265,8 @@ class GaussNewton:
         rhs = ggn.pull_back_curvature(d, h)
         return join([solve(-0.5 * select(rhs, self.params, part), part).x for part in self.parts], self.params, self.parts)
 
-    def _accept(self, record, actual, grad, d, slope, decrease):
+    def _accept(self, record, actual, predicted, grad, d, slope):
         alpha = record["alpha"]
-        # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN.
-        predicted = alpha * slope + alpha ** 2 * (decrease - slope)
         rho = actual / predicted if predicted < 0 else 0.0
         if self.inner is None and self.power == 1:      # the others have no λ to adapt
             self.damping = levenberg_marquardt(self.damping, rho, alpha, floor=self.floor)
@@ -1269,7 +1281,7 @@ class GaussNewton:
         if self.inner:
             self.inner.restart()
         self.direction, self.steps, self.rejections = None, self.steps + 1, self.rejections + 1
-        record["reason"] = reason
+        record.update(reason=reason, alpha=0.0)
         return record
 
     def _move(self, theta, d, alpha, bend=None):

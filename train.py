@@ -306,7 +306,7 @@ def save_checkpoint(path, **content):
 # One step of any optimizer: step(idx, targets) -> record
 
 STEP_FIELDS = dict.fromkeys(  # in every row of every method, null where it has no such thing
-    ("predicted", "actual", "actual_fresh", "rho", "alpha", "damping", "cosine", "step_norm", "layer_norms", "products", "cg_iterations", "cg_reason"))
+    ("predicted", "actual", "actual_fresh", "rho", "alpha", "damping", "cosine", "step_norm", "layer_norms", "products", "cg_iterations", "cg_reason", "repaired"))
 
 
 class FirstOrder:
@@ -332,6 +332,7 @@ class FirstOrder:
             return {**record, "reason": "loss or gradient not finite"}
         if hasattr(self.optimizer, "observe"):          # kfac: curvature from this batch
             record["work"] += self.optimizer.observe(idx, targets, args.micro_batch)
+            record["repaired"] = self.optimizer.kfac.repaired or None
         clipped = grad * (args.clip / norm) if args.clip and norm > args.clip else grad
         for p, g in zip(self.params, unflatten(clipped, self.params)):
             p.grad = g
@@ -441,6 +442,8 @@ def step_line(row, steps, batch_tokens, remaining):
     parts += [f"{name} {row[key]:.2f}" for name, key in (("rho", "rho"), ("alpha", "alpha"), ("cos", "cosine")) if row[key] is not None]
     if row["layer_norms"]:
         parts.append("|d| " + " ".join(f"{norm:.2g}" for norm in row["layer_norms"]))
+    if row["repaired"]:
+        parts.append(f"repaired: {row['repaired']}")
     if not row["accepted"]:
         parts.append(f"REJECTED: {row['reason']}")
     rate = batch_tokens / max(row["step_seconds"], 1e-9)

@@ -1875,6 +1875,49 @@ def test_numbers_gone_wrong(fault, flags, go, monkeypatch):
     assert all(t.isfinite().all() for t in checkpoint_of("run")["model"].values())
 
 
+CHOICES = {  # flag: what it may be in a random run, also what goes with few other flags only, or with none
+    "--opt": ["full_gn", "full_gn", "layerwise_gn", *BASELINES], "--solver": ["cg", "muon", "soap", "adamw"], "--local_model": ["gn", "prox_linear"], "--newton_steps": [1, 2],
+    "--no-geodesic": [""], "--power": [1, 0.5], "--damping": [1e-8, 0.1, 10, 0], "--damping_metric": ["identity", "kfac"], "--cg_iters": [1, 3], "--cg_tol": [0, 0.1],
+    "--cg_rtol": [0, 0.5], "--precond": ["kfac", "none"], "--precond_interval": [1, 3], "--precond_frac": [0.1, 1], "--curvature_frac": [0.01, 0.5, 1],
+    "--curvature_data": ["same", "fresh"], "--warm_start": [0, 0.5, 1], "--cache_gb": [0, 0.001, 1], "--max_rejections": [1, 3], "--inner_tokens": [32, 512, 4096, 100],
+    "--inner_lr": [1e-4, 1e-2, 1], "--inner_schedule": list(gn.SCHEDULES), "--inner_warmup": [0, 5], "--inner_weight_decay": [0, 0.1], "--inner_clip": [0, 1],
+    "--inner_l2": [0, 1], "--inner_reset": [""], "--lr": [1e-5, 1e-2, 10, -1], "--schedule": ["constant", "cosine", "wsd"], "--warmup_steps": [0, 1, 9], "--clip": [0, 1],
+    "--weight_decay": [0, 0.5], "--betas": ["0 0", "0.9 0.99", "0.9 1"], "--momentum": [0, 0.9, 1], "--precondition_frequency": [1, 5], "--line_search": ["armijo", "grid", "none"],
+    "--line_search_data": ["same", "fresh"], "--search_frac": [0.01, 1], "--search_candidates": [1, 10], "--micro_batch": [1, 7, 1000], "--dtype": ["fp32", "tf32", "bf16"],
+    "--ema": [0, 0.9], "--eval_interval": [1, 2, 5], "--eval_tokens": [1, 5000], "--seed": [0, 10 ** 12], "--target_loss": [0, 3, 99], "--checkpoint_interval": [1, 3],
+}
+SHAPES = {"--n_layer": [1, 2, 3], "--n_head": [1, 2, 4, 3], "--n_embd": [8, 16, 24, 48, 30], "--block_size": [1, 2, 16, 33, 64], "--tie_weights": [""]}
+
+
+@pytest.mark.parametrize("kind", ["flags", "shapes"])
+def test_random_settings_run_or_are_refused(kind, go, capsys):
+    """Two steps, or one line and status 2; a run that had to stop says why, with status 1; never a traceback; at least half of them run. GN_LONG: 200 combinations
+    of flags and 100 shapes."""
+    rng, ran = random.Random(kind), 0
+    total = (200 if kind == "flags" else 100) if os.environ.get("GN_LONG") else 24
+    for number in range(total):
+        choices = CHOICES if kind == "flags" else {"--opt": CHOICES["--opt"], "--solver": CHOICES["--solver"], **SHAPES}
+        flags = [f"{flag} {rng.choice(choices[flag])}".strip() for flag in rng.sample(sorted(choices), rng.randint(1, 6))]
+        if kind == "flags":
+            flags = [f for f in flags if not f.startswith("--batch")] + [SMALL.replace("--cg_iters 5", "")]
+        else:                                           # mostly a batch that the blocks fit
+            block = int(next((f.split()[1] for f in flags if f.startswith("--block_size")), 64))
+            flags.append(f"--batch_tokens {block * rng.randint(1, 30) + (rng.random() < 0.1)} --inner_tokens {block * rng.randint(1, 9)}")
+        command = " ".join(flags) + (" --eval_tokens 512" if kind == "shapes" else "") + f" --steps 2 --out_dir run{number}"
+        status = go(command)
+        out, err = capsys.readouterr()
+        assert status in (0, 1, 2), command
+        if status == 2:
+            assert err.startswith("train.py: error: ") and err.count("\n") == 1, command
+        elif status == 1:
+            assert "stopped: " in out or "error: " in err, command
+        else:
+            rows = log_of(f"run{number}")[1]
+            assert rows[-1]["step"] == 2 or rows[-1]["val_loss"] <= 99, command
+        ran += status == 0
+    assert ran >= total / 2, (ran, total)
+
+
 def in_a_child(function):
     """Run it in a forked process without output; its exit status, or minus the signal that ended it."""
     child = os.fork()

@@ -864,7 +864,7 @@ STUDY = {  # method: its flags, four rates, for --quick the first, its own knob 
 }
 SEEDS, BATCHES = (1, 2, 3), tuple(2 ** k for k in range(14, 21))
 BEST_GN = "prox-linear GN, inner SOAP"
-SLOW = {"K-FAC": (180, 1, 2), "Muon": (200, 1, 2), "SOAP": (220, 1, 2), "AdamW": (560, 1, 2), BEST_GN: (26, 0.25, 0.5)}     # steps of a first run, multiples of the tuned rate
+SLOW = {"K-FAC": (180, 1, 2), "Muon": (200, 1, 2), "SOAP": (220, 1, 2), "AdamW": (560, 1, 2), BEST_GN: (26, 0.25)}     # steps of a first run, multiples of the tuned rate
 ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best solver, four of 131,072 by CG, forty of baselines
     "inner": ("--opt full_gn --solver soap --inner_lr 6e-3 --batch_tokens 262144 --steps 10", {
         "as it is": "", "no line search": "--line_search none", "searched on fresh data": "--line_search_data fresh", "searched on the whole batch": "--search_frac 1",

@@ -856,7 +856,7 @@ def levenberg_marquardt(damping, rho, alpha, raise_by=2.0, lower_by=0.4, floor=1
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's solver: an ordinary optimizer on the local model
 
-SCHEDULES = ("constant_with_inner_cosine", "cosine_with_global_schedule", "global_cosine", "constant")
+SCHEDULES = ("constant_with_average", "constant_with_inner_cosine", "cosine_with_global_schedule", "global_cosine", "constant")
 
 
 def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
@@ -866,6 +866,7 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
     cosine_with_global_schedule    a cosine inside each outer step, whose peaks follow a cosine over the outer steps
     constant_with_inner_cosine     a cosine inside each outer step, constant peaks
     constant                       no decay
+    constant_with_average          likewise, and the solution is the mean over the second half of the inner steps, not the last of them
     The first `warmup` inner steps of the run are scaled by (steps done + 1) / warmup.
     """
     if kind not in SCHEDULES:
@@ -877,7 +878,7 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
     factor = {"global_cosine": lambda: cosine(done / (outer_steps * n)),
               "cosine_with_global_schedule": lambda: cosine(outer / outer_steps) * cosine(k / n),
               "constant_with_inner_cosine": lambda: cosine(k / n),
-              "constant": lambda: 1.0}[kind]()
+              "constant": lambda: 1.0, "constant_with_average": lambda: 1.0}[kind]()
     return factor * (min(1.0, (done + 1) / warmup) if warmup else 1.0)
 
 
@@ -955,12 +956,16 @@ class InnerSolver:
             self.optimizer, self.stale = self.make(self.copy), False
         first_late = len(batches) - math.ceil(len(batches) / 16)
         n_late = sum(y.numel() for _, y in batches[first_late:])
-        loss, grad, decrease = 0.0, 0.0, 0.0
+        loss, grad, decrease, theta = 0.0, 0.0, 0.0, flatten([p.detach() for p in params])
+        half, mean = len(batches) // 2 if self.schedule == "constant_with_average" else len(batches), 0.0
+        local = self._expand if len(parts) == 1 else self._expand_parts
         for k, (x, y) in enumerate(batches):
             progress("inner", k, len(batches))
-            v, late = flatten([e.detach() - p.detach() for e, p in zip(ends, params)]), k >= first_late
-            local = self._expand if len(parts) == 1 else self._expand_parts
+            v, late = flatten([e.detach() for e in ends]) - theta, k >= first_late
             value, fall, gradients, at_theta, work = local(x, y, v, parts, prox_linear, late)
+            if late and k > half:                       # what the mean so far promises
+                fall, extra = (local(x, y, mean - theta, parts, prox_linear, False)[i] for i in (1, 4))
+                work += extra
             loss = loss + value * (y.numel() / targets.numel())
             if late:
                 grad, decrease = grad + at_theta * (y.numel() / n_late), decrease + fall * (y.numel() / n_late)
@@ -976,10 +981,13 @@ class InnerSolver:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * factor
             self.optimizer.step()
+            if k >= half:
+                mean = mean + (flatten([e.detach() for e in ends]) - mean) / (k - half + 1)
             record["work"] += work * y.numel() / targets.numel()
         self.outer += 1
         record.update(inner_steps=len(batches), inner_grad_norm=torch.stack(norms).norm().item())
-        return float(loss), grad, flatten([e.detach() - p.detach() for e, p in zip(ends, params)]), float(decrease)
+        found = mean if half < len(batches) else flatten([e.detach() for e in ends])
+        return float(loss), grad, found - theta, float(decrease)
 
     def _expand(self, x, y, v, parts, prox_linear, at_theta):
         """The local model of a micro-batch at v: L at θ, m(v) − L, ∇m(v) for each part, g or None, and the work."""

@@ -1195,6 +1195,34 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise, solver):
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
+def test_inner_average(layerwise):
+    """constant_with_average goes the way of constant, returns the mean over the second half of it, and promises about what the local model has there; the next
+    solve starts where the last one ended, not at the mean."""
+    torch.manual_seed(3)
+    model, (idx, targets) = gpt(n_layer=1), tokens(12)
+    parts = GaussNewton(model, model.layers() if layerwise else None).parts
+    found, ways = {}, {}
+    for schedule in ("constant", "constant_with_average"):
+        inner = gn.InnerSolver(model, "adamw", rows=2, lr=0.02, schedule=schedule)
+        way, make = ways.setdefault(schedule, []), inner.make
+
+        def spied(copied, make=make, way=way):
+            optimizer = make(copied)
+            step = optimizer.step
+            optimizer.step = lambda: (step(), way.append(theta_of(copied)))
+            return optimizer
+        inner.make = spied
+        for _ in range(2):
+            found.setdefault(schedule, []).append(inner.solve(parts, idx, targets, True, {"work": 0.0}, lambda *where: None))
+    assert len(ways["constant"]) == 12 and all(torch.equal(a, b) for a, b in zip(*ways.values()))
+    for outer in range(2):
+        _, _, last, _ = found["constant"][outer]
+        _, _, mean, fall = found["constant_with_average"][outer]
+        way = ways["constant"][6 * outer:6 * outer + 6]
+        assert close(last, way[-1] - theta_of(model)) and close(mean, torch.stack(way[3:]).mean(0) - theta_of(model)) and fall < 0
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
 def test_solvers_agree(layerwise):
     """On one fixed batch with λ = 1e-2, an L2 pull in each: CG, inner AdamW and inner Muon, run long with rates that fall to 0,
     reach the same value of the quadratic, and of the prox-linear objective, to 1 %."""

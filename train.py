@@ -807,9 +807,10 @@ def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
     points = [p for _, lines in panels for curves in lines.values() for c in curves for p in c]
     if not points:
         raise UsageError(f"nothing to draw into {path}: no run has made a step")
-    wide, high, left, top = 360, 300, 62, 14
+    wide, high, left, top = 360 if len(panels) > 1 else 620, 300, 62, 14
+    columns = max(1, len(panels) * wide // 205)         # of the legend
     y0, y1 = min(y for _, y in points), max(y for _, y in points)
-    height = high + 62 + 16 * -(-len(names) // 3)
+    height = high + 62 + 16 * -(-len(names) // columns)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + len(panels) * (wide + 40)} {height}" width="{left + len(panels) * (wide + 40)}" '
            f'font-family="sans-serif" font-size="12" fill="#333"><rect width="100%" height="100%" fill="white"/>',
            f'<text transform="translate(14 {top + high / 2}) rotate(-90)" text-anchor="middle">{y_label}</text>']
@@ -840,7 +841,7 @@ def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
         out.append(f'<rect x="{at}" y="{top}" width="{wide}" height="{high}" fill="none" stroke="#333"/>'
                    f'<text x="{at + wide / 2}" y="{top + high + 36}" text-anchor="middle">{label}</text>')
     for i, name in enumerate(names):
-        x, y = left + i % 3 * (len(panels) * (wide + 40) - 40) / 3, top + high + 56 + 16 * (i // 3)
+        x, y = left + i % columns * 205, top + high + 56 + 16 * (i // columns)
         out.append(f'<path d="M{x:.0f} {y - 4}h18" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2.5"/><text x="{x + 24:.0f}" y="{y}">{html.escape(name)}</text>')
     Path(path).write_text("\n".join(out) + "\n</svg>\n")
 

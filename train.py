@@ -7,7 +7,7 @@
     python train.py --opt full_gn --init_from out/warmup        # start from its weights
     python train.py --resume --out_dir out/my_run               # go on where a run stopped
     python train.py --data shakespeare --model small --opt muon # other data, other size
-    python train.py --compare out/a out/b --plot loss.png       # steps, tokens, work and seconds to each loss
+    python train.py --compare out/a out/b --plot loss.svg       # steps, tokens, work and seconds to each loss
     python train.py --study headline --quick                    # every method to the same loss: table and pictures
     python train.py --help                                      # every flag, its unit and default
 

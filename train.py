@@ -870,7 +870,7 @@ ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best 
     "inner": ("--opt full_gn --solver soap --inner_lr 6e-3 --batch_tokens 262144 --steps 10", {
         "as it is": "", "no line search": "--line_search none", "searched on fresh data": "--line_search_data fresh", "searched on the whole batch": "--search_frac 1",
         "each solve from θ (no warm start)": "--inner_reset", "inner Muon": "--solver muon", "inner AdamW": "--solver adamw", "N = 32": "--inner_tokens 8192",
-        "N = 128": "--inner_tokens 2048", "half the rate": "--inner_lr 3e-3", "twice the rate": "--inner_lr 1.2e-2", "GN model": "--local_model gn", "bf16": "--dtype bf16"}),
+        "N = 128": "--inner_tokens 2048", "half the rate": "--inner_lr 3e-3", "twice the rate": "--inner_lr 1.2e-2", "constant rate, mean of the second half": "--inner_schedule constant_with_average", "GN model": "--local_model gn", "bf16": "--dtype bf16"}),
     "CG": ("--opt full_gn --damping 0.1 --batch_tokens 131072 --steps 4", {
         "as it is": "", "GN model, 32 iterations": "--local_model gn --cg_iters 32", "no preconditioner": "--precond none", "damping λI": "--damping_metric identity --damping 1e-3",
         "4 iterations": "--cg_iters 4", "16 iterations": "--cg_iters 16", "curvature from 1/8": "--curvature_frac 0.125", "curvature from 1/2": "--curvature_frac 0.5",

@@ -852,16 +852,16 @@ def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
 # From AdamW's curve alone: its loss after 100 steps at a constant rate, and one for which it needs over 500 even with a decay.
 TARGETS = {"steep": 1.60, "slow": 1.33, "quick": 1.75}
 WARMUP = "--opt adamw --lr 3e-3 --steps 60"
-STUDY = {  # method: its flags, four rates, for --quick the first, its own knob beside the default, its batch in tokens
+STUDY = {  # the longest runs first; method: its flags, four rates, for --quick the first, its own knob beside the default, its batch in tokens
+    "prox-linear GN, CG": ("--opt full_gn --solver cg", "damping", (0.3, 0.03, 0.1, 1.0), "cg_iters", ("6", "12"), 2 ** 18),
+    "AdamW": ("--opt adamw", "lr", (1e-2, 5e-3, 2e-2, 4e-2), "betas", ("0.9 0.99", "0.95 0.95"), 2 ** 18),
+    "layerwise GN, inner SOAP": ("--opt layerwise_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
+    "K-FAC": ("--opt kfac", "lr", (6e-2, 1.5e-2, 3e-2, 0.12), "precondition_frequency", ("1", "3"), 2 ** 18),
+    "SOAP": ("--opt soap", "lr", (2e-2, 5e-3, 1e-2, 4e-2), "precondition_frequency", ("1", "3"), 2 ** 18),
+    "Muon": ("--opt muon", "lr", (4e-2, 1e-2, 2e-2, 8e-2), "momentum", ("0.9", "0.98"), 2 ** 18),
     "prox-linear GN, inner SOAP": ("--opt full_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
     "prox-linear GN, inner Muon": ("--opt full_gn --solver muon", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
     "GN, inner Muon": ("--opt full_gn --solver muon --local_model gn", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
-    "prox-linear GN, CG": ("--opt full_gn --solver cg", "damping", (0.3, 0.03, 0.1, 1.0), "cg_iters", ("6", "12"), 2 ** 18),
-    "layerwise GN, inner SOAP": ("--opt layerwise_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
-    "K-FAC": ("--opt kfac", "lr", (6e-2, 1.5e-2, 3e-2, 0.12), "precondition_frequency", ("1", "3"), 2 ** 18),
-    "Muon": ("--opt muon", "lr", (4e-2, 1e-2, 2e-2, 8e-2), "momentum", ("0.9", "0.98"), 2 ** 18),
-    "SOAP": ("--opt soap", "lr", (2e-2, 5e-3, 1e-2, 4e-2), "precondition_frequency", ("1", "3"), 2 ** 18),
-    "AdamW": ("--opt adamw", "lr", (1e-2, 5e-3, 2e-2, 4e-2), "betas", ("0.9 0.99", "0.95 0.95"), 2 ** 18),
 }
 SEEDS, BATCHES = (1, 2, 3), tuple(2 ** k for k in range(14, 21))
 BEST_GN = "prox-linear GN, inner SOAP"
@@ -1001,8 +1001,8 @@ def study(args):
         again = round(n * (0.85 if run["steps"] else 1.25))
         return min([(flags, n, run), (flags, again, slowly(method, flags, 0, again).result())], key=lambda way: score(way[2]))
 
-    try:
-        with ThreadPoolExecutor(64) as chains:          # a chain waits for its runs; the runs themselves queue in order
+    with ThreadPoolExecutor(64) as chains:              # a chain waits for its runs; the runs themselves queue in order
+        try:
             first = {method: chains.submit(headline, method) for method in STUDY}
             tuned = {method: chain.result()[0] for method, chain in first.items()}
             found = {"headline": {method: chain.result()[1] for method, chain in first.items()}}
@@ -1024,9 +1024,9 @@ def study(args):
             found["batches"] = {method: chain.result() for method, chain in curves.items()}
             for run in rest:
                 run.result()
-    except BaseException:
-        runs.pool.shutdown(wait=False, cancel_futures=True)
-        raise
+        except BaseException:                           # what is queued is dropped, what runs ends
+            runs.pool.shutdown(wait=False, cancel_futures=True)
+            raise
     write_study(out, runs, found, target)
     return 0
 

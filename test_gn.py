@@ -1807,7 +1807,8 @@ def test_damaged_or_differing_checkpoints_are_refused(go, capsys):
         refused("--resume --out_dir a", "damaged")
         refused(f"--init_from a --out_dir c {SMALL}", "damaged")
     # One bit of the weights, a version to come, another model; the checkpoint before is offered, and goes on to the same end.
-    storage = max(zipfile.ZipFile("a/checkpoint.pt" if Path("a/checkpoint.pt").write_bytes(whole) else "").infolist(), key=lambda record: record.file_size)
+    Path("a/checkpoint.pt").write_bytes(whole)
+    storage = max(zipfile.ZipFile("a/checkpoint.pt").infolist(), key=lambda record: record.file_size)
     flipped = bytearray(whole)
     flipped[storage.header_offset + 200 + storage.file_size // 2] ^= 1
     torch.save({**torch.load(io.BytesIO(whole), weights_only=True), "format": 2}, "newer.pt")
@@ -1820,6 +1821,12 @@ def test_damaged_or_differing_checkpoints_are_refused(go, capsys):
     assert go("--resume --out_dir a") == 0 and Path("a/log.jsonl").read_bytes() != log and same_state(
         checkpoint_of("a")["model"], torch.load(io.BytesIO(whole), weights_only=True)["model"])
     assert go("--resume --out_dir a --steps 3") == 0 and not Path("c").exists()
+
+
+def test_a_baseline_takes_any_block_size(go):
+    """--inner_tokens, which no baseline uses, need not fit its blocks; for a streaming solver they must."""
+    assert go(f"--opt sgd --steps 1 --out_dir a {SMALL} --block_size 33 --batch_tokens 1056") == 0
+    assert go(f"--opt full_gn --solver soap --steps 1 --out_dir b {SMALL} --block_size 33 --batch_tokens 1056") == 2
 
 
 def bad_gradient(value):
@@ -1872,17 +1879,17 @@ FAULTS = {  # name: (what it does to the second step, whether that step is rejec
 @pytest.mark.parametrize("flags", ["--opt full_gn --cg_iters 3", "--opt layerwise_gn --cg_iters 3", "--opt full_gn --inner_tokens 256", "--opt soap --line_search armijo",
                                    "--opt kfac --line_search armijo"])
 def test_numbers_gone_wrong(fault, flags, go, monkeypatch):
-    """One of three steps meets it: the step is rejected with a reason, bitwise where it was, or repaired with a note, or it was no trouble; the third is
+    """The second of four steps meets it: it is rejected with a reason, bitwise where it was, or repaired with a note, or it was no trouble; the others are
     accepted, and no loss, weight or row of the log is ever NaN without a word."""
     apply, rejected = FAULTS[fault]
     by_cg, touched = "cg_iters" in flags, {"NaN products": "cg_iters", "an indefinite product": "cg_iters", "NaN in the K-FAC factors": "kfac", "an eigendecomposition that fails": "kfac"}
     if touched.get(fault, "") not in flags and not (touched.get(fault) == "kfac" and by_cg):
         pytest.skip("it has none")
     stepper = train.FirstOrder if "soap" in flags or "kfac" in flags else GaussNewton
-    original, draw, seen = stepper.step, train.get_batch, []
+    original, seen = stepper.step, []
 
     def step(self, *args, **kwargs):
-        seen.append(([p.detach().clone() for p in self.params]))
+        seen.append([p.detach().clone() for p in self.params])
         with monkeypatch.context() as m:
             if len(seen) == 2:
                 apply(m)

@@ -52,7 +52,7 @@ GN = ("full_gn", "layerwise_gn")
 RUN_DEFAULTS = {  # what suits a method that takes few, large steps, and one that takes many
     "gn": dict(solver="soap", steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1, line_search="armijo", search_frac=0.0625),
     "cg": dict(solver="cg", steps=12, batch_tokens=131072, eval_interval=1, checkpoint_interval=1, line_search="armijo", search_frac=1.0),
-    "baseline": dict(solver="soap", steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50, line_search="none", search_frac=1.0),
+    "baseline": dict(solver="cg", steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50, line_search="none", search_frac=1.0),
 }
 # What --resume may change; every other setting is the stored run's.
 RESUMABLE = {"resume", "out_dir", "data_dir", "steps", "target_loss", "sample", "threads", "device", "cache_gb",
@@ -719,11 +719,11 @@ INCIDENTAL = RESUMABLE | {"bench", "study", "quick", "seed", "init_from", "overw
 
 
 def read_run(folder):
-    """(configuration line, rows) of a run's log.jsonl."""
+    """(configuration line, rows, those of them that were evaluated) of a run's log.jsonl."""
     path = Path(folder) / "log.jsonl"
     try:
         head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return head, [r for r in rows if r["val_loss"] is not None]
+        return head, rows, [r for r in rows if r["val_loss"] is not None]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UsageError(f"{path} cannot be read as a run's log ({type(e).__name__})") from e
 
@@ -739,7 +739,7 @@ def compare(folders, targets=(), plot=None):
     evaluation at or below it: mean ± standard error. A gradient is one over a million tokens, so that batches compare."""
     groups = {}
     for folder in folders:
-        head, rows = read_run(folder)
+        head, _, rows = read_run(folder)
         foreign = BASELINE_ONLY if head["config"]["opt"] in GN else GN_ONLY
         key = json.dumps({k: v for k, v in head["config"].items() if k not in INCIDENTAL | foreign}, sort_keys=True)
         groups.setdefault(key, []).append((folder, head["config"], rows))
@@ -915,12 +915,12 @@ class Runs:
     def read(self, name):
         """What a complete run's log holds, in short: steps to its target or None, tokens, gradients of a million tokens and seconds to there."""
         try:
-            head, rows = read_run(self.out / name)
+            head, every, rows = read_run(self.out / name)
         except UsageError:
             return None
         c, rejected = head["config"], 0
-        for line in (self.out / name / "log.jsonl").read_text().splitlines()[2:]:
-            rejected = 0 if json.loads(line)["accepted"] else rejected + 1
+        for row in every[1:]:
+            rejected = 0 if row["accepted"] else rejected + 1
         hit = next((r for r in rows if c["target_loss"] is not None and r["val_loss"] <= c["target_loss"]), None)
         if not rows or not (hit or rows[-1]["step"] >= c["steps"] or rejected >= c["max_rejections"]):
             return None
@@ -1019,7 +1019,7 @@ def study(args):
                 rival = min(ways.keys() - {BEST_GN}, key=lambda method: score(ways[method][2]))
                 found["slow"] = {method: [way[2]] for method, way in ways.items()}
                 for method in (BEST_GN, rival):         # the winners over seeds
-                    found["slow"][method] += [run.result() for run in [slowly(method, *ways[method][:1], seed, ways[method][1]) for seed in SEEDS[:2]]]
+                    found["slow"][method] += [run.result() for run in [slowly(method, ways[method][0], seed, ways[method][1]) for seed in SEEDS[:2]]]
                 found["random"] = {run.result()["method"]: [run.result()] for run in rest if run.result()["target"]}
             found["batches"] = {method: chain.result() for method, chain in curves.items()}
             for run in rest:

@@ -460,7 +460,7 @@ def tune_allocator():
     faults again at the next: a fifth of a gradient's time at the tiny size."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 1 << 30)     # M_TRIM_THRESHOLD
+        mallopt(-1, -1)          # M_TRIM_THRESHOLD: never
         mallopt(-3, 1 << 30)     # M_MMAP_THRESHOLD
     except (OSError, AttributeError):
         pass

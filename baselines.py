@@ -20,6 +20,7 @@ import warnings
 from itertools import islice
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 DEFAULT_LR = {  # peak rates: the best of 2 to 6 each for preset tiny on Python source at 16k tokens a step; retune elsewhere
@@ -52,6 +53,13 @@ def make_optimizer(name, model, lr=None, weight_decay=None, betas=None, momentum
     given = dict(weight_decay=weight_decay, betas=betas, momentum=momentum, precondition_frequency=precondition_frequency)
     o = {**DEFAULTS[name], **{k: v for k, v in given.items() if v is not None}}
 
+    if ranks()[1] > 1 and name != "kfac":                                   # which divides its own work
+        return Divided(one_process(name, model, lr, o))
+    return one_process(name, model, lr, o)
+
+
+def one_process(name, model, lr, o):
+    """make_optimizer for a process that steps every parameter itself; o: all other settings."""
     params = [p for p in model.parameters() if p.requires_grad]            # a tied matrix comes once
 
     def decayed(params):
@@ -74,6 +82,83 @@ def make_optimizer(name, model, lr=None, weight_decay=None, betas=None, momentum
         muon = torch.optim.Muon([dict(params=hidden)], lr=lr, momentum=o["momentum"], weight_decay=o["weight_decay"],
                                 adjust_lr_fn="match_rms_adamw")
         return Combined([muon, torch.optim.AdamW(decayed(rest), lr=lr, betas=o["betas"])])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many processes (torchrun): each has all parameters and a share of every batch's rows
+
+
+def ranks():
+    """This process's number, and how many there are; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def share(*tensors):
+    """This process's rows, neighbours, of tensors that every process holds whole. Raises ValueError for fewer rows than processes."""
+    (rank, world), rows = ranks(), len(tensors[0])
+    if rows < world:
+        raise ValueError(f"{rows} sequences cannot be shared by {world} processes")
+    return tuple(t[rows * rank // world:rows * (rank + 1) // world] for t in tensors) if world > 1 else tensors
+
+
+def reduce(*tensors):
+    """Each tensor's sum over the processes, with the same bits on all of them; all of one dtype. In one process, what was given."""
+    if ranks()[1] > 1 and tensors:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        return [t.view_as(like) for t, like in zip(flat.split([t.numel() for t in tensors]), tensors)]
+    return tensors
+
+
+def reduce_number(x):
+    """The same for a float or an int, in float64."""
+    if ranks()[1] == 1:
+        return x
+    return reduce(torch.tensor(float(x), dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu"))[0].item()
+
+
+def owners(costs):
+    """The process that each job is for: the dearest first, to the one with least to do."""
+    load, owner = [0] * ranks()[1], [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owner[i] = min(range(len(load)), key=load.__getitem__)
+        load[owner[i]] += costs[i]
+    return owner
+
+
+class Divided:
+    """An optimizer whose parameters are divided over the processes: each steps its own and keeps state for these alone, and sends
+    them to the others. Every process needs all gradients. `state_dict` gathers: all processes call it together, and what they
+    get is one process's, to be loaded into any number of them."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        owner = owners([p.numel() * (sum(p.shape) if p.ndim == 2 else 1) for p in self.params])
+        self.mine = [o == ranks()[0] for o in owner]
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self):
+        grads = [p.grad for p in self.params]
+        for p, mine in zip(self.params, self.mine):
+            p.grad = p.grad if mine else None
+        self.optimizer.step()
+        new = reduce(*(p if mine else torch.zeros_like(p) for p, mine in zip(self.params, self.mine)))
+        for p, value, grad in zip(self.params, new, grads):
+            p.copy_(value)
+            p.grad = grad
+
+    def state_dict(self):
+        state, found = self.optimizer.state_dict(), [None] * ranks()[1]
+        dist.all_gather_object(found, {i: s for i, s in state["state"].items() if self.mine[i]})
+        return {**state, "state": {i: s for i, s in sorted(item for part in found for item in part.items())}}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict({**state, "state": {i: s for i, s in state["state"].items() if self.mine[i]}})
 
 
 def hidden_matrices(model):

@@ -18,6 +18,7 @@ forward(inputs) gives logits (..., classes):
 """
 import copy
 import math
+import os
 import warnings
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from baselines import make_optimizer
+from baselines import make_optimizer, owners, ranks, reduce, reduce_number, share
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Vectors over parameters, and the loss in the logits
@@ -96,29 +97,30 @@ def cross_entropy_hvp(probs, t, n):
 def batch_loss(model, idx, targets, micro_batch=None):
     """Mean cross-entropy (nats per token) without a graph, as a float; attention may be fused."""
     total = 0.0
-    for x, y in pieces(idx, targets, micro_batch):
+    for x, y in pieces(*share(idx, targets), micro_batch):
         z = model(x)
         total += F.cross_entropy(z.flatten(0, -2), y.flatten(), reduction="sum").item()
-    return total / targets.numel()
+    return reduce_number(total) / targets.numel()
 
 
 def batch_grad(model, idx, targets, micro_batch=None):
     """Loss (float) and flat gradient by ordinary backward passes."""
     params, loss, grad = trainable(model), 0.0, None
-    for x, y in pieces(idx, targets, micro_batch):
+    for x, y in pieces(*share(idx, targets), micro_batch):
         part = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="sum") / targets.numel()
         g = flatten(torch.autograd.grad(part, params, materialize_grads=True, allow_unused=True))
         loss, grad = loss + part.item(), g if grad is None else grad.add_(g)
-    return loss, grad
+    return reduce_number(loss), reduce(grad)[0]
 
 
 def free_memory(device):
-    """Bytes that the device has free (4 GB where nobody says)."""
+    """Bytes that the device has free (4 GB where nobody says); on a CPU, this process's part of them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+            return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     except (OSError, StopIteration):
         return 4e9
 
@@ -446,6 +448,7 @@ class GGN:
     products, work   products made, and all work so far in gradients of this batch, by matrix multiplications: a gradient
                      has 3 per weight, a product 4, with a block alone 4 for its own weights and 2 for those behind it
 
+    With several processes idx and targets are the whole batch on each; each works on its share, and sums are reduced.
     The parameters must not change while the object is in use. Raises ValueError for active dropout or batch norm.
     Double backward (`create_graph`) instead of torch.func: the graph of the gradient is the graph of J's transpose, and
     it is reused by every product: 1.3 gradients each, where jvp + vjp take 2.3.
@@ -454,7 +457,7 @@ class GGN:
     def __init__(self, model, idx, targets, micro_batch=None, cache_gb=0.0, program=None):
         refuse_randomness(model)
         self.model, self.params, self.n, self.program = model, trainable(model), targets.numel(), program
-        self.data, self.cache, self.offset = pieces(idx, targets, micro_batch), [], None
+        self.batch, self.data, self.cache, self.offset = (idx, targets), pieces(*share(idx, targets), micro_batch), [], None
         self.products, self.work = 0, 1.0
         self.loss, self.grad = 0.0, 0.0
         room = math.inf if micro_batch is None else 0.4 * free_memory(self.params[0].device) if cache_gb is None else cache_gb * 1e9
@@ -468,6 +471,7 @@ class GGN:
             if room == math.inf or (i + 1) * piece_bytes <= room:
                 self.cache.append(piece)
             del piece
+        self.loss, self.grad = reduce_number(self.loss), reduce(self.grad)[0]
 
     def _linearise(self, x, y):
         if self.program and self.program.shape == x.shape:
@@ -511,24 +515,26 @@ class GGN:
             logp = piece.probs.gather(-1, y.unsqueeze(-1)).clamp_min(torch.finfo(piece.probs.dtype).tiny).log()
             self.loss -= logp.sum().item() / self.n
             self.grad += piece.vjp(cross_entropy_grad(piece.probs, y, self.n), part)
+        self.loss, self.grad = reduce_number(self.loss), reduce(self.grad)[0]
         self.work += self._product_work(part)
 
     def _select(self, part):
         return range(len(self.params)) if part is None else part
 
     def jvp(self, v, part=None):
-        """J v: the change of every logit, (B, ..., V), for the parameter change v (P,)."""
+        """J v: the change of every logit (of this process's share), (B, ..., V), for the parameter change v (P,)."""
         return torch.cat([piece.jvp(v, self._select(part)) for piece in self._pieces()])
 
     def matvec(self, v, part=None):
         """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those parameters
         alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
-        part, out = self._select(part), 0.0
+        part, out = self._select(part), None
         for piece in self._pieces():
-            out = out + piece.product(v, part)
+            product = piece.product(v, part)
+            out = product if out is None else out.add_(product)
         self.products += 1
         self.work += self._product_work(part)
-        return out
+        return reduce(out)[0]
 
     @torch.no_grad()
     def pull_back_curvature(self, d, h):
@@ -542,7 +548,7 @@ class GGN:
             out = out + piece.vjp(cross_entropy_hvp(piece.probs, second, self.n), everything)
         self.products += 1
         self.work += 1 / 3 + self._product_work(everything)
-        return out
+        return reduce(out)[0]
 
     def _product_work(self, part):
         own, behind = (sum(self.params[i].numel() for i in ids) for ids in (part, range(max(part) + 1, len(self.params))))
@@ -682,6 +688,8 @@ class KFAC:
     labels. A weight shared by an embedding and a linear map takes the map's factors.
     """
 
+    FAILED = "an eigendecomposition failed: K-FAC takes that factor's diagonal"
+
     def __init__(self, model, max_side=4096):
         self.model, self.max_side, self.params = model, max_side, trainable(model)
         self.repaired = ""                                # what went wrong in the last update or decomposition, and was mended
@@ -693,21 +701,31 @@ class KFAC:
     def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
         """Factors from a batch (inputs only: labels are sampled, targets give their shape), averaged with the earlier ones
         by `decay`; then `decompose` makes them ready for use."""
-        model, n = self.model, targets.numel()
+        model, n, rows, classes = self.model, targets.numel(), len(idx), None
+        (mine,) = share(range(rows))
         index = {id(p): i for i, p in enumerate(self.params)}
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-        left, right, square = {}, {}, {}
+        left, right, others = {}, {}, {}                # others: gradients of what has no factors, for each micro-batch
 
         def add(store, i, value):
             store[i] = store[i] + value if i in store else value
-        for x, y in pieces(idx, targets, micro_batch):
+        with torch.no_grad():
+            classes = model(idx[:1]).shape[-1]
+        for first in range(0, rows, micro_batch or rows):
+            last = min(first + (micro_batch or rows), rows)
+            # argmax p / e with exponential e has the distribution p. All processes draw for all rows, so that labels do not depend on who has them.
+            draws = torch.empty(targets[first:last].numel(), classes, device=idx.device).exponential_(generator=generator)
+            start, end = max(first, mine.start), min(last, mine.stop)
+            if start >= end:
+                continue
+            y = targets[start:end]
             with _recording(model) as calls, torch.enable_grad():
-                z = model(x)
+                z = model(idx[start:end])
             calls = [c for c in calls if not (isinstance(c[0], nn.Embedding) and id(c[0].weight) in linear)]
             factored = {i for m, _, _ in calls for i in (index.get(id(m.weight)), index.get(id(getattr(m, "bias", None))))}
             rest = [i for i in range(len(self.params)) if i not in factored]
             probs = torch.softmax(z.detach().float(), dim=-1)
-            labels = torch.multinomial(probs.flatten(0, -2), 1, generator=generator).view_as(y)
+            labels = (probs / draws.view(last - first, *probs.shape[1:])[start - first:end - first]).argmax(-1)
             u = cross_entropy_grad(probs, labels, 1).to(z.dtype)      # sum over tokens: each token's own gradient
             grads = torch.autograd.grad(z, [edge for _, _, edge in calls] + [self.params[i] for i in rest], u,
                                         materialize_grads=False, allow_unused=True)
@@ -730,8 +748,13 @@ class KFAC:
                     add(right, bias, delta.new_full((1,), float(len(delta))))
             for i, g in zip(rest, grads[len(calls):]):
                 if g is not None:
-                    add(square, i, g * g)
+                    others.setdefault(i, [torch.zeros_like(g) for _ in range(0, rows, micro_batch or rows)])[first // (micro_batch or rows)] = g
         self.repaired = ""
+        others = {i: torch.stack(gs) for i, gs in others.items()}
+        stores = [(store, i) for store in (left, right, others) for i in store]
+        for (store, i), value in zip(stores, reduce(*(store[i] for store, i in stores))):
+            store[i] = value
+        square = {i: (gs * gs).sum(0) for i, gs in others.items()}         # labels of different tokens are independent
         for i, p in enumerate(self.params):
             new = (left[i] / n, right[i] / n) if i in left else (square[i] / n if i in square else torch.zeros_like(p),)
             old = self.factors.get(i)
@@ -741,9 +764,18 @@ class KFAC:
             self.factors[i] = new if old is None or decay == 0 else tuple(decay * o + (1 - decay) * f for o, f in zip(old, new))
 
     def decompose(self):
+        """Eigenvalues and eigenvectors of the factors; with several processes each decomposes some of them, and all have the results."""
+        matrices = {(i, k): side for i, sides in self.factors.items() if len(sides) == 2 for k, side in enumerate(sides) if side.ndim == 2}
+        owner = owners([len(side) ** 3 for side in matrices.values()])
+        pairs = [self._eigh(side) if who == ranks()[0] else (torch.zeros_like(side[0]), torch.zeros_like(side))
+                 for who, side in zip(owner, matrices.values())]
+        flat = reduce(*(t for pair in pairs for t in pair))
+        found = dict(zip(matrices, zip(flat[::2], flat[1::2])))
+        if reduce_number(self.repaired == self.FAILED):
+            self.repaired = self.FAILED
         for i, sides in self.factors.items():
             if len(sides) == 2:
-                (lL, QL), (lR, QR) = self._eigh(sides[0]), self._eigh(sides[1])
+                (lL, QL), (lR, QR) = (found.get((i, k), (side, None)) for k, side in enumerate(sides))      # None: the identity
                 self.bases[i], self.values[i], self.spectra[i] = (QL, QR), (lL, lR), torch.outer(lL, lR)
             else:
                 self.values[i], self.spectra[i] = sides, sides[0]
@@ -764,14 +796,12 @@ class KFAC:
         return m.T @ m if m.shape[1] <= self.max_side else (m * m).sum(0)
 
     def _eigh(self, side):
-        """Eigenvalues, not negative, and eigenvectors; for a diagonal side itself and None (the identity), and so where LAPACK fails."""
-        if side.ndim == 1:
-            return side, None
+        """Eigenvalues, not negative, and eigenvectors; the diagonal and the identity where LAPACK fails."""
         try:
             values, vectors = torch.linalg.eigh(side.double())   # in float32 it can return NaN, without a word, where entries underflow
         except torch.linalg.LinAlgError:
-            self.repaired = "an eigendecomposition failed: K-FAC takes that factor's diagonal"
-            return side.diagonal().clamp_min(0), None
+            self.repaired = self.FAILED
+            return side.diagonal().clamp_min(0), torch.eye(len(side), dtype=side.dtype, device=side.device)
         return values.clamp_min(0).to(side.dtype), vectors.to(side.dtype)
 
     def apply(self, v, function, part=None, spectra=None):
@@ -857,7 +887,7 @@ def levenberg_marquardt(damping, rho, alpha, raise_by=2.0, lower_by=0.4, floor=1
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's solver: an ordinary optimizer on the local model
 
-SCHEDULES = ("constant_with_average", "constant_with_inner_cosine", "cosine_with_global_schedule", "global_cosine", "constant")
+SCHEDULES = ("constant_with_inner_cosine", "cosine_with_global_schedule", "global_cosine", "constant")
 
 
 def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
@@ -867,7 +897,6 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
     cosine_with_global_schedule    a cosine inside each outer step, whose peaks follow a cosine over the outer steps
     constant_with_inner_cosine     a cosine inside each outer step, constant peaks
     constant                       no decay
-    constant_with_average          likewise, and the solution is the mean over the second half of the inner steps, not the last of them
     The first `warmup` inner steps of the run are scaled by (steps done + 1) / warmup.
     """
     if kind not in SCHEDULES:
@@ -879,7 +908,7 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
     factor = {"global_cosine": lambda: cosine(done / (outer_steps * n)),
               "cosine_with_global_schedule": lambda: cosine(outer / outer_steps) * cosine(k / n),
               "constant_with_inner_cosine": lambda: cosine(k / n),
-              "constant": lambda: 1.0, "constant_with_average": lambda: 1.0}[kind]()
+              "constant": lambda: 1.0}[kind]()
     return factor * (min(1.0, (done + 1) / warmup) if warmup else 1.0)
 
 
@@ -935,15 +964,20 @@ class InnerSolver:
     lr, weight_decay, betas    the optimizer's; schedule, warmup: see inner_schedule
     clip          norm that the gradient of each part is clipped to; 0 = off
     l2            pull toward θ
+    average       share of the inner steps, counted from the end, whose mean is the solution θ̂, free of most of the noise of the last
+                  of them (Polyak & Juditsky 1992); 0 = the last. The next solve goes on from the last one either way
     reset         start every outer step at θ with fresh moments; else at the last θ̂, before the line search, with the old ones
     compile       compile what is done per micro-batch; eager, with a warning, where that fails
     """
 
     def __init__(self, model, optimizer="muon", rows=64, lr=3e-3, weight_decay=1e-3, betas=(0.9, 0.999), clip=1.0, l2=0.0,
-                 schedule="constant_with_inner_cosine", warmup=0, outer_steps=100, reset=False, compile=False):
+                 average=0.0, schedule="constant_with_inner_cosine", warmup=0, outer_steps=100, reset=False, compile=False):
         inner_schedule(schedule, 0, 1, 0, 1)
+        if not 0 <= average <= 1:
+            raise ValueError(f"average must be a share of the inner steps, from 0 to 1, got {average}")
         self.model, self.rows, self.lr, self.clip, self.l2, self.reset = model, rows, lr, clip, l2, reset
-        self.schedule, self.warmup, self.outer_steps, self.compile, self.programs = schedule, warmup, outer_steps, compile, {}
+        self.average, self.schedule, self.warmup = average, schedule, warmup
+        self.outer_steps, self.compile, self.programs = outer_steps, compile, {}
         self.make = lambda copied: make_optimizer(optimizer, copied, lr, weight_decay, betas)
         self.copy, self.outer, self.stale = copy.deepcopy(model), 0, False
         self.optimizer = self.make(self.copy)
@@ -958,13 +992,13 @@ class InnerSolver:
         first_late = len(batches) - math.ceil(len(batches) / 16)
         n_late = sum(y.numel() for _, y in batches[first_late:])
         loss, grad, decrease, theta = 0.0, 0.0, 0.0, flatten([p.detach() for p in params])
-        half, mean = len(batches) // 2 if self.schedule == "constant_with_average" else len(batches), 0.0
+        averaged, mean = len(batches) - math.ceil(self.average * len(batches)), 0.0        # the first inner step in the mean
         local = self._expand if len(parts) == 1 else self._expand_parts
         for k, (x, y) in enumerate(batches):
             progress("inner", k, len(batches))
             v, late = flatten([e.detach() for e in ends]) - theta, k >= first_late
             value, fall, gradients, at_theta, work = local(x, y, v, parts, prox_linear, late)
-            if late and k > half:                       # what the mean so far promises
+            if late and k > averaged:                   # what the mean so far promises
                 fall, extra = (local(x, y, mean - theta, parts, prox_linear, False)[i] for i in (1, 4))
                 work += extra
             loss = loss + value * (y.numel() / targets.numel())
@@ -982,16 +1016,17 @@ class InnerSolver:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * factor
             self.optimizer.step()
-            if k >= half:
-                mean = mean + (flatten([e.detach() for e in ends]) - mean) / (k - half + 1)
+            if k >= averaged:
+                mean = mean + (flatten([e.detach() for e in ends]) - mean) / (k - averaged + 1)
             record["work"] += work * y.numel() / targets.numel()
         self.outer += 1
         record.update(inner_steps=len(batches), inner_grad_norm=torch.stack(norms).norm().item())
-        found = mean if half < len(batches) else flatten([e.detach() for e in ends])
+        found = mean if self.average else flatten([e.detach() for e in ends])
         return float(loss), grad, found - theta, float(decrease)
 
     def _expand(self, x, y, v, parts, prox_linear, at_theta):
         """The local model of a micro-batch at v: L at θ, m(v) − L, ∇m(v) for each part, g or None, and the work."""
+        whole, (x, y) = len(y), share(x, y)
         params = trainable(self.model)
         arguments, key = ([p.detach() for p in params], x, y, unflatten(v, params)), (x.shape, prox_linear, at_theta)
 
@@ -999,14 +1034,14 @@ class InnerSolver:
             return expand_once(self.model, theta, x, y, v, prox_linear, at_theta, traced)
         if self.compile and key not in self.programs:
             self.programs[key] = compiled_or_eager(function, *arguments)
-        loss, fall, *g = self.programs.get(key, function)(*arguments)
+        loss, fall, *g = reduce(*(t * (len(y) / whole) for t in self.programs.get(key, function)(*arguments)))
         k = len(params)
         return loss, fall, [flatten(g[:k])], flatten(g[k:]) if at_theta else None, (7 if at_theta else 5) / 3
 
     def _expand_parts(self, x, y, v, parts, prox_linear, at_theta):
         """The same for several parts, each with the others at rest, all on one linearisation."""
         if self.compile and x.shape not in self.programs:
-            self.programs[x.shape] = program_or_none(self.model, x, y)
+            self.programs[x.shape] = program_or_none(self.model, *share(x, y))
         params, ggn, fall, gradients = trainable(self.model), GGN(self.model, x, y, program=self.programs.get(x.shape)), 0.0, []
         loss, at_zero = ggn.loss, ggn.grad
         for part in parts:
@@ -1166,7 +1201,7 @@ class GaussNewton:
         self.progress("linearise")
         rows = math.ceil(self.curvature_frac * len(idx))
         x, y = curvature or (idx[:rows], targets[:rows])
-        piece = x[:self.micro_batch or len(x)], y[:self.micro_batch or len(x)]
+        piece = pieces(*share(x, y), self.micro_batch)[0]
         if self.compile and (self.program is None or self.program.shape != piece[0].shape):
             self.progress("compile")
             self.program = program_or_none(self.model, *piece)
@@ -1185,7 +1220,7 @@ class GaussNewton:
     def _precondition(self, ggn, record):
         if self.kfac and (self.steps % self.precond_interval == 0 or not self.kfac.factors):
             self.progress("kfac")
-            x, y = (torch.cat([piece[i] for piece in ggn.data]) for i in (0, 1))
+            x, y = ggn.batch
             rows = math.ceil(self.precond_frac * len(x))
             self.kfac.update(x[:rows], y[:rows], self.micro_batch, self.generator)
             self.kfac.decompose()

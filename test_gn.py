@@ -2,6 +2,7 @@
 
 References are independent of the code under test: dense matrices from torch.func, plain loops, torch.optim, closed forms.
 """
+import functools
 import gc
 import gzip
 import hashlib
@@ -14,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1196,15 +1198,15 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise, solver):
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_inner_average(layerwise):
-    """constant_with_average goes the way of constant, returns the mean over the second half of it, and promises about what the local model has there; the next
-    solve starts where the last one ended, not at the mean."""
+    """With average = 1/2 (1/3) the inner steps go the same way, the solution is the mean of the last three (two) of six, and the promise is about what the local
+    model has there; the next solve starts where the last one ended, not at the mean."""
     torch.manual_seed(3)
     model, (idx, targets) = gpt(n_layer=1), tokens(12)
     parts = GaussNewton(model, model.layers() if layerwise else None).parts
     found, ways = {}, {}
-    for schedule in ("constant", "constant_with_average"):
-        inner = gn.InnerSolver(model, "adamw", rows=2, lr=0.02, schedule=schedule)
-        way, make = ways.setdefault(schedule, []), inner.make
+    for average in (0, 1 / 2, 1 / 3):
+        inner = gn.InnerSolver(model, "adamw", rows=2, lr=0.02, average=average)
+        way, make = ways.setdefault(average, []), inner.make
 
         def spied(copied, make=make, way=way):
             optimizer = make(copied)
@@ -1213,13 +1215,15 @@ def test_inner_average(layerwise):
             return optimizer
         inner.make = spied
         for _ in range(2):
-            found.setdefault(schedule, []).append(inner.solve(parts, idx, targets, True, {"work": 0.0}, lambda *where: None))
-    assert len(ways["constant"]) == 12 and all(torch.equal(a, b) for a, b in zip(*ways.values()))
+            found.setdefault(average, []).append(inner.solve(parts, idx, targets, True, {"work": 0.0}, lambda *where: None))
+    assert len(ways[0]) == 12 and all(torch.equal(a, b) for way in ways.values() for a, b in zip(ways[0], way))
     for outer in range(2):
-        _, _, last, _ = found["constant"][outer]
-        _, _, mean, fall = found["constant_with_average"][outer]
-        way = ways["constant"][6 * outer:6 * outer + 6]
-        assert close(last, way[-1] - theta_of(model)) and close(mean, torch.stack(way[3:]).mean(0) - theta_of(model)) and fall < 0
+        way = ways[0][6 * outer:6 * outer + 6]
+        for average, last in ((0, 1), (1 / 2, 3), (1 / 3, 2)):
+            _, _, solution, fall = found[average][outer]
+            assert close(solution, torch.stack(way[-last:]).mean(0) - theta_of(model)) and fall < 0
+    with pytest.raises(ValueError, match="average"):
+        gn.InnerSolver(model, average=1.5)
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
@@ -1916,7 +1920,7 @@ CHOICES = {  # flag: what it may be in a random run, also what goes with few oth
     "--cg_rtol": [0, 0.5], "--precond": ["kfac", "none"], "--precond_interval": [1, 3], "--precond_frac": [0.1, 1], "--curvature_frac": [0.01, 0.5, 1],
     "--curvature_data": ["same", "fresh"], "--warm_start": [0, 0.5, 1], "--cache_gb": [0, 0.001, 1], "--max_rejections": [1, 3], "--inner_tokens": [32, 512, 4096, 100],
     "--inner_lr": [1e-4, 1e-2, 1], "--inner_schedule": list(gn.SCHEDULES), "--inner_warmup": [0, 5], "--inner_weight_decay": [0, 0.1], "--inner_clip": [0, 1],
-    "--inner_l2": [0, 1], "--inner_reset": [""], "--lr": [1e-5, 1e-2, 10, -1], "--schedule": ["constant", "cosine", "wsd"], "--warmup_steps": [0, 1, 9], "--clip": [0, 1],
+    "--inner_l2": [0, 1], "--inner_average": [0, 0.5, 1], "--inner_reset": [""], "--lr": [1e-5, 1e-2, 10, -1], "--schedule": ["constant", "cosine", "wsd"], "--warmup_steps": [0, 1, 9], "--clip": [0, 1],
     "--weight_decay": [0, 0.5], "--betas": ["0 0", "0.9 0.99", "0.9 1"], "--momentum": [0, 0.9, 1], "--precondition_frequency": [1, 5], "--line_search": ["armijo", "grid", "none"],
     "--line_search_data": ["same", "fresh"], "--search_frac": [0.01, 1], "--search_candidates": [1, 10], "--micro_batch": [1, 7, 1000], "--dtype": ["fp32", "tf32", "bf16"],
     "--ema": [0, 0.9], "--eval_interval": [1, 2, 5], "--eval_tokens": [1, 5000], "--seed": [0, 10 ** 12], "--target_loss": [0, 3, 99], "--checkpoint_interval": [1, 3],
@@ -1953,18 +1957,24 @@ def test_random_settings_run_or_are_refused(kind, go, capsys):
     assert ran >= total / 2, (ran, total)
 
 
+def in_children(*functions):
+    """Run each in a forked process of its own, without output, all at once; their exit statuses, or minus the signal that ended one."""
+    children = []
+    for function in functions:
+        children.append(os.fork())
+        if not children[-1]:
+            status = 99
+            try:
+                for stream in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+                status = function()
+            finally:
+                os._exit(status)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
 def in_a_child(function):
-    """Run it in a forked process without output; its exit status, or minus the signal that ended it."""
-    child = os.fork()
-    if not child:
-        status = 99
-        try:
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            status = function()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return in_children(function)[0]
 
 
 def count_lines(files, at=None, inside=None):
@@ -2047,6 +2057,102 @@ def test_full_disk(limit, go, capfd):
     assert same_state(checkpoint_of("run")["model"], before["model"]) and not Path("run/checkpoint.tmp").exists()
     assert go("--resume --out_dir run --steps 2") == 0
     assert log_of("run")[1] == log_of("whole")[1] and same_state(checkpoint_of("run")["model"], checkpoint_of("whole")["model"])
+
+
+def together(processes, function):
+    """function(rank) in that many processes, joined as torchrun joins them; their exit statuses."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+
+    def joined(rank):
+        n = str(processes)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID="test")
+        return function(rank)
+    return in_children(*(functools.partial(joined, rank) for rank in range(processes)))
+
+
+def losses_of(out):
+    return np.array([[row["train_loss"] or 0.0, row["val_loss"]] for row in log_of(out)[1]])
+
+
+SHARED = ["--opt full_gn --newton_steps 2", "--opt full_gn --local_model gn --curvature_data fresh --line_search_data fresh --no-geodesic", "--opt layerwise_gn --newton_steps 1 --precond_interval 2",
+          "--opt full_gn --power 0.5", "--opt full_gn --solver soap --inner_tokens 512 --inner_average 0.5", "--opt full_gn --solver muon --inner_tokens 480",
+          "--opt layerwise_gn --solver muon --inner_tokens 512", "--opt soap --precondition_frequency 2 --micro_batch 7", "--opt muon --line_search armijo", "--opt adamw --ema 0.5",
+          "--opt sgd", "--opt kfac --precondition_frequency 2 --micro_batch 7"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("flags", SHARED)
+def test_processes_make_the_run_of_one(flags, go, monkeypatch):
+    """In float64, one, two and four processes: losses of five steps within 1e-8, parameters that are the same bits in all of them (the run itself compares
+    them at each checkpoint) and the same numbers as one process's. A checkpoint of two processes goes on in one and in three as it would have in two.
+    SOAP only rotates sides of at most 32 here: of a longer one, rank-deficient at first, it takes part of the basis from rounding."""
+    flags = f"{flags} {SMALL} --eval_interval 1 --checkpoint_interval 1"
+    init = torch.distributed.init_process_group
+    monkeypatch.setattr(SOAP, "__init__", functools.partialmethod(SOAP.__init__, max_precond_dim=32))
+    with monkeypatch.context() as m:
+        torch.set_default_dtype(torch.float64)
+        try:
+            m.setattr(torch.distributed, "init_process_group", None)                     # one process has no use for it
+            assert go(f"{flags} --steps 5 --out_dir one") == 0
+            m.setattr(torch.distributed, "init_process_group", init)
+            assert together(2, lambda rank: go(f"{flags} --steps 5 --out_dir two")) == [0] * 2
+            assert together(4, lambda rank: go(f"{flags} --steps 5 --out_dir four")) == [0] * 4
+            for n in (1, 3):
+                assert together(2, lambda rank: go(f"{flags} --steps 2 --out_dir to{n}")) == [0] * 2
+                resume = f"--resume --steps 5 --out_dir to{n}"
+                assert (go(resume) if n == 1 else max(together(n, lambda rank: go(resume)))) == 0
+        finally:
+            torch.set_default_dtype(torch.float32)
+    want, weights = losses_of("one"), checkpoint_of("one")["model"]
+    assert want.shape == (6, 2) and want[5, 1] < want[0, 1] and next(iter(weights.values())).dtype == torch.float64
+    for out in ("two", "four", "to1", "to3"):
+        assert np.abs(losses_of(out) - want).max() < 1e-8, out
+        assert all(close(t, weights[name], 1e-7) for name, t in checkpoint_of(out)["model"].items()), out
+    assert log_of("two")[0]["device"].startswith("2 processes")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_processes_that_come_apart_stop(go, monkeypatch):
+    """One process's weights differ in a bit: all end with status 1, the reason is told, and the checkpoint before it is whole. And settings that leave a
+    process without a sequence are refused by all, in one line."""
+    step = GaussNewton.step
+
+    def run(rank, flags="--steps 4"):
+        def spoiled(self, *args, **kwargs):
+            record = step(self, *args, **kwargs)
+            if rank == 1 and self.steps == 2:
+                self.params[0].data[0, 0] *= 1 + 2 ** -23
+            return record
+        monkeypatch.setattr(GaussNewton, "step", spoiled)
+        with open(f"told{rank}.txt", "w") as sys.stderr:
+            return go(f"--opt full_gn --newton_steps 1 {SMALL} {flags}")
+    assert together(2, lambda rank: run(rank, "--steps 4 --out_dir run")) == [1, 1]
+    assert "process 0: after step 2 the parameters of process 1 are not those of process 0" in Path("told0.txt").read_text()
+    assert checkpoint_of("run")["progress"]["step"] == 1 and sorted(os.listdir("run")) == ["checkpoint.previous.pt", "checkpoint.pt", "log.jsonl"]
+    assert together(3, lambda rank: run(rank, "--curvature_frac 0.01 --out_dir refused")) == [2] * 3
+    assert Path("told0.txt").read_text() == "train.py: error: --curvature_frac has 1 sequence for 3 processes\n" and Path("told1.txt").read_text() == ""
+    assert not Path("refused").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_dies_ends_the_job(go, data_dir, stdlib):
+    """torchrun itself, two processes, one of them killed in the middle of a run: the job ends with an error within a minute, and --resume goes on with one."""
+    flags = f"--opt full_gn --newton_steps 1 {SMALL} --steps 9 --data_dir {data_dir} --sample 0"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train.py"), *flags.split(), "--steps", "9999", "--out_dir", "run"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 120
+    while time.time() < deadline and not (Path("run/log.jsonl").exists() and Path("run/log.jsonl").read_text().count("\n") > 3):
+        time.sleep(0.1)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    start = time.time()
+    told = job.communicate(timeout=60)[1]
+    assert job.returncode != 0 and time.time() - start < 60 and "SIGKILL" in told
+    done = checkpoint_of("run")["progress"]["step"]
+    assert done >= 2 and go(f"--resume --steps {done + 1} --out_dir run") == 0 and log_of("run")[1][-1]["step"] == done + 1
 
 
 @pytest.mark.parametrize("flags", """--opt foo | --no_such_flag 1 | --step 3 | --steps 0 | --steps x | --batch_tokens 100 | --batch_tokens 0

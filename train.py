@@ -9,6 +9,7 @@
     python train.py --data shakespeare --model small --opt muon # other data, other size
     python train.py --compare out/a out/b --plot loss.svg       # steps, tokens, work and seconds to each loss
     python train.py --study headline --quick                    # every method to the same loss: table and pictures
+    torchrun --standalone --nproc_per_node=2 train.py           # each batch shared by 2 processes (cores, GPUs, machines)
     python train.py --help                                      # every flag, its unit and default
 
 Each run owns a folder: log.jsonl (first line the configuration, then one line a step) and checkpoint.pt.
@@ -16,6 +17,7 @@ Each run owns a folder: log.jsonl (first line the configuration, then one line a
 import argparse
 import copy
 import ctypes
+import hashlib
 import html
 import json
 import math
@@ -34,6 +36,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,7 +45,7 @@ try:
 except ImportError:      # Windows
     resource = None
 
-from baselines import BASELINES, DEFAULT_LR, lr_schedule, make_optimizer
+from baselines import BASELINES, DEFAULT_LR, lr_schedule, make_optimizer, ranks, reduce_number
 from data import TOKENIZERS, DataError, get_batch, prepare, val_batch
 from gauss_newton import (GGN, KFAC, SCHEDULES, GaussNewton, InnerSolver, Program, assign, batch_grad, batch_loss, cg, flatten, line_search, select,
                           trainable, unflatten)
@@ -60,7 +63,7 @@ RESUMABLE = {"resume", "out_dir", "data_dir", "steps", "target_loss", "sample", 
 
 CG_ONLY = {"newton_steps", "geodesic", "power", "damping", "damping_metric", "cg_iters", "cg_tol", "cg_rtol", "precond", "precond_interval", "precond_frac",
            "curvature_frac", "curvature_data", "warm_start"}
-INNER_ONLY = {"inner_tokens", "inner_lr", "inner_schedule", "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2", "inner_reset"}
+INNER_ONLY = {"inner_tokens", "inner_lr", "inner_schedule", "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2", "inner_average", "inner_reset"}
 GN_ONLY = CG_ONLY | INNER_ONLY | {"local_model", "solver", "compile"}
 BASELINE_ONLY = {"lr", "schedule", "warmup_steps", "clip", "weight_decay", "betas", "momentum", "precondition_frequency"}
 
@@ -154,6 +157,7 @@ def build_parser():
     flag("--inner_weight_decay", float, 1e-3, "decoupled, on matrices")
     flag("--inner_clip", float, 1.0, "clip the inner gradient's norm, per part; 0 = off")
     flag("--inner_l2", float, 0.0, "pull toward the parameters of the outer step")
+    flag("--inner_average", float, 0.0, "share of the inner steps, counted from the last, whose mean is the solution; 0 = the last one")
     flag("--inner_reset", bool, False, "start each inner solve at the parameters with fresh moments, not where the last one ended")
 
     flag = group("baselines")
@@ -209,7 +213,7 @@ def resolve(argv):
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise UsageError(f"--{key} must be positive, got {getattr(args, key)}")
     for key in ("cg_tol", "cg_rtol", "warm_start", "warmup_steps", "clip", "weight_decay", "cache_gb", "sample", "seed",
-                "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2"):
+                "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2", "inner_average"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) < math.inf:
             raise UsageError(f"--{key} must not be negative, got {getattr(args, key)}")
     if args.seed >= 2 ** 63:
@@ -380,7 +384,7 @@ def make_stepper(model, args, progress):
     inner = None
     if args.solver != "cg":
         inner = InnerSolver(model, args.solver, args.inner_tokens // model.config.block_size, args.inner_lr, args.inner_weight_decay,
-                            clip=args.inner_clip, l2=args.inner_l2, schedule=args.inner_schedule, warmup=args.inner_warmup,
+                            clip=args.inner_clip, l2=args.inner_l2, average=args.inner_average, schedule=args.inner_schedule, warmup=args.inner_warmup,
                             outer_steps=args.steps, reset=args.inner_reset, compile=args.compile)
     return GaussNewton(model, parts=model.layers() if args.opt == "layerwise_gn" else None, inner=inner, progress=progress,
                        **{k: getattr(args, k) for k in same})
@@ -391,7 +395,8 @@ def make_stepper(model, args, progress):
 
 
 def say(*text):
-    print(*text, flush=True)
+    if ranks()[0] == 0:
+        print(*text, flush=True)
 
 
 def duration(seconds):
@@ -403,7 +408,7 @@ class Bar:
     """Where a long step stands, on one line that the step's own line replaces; silent unless the output is a terminal."""
 
     def __init__(self):
-        self.on, self.start, self.head, self.width = sys.stdout.isatty(), time.time(), "", 0
+        self.on, self.start, self.head, self.width = sys.stdout.isatty() and ranks()[0] == 0, time.time(), "", 0
 
     def begin(self, head):
         self.head, self.start = head, time.time()
@@ -453,6 +458,69 @@ def step_line(row, steps, batch_tokens, remaining):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
+
+
+@contextmanager
+def process_group(args):
+    """Under torchrun: the processes joined, each with a GPU of its own where they run on GPUs. Alone: nothing."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if torch.device(args.device).type == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if torch.device(args.device).type == "cuda" else "gloo")
+    yield
+    dist.destroy_process_group()
+
+
+def first_alone(function, again=False):
+    """What touches the disk: process 0 calls function() while the others wait; then they call it too, or else take its result. What it cannot do
+    there is every process's UsageError."""
+    if ranks()[1] == 1:
+        return function()
+    told = [None, None]
+    if ranks()[0] == 0:
+        try:
+            result = function()
+            told = [None, None if again else result]
+        except (UsageError, DataError) as e:
+            told = [str(e), None]
+    dist.broadcast_object_list(told)
+    if told[0] is not None:
+        raise UsageError(told[0])
+    return result if ranks()[0] == 0 else function() if again else told[1]
+
+
+def check_shares(args, batch_rows, val_rows):
+    """Raises UsageError where there would be processes without a sequence to work on."""
+    def part(rows, share):
+        return math.ceil(share * rows)
+    rows = {"--batch_tokens": batch_rows, "--eval_tokens": val_rows}
+    if args.line_search != "none":
+        rows["the line search (--search_frac)"] = part(batch_rows, args.search_frac)
+    if args.opt in GN and args.solver != "cg":
+        inner = args.inner_tokens * batch_rows // args.batch_tokens
+        rows["an inner step (--inner_tokens)"] = min(inner, batch_rows % inner or inner)
+    elif args.opt in GN:
+        rows["--curvature_frac"] = curved = part(batch_rows, args.curvature_frac)
+        if args.precond == "kfac" or args.damping_metric == "kfac":
+            rows["K-FAC (--precond_frac)"] = part(curved, args.precond_frac)
+    elif args.opt == "kfac":
+        rows["K-FAC"] = part(batch_rows, 0.25)
+    for what, n in rows.items():
+        if n < ranks()[1]:
+            raise UsageError(f"{what} has {n} sequence{'s' * (n != 1)} for {ranks()[1]} processes")
+
+
+def check_equal(params, step):
+    """Raises RuntimeError where the processes' parameters differ in a bit: what they replicate has come apart."""
+    if ranks()[1] > 1:
+        digests = [None] * ranks()[1]
+        dist.all_gather_object(digests, hashlib.sha256(b"".join(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for p in params)).hexdigest())
+        odd = [i for i, d in enumerate(digests) if d != digests[0]]
+        if odd:
+            raise RuntimeError(f"after step {step} the parameters of process {', '.join(map(str, odd))} are not those of process 0; the last checkpoint is whole")
 
 
 def tune_allocator():
@@ -559,8 +627,8 @@ def run(args, given, checkpoint):
     torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
     bar = Bar()
     block_size = args.block_size or PRESETS[args.model]["block_size"]
-    data = prepare(args.data, args.tokenizer, args.data_dir, block_size,
-                   lambda done, total: bar("data, MB", done >> 20, (total or 0) >> 20), shards=args.shards)
+    data = first_alone(lambda: prepare(args.data, args.tokenizer, args.data_dir, block_size,
+                                       lambda done, total: bar("data, MB", done >> 20, (total or 0) >> 20), shards=args.shards), again=True)
     bar.clear()
     model = build_model(args, data.vocab_size)
     if checkpoint:
@@ -579,15 +647,17 @@ def run(args, given, checkpoint):
         raise UsageError(str(e)) from e
     ema = [p.detach().clone() for p in params] if args.ema else None
     val = [t.to(args.device) for t in val_batch(data.val, block_size, args.eval_tokens)]
+    check_shares(args, batch_rows, len(val[0]))
     progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "grad_equivalents": 0.0, "seconds": 0.0, "log_bytes": 0, "val_loss": None, "evaluated": 0}
     if checkpoint:
         stepper.load_state_dict(checkpoint["optimizer"])
         ema, progress = checkpoint["ema"], checkpoint["progress"]
         ema = ema and [e.to(args.device) for e in ema]
-    out = open_out_dir(args)
-    path = out / "checkpoint.pt"
+    out = first_alone(lambda: open_out_dir(args))
+    path, (rank, processes) = out / "checkpoint.pt", ranks()
     n_params, device = sum(p.numel() for p in params), args.device
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+    name = f"{processes} processes, {name} each" if processes > 1 else name
 
     say(f"{args.opt} | {args.model} GPT, {n_params:,} parameters | {name}, torch {torch.__version__} | seed {args.seed}")
     say(f"data: {args.data}, {data.meta['documents']:,} documents, {len(data.train):,} training and {len(data.val):,} validation "
@@ -606,14 +676,16 @@ def run(args, given, checkpoint):
         return [t.to(device) for t in get_batch(data.train, block_size, rows, args.seed, step, stream=stream)]
 
     def save():
-        save_checkpoint(path, config=vars(args), model_config=vars(model.config), model=model.state_dict(),
-                        optimizer=stepper.state_dict(), ema=ema, progress=progress)
+        check_equal(params, progress["step"])
+        state = stepper.state_dict()                    # for all processes to call: each may hold a part
+        if rank == 0:
+            save_checkpoint(path, config=vars(args), model_config=vars(model.config), model=model.state_dict(), optimizer=state, ema=ema, progress=progress)
 
-    mode = "r+" if checkpoint else "w"
-    with open(out / "log.jsonl", mode) as log, stop_on_signal() as signals:
+    with open(out / "log.jsonl" if rank == 0 else os.devnull, "r+" if checkpoint else "w") as log, stop_on_signal() as signals:
         if checkpoint:
-            log.truncate(progress["log_bytes"])
-            log.seek(0, os.SEEK_END)
+            if rank == 0:
+                log.truncate(progress["log_bytes"])
+                log.seek(0, os.SEEK_END)
             say(f"resuming {out} after step {progress['step']}")
         else:
             header = {"config": vars(args), "parameters": n_params, "torch": torch.__version__, "python": platform.python_version(),
@@ -626,9 +698,9 @@ def run(args, given, checkpoint):
             write_row(log, {"step": 0, "tokens": 0, "distinct_tokens": 0, "train_loss": None, "val_loss": progress["val_loss"],
                             "seconds": 0.0, "grad_equivalents": 0.0}, progress)
             save()
-        status, began, first, layers = 0, time.time(), progress["step"], model.layers()
+        status, stopping, began, first, layers = 0, False, time.time(), progress["step"], model.layers()
         reached = args.target_loss is not None and progress["val_loss"] is not None and progress["val_loss"] <= args.target_loss
-        while progress["step"] < args.steps and not reached and not signals["stop"]:
+        while progress["step"] < args.steps and not reached and not stopping:
             step, start = progress["step"], time.time()
             bar.begin(f"step {step + 1}/{args.steps}")
             extra = {}                                  # fresh data, each kind from a stream of its own
@@ -646,8 +718,8 @@ def run(args, given, checkpoint):
             progress["distinct_tokens"] += args.batch_tokens + sum(y.numel() for _, y in extra.values())
             progress["grad_equivalents"] += record.pop("work")
             progress["seconds"] += seconds
-            given_up = stepper.rejections >= args.max_rejections
-            due = step % args.eval_interval == 0 or step == args.steps or given_up or signals["stop"]
+            stopping, given_up = bool(reduce_number(signals["stop"])), stepper.rejections >= args.max_rejections
+            due = step % args.eval_interval == 0 or step == args.steps or given_up or stopping
             val_loss = evaluate() if due else None
             bar.clear()
             if record["accepted"]:
@@ -670,14 +742,14 @@ def run(args, given, checkpoint):
             write_row(log, row, progress)
             remaining = (time.time() - began) / (step - first) * (args.steps - step)
             say(step_line(row, args.steps, args.batch_tokens, remaining))
-            if step % args.checkpoint_interval == 0 or step == args.steps or reached or given_up or signals["stop"]:
+            if step % args.checkpoint_interval == 0 or step == args.steps or reached or given_up or stopping:
                 save()
             if given_up:
                 say(f"stopped: {stepper.rejections} steps in a row were rejected, the last because of: {record['reason']}; "
                     f"{path} holds the parameters before them")
                 status = 1
                 break
-    finish(args, model, data, progress, reached, signals["stop"], path)
+    finish(args, model, data, progress, reached, stopping, path)
     return status
 
 
@@ -704,7 +776,7 @@ def finish(args, model, data, progress, reached, stopped, path):
         say(f"val {progress['val_loss']:.4f} after {cost}")
     say(f"records: {path.parent}/log.jsonl and {path.name}" +
         (f"; go on with: python train.py --resume --out_dir {path.parent}" if stopped else ""))
-    if args.sample and not stopped:
+    if args.sample and not stopped and ranks()[0] == 0:
         start = torch.tensor([data.encoding.encode_ordinary("\n")], device=args.device)
         generator = torch.Generator(device=args.device).manual_seed(args.seed)
         tokens = model.generate(start, args.sample, generator=generator)[0].tolist()
@@ -870,7 +942,7 @@ ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best 
     "inner": ("--opt full_gn --solver soap --inner_lr 6e-3 --batch_tokens 262144 --steps 10", {
         "as it is": "", "no line search": "--line_search none", "searched on fresh data": "--line_search_data fresh", "searched on the whole batch": "--search_frac 1",
         "each solve from θ (no warm start)": "--inner_reset", "inner Muon": "--solver muon", "inner AdamW": "--solver adamw", "N = 32": "--inner_tokens 8192",
-        "N = 128": "--inner_tokens 2048", "half the rate": "--inner_lr 3e-3", "twice the rate": "--inner_lr 1.2e-2", "constant rate, mean of the second half": "--inner_schedule constant_with_average", "GN model": "--local_model gn", "bf16": "--dtype bf16"}),
+        "N = 128": "--inner_tokens 2048", "half the rate": "--inner_lr 3e-3", "twice the rate": "--inner_lr 1.2e-2", "constant rate, mean of the second half": "--inner_schedule constant --inner_average 0.5", "GN model": "--local_model gn", "bf16": "--dtype bf16"}),
     "CG": ("--opt full_gn --damping 0.1 --batch_tokens 131072 --steps 4", {
         "as it is": "", "GN model, 32 iterations": "--local_model gn --cg_iters 32", "no preconditioner": "--precond none", "damping λI": "--damping_metric identity --damping 1e-3",
         "4 iterations": "--cg_iters 4", "16 iterations": "--cg_iters 16", "curvature from 1/8": "--curvature_frac 0.125", "curvature from 1/2": "--curvature_frac 0.5",
@@ -1193,8 +1265,11 @@ def bench_ways(model, x, y, v):
 
 def main(argv=None):
     """Returns the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot be used."""
+    process = os.environ["RANK"] if dist.is_torchelastic_launched() else "0"
     try:
         args, given = resolve(argv)
+        if dist.is_torchelastic_launched() and (args.compare or args.bench or args.study):
+            raise UsageError("--bench, --compare and --study run in one process, without torchrun")
         checkpoint = None
         if args.compare:
             compare(args.compare, [args.target_loss] if args.target_loss is not None else (), args.plot)
@@ -1207,15 +1282,22 @@ def main(argv=None):
         if args.resume:
             args, checkpoint = stored_settings(args, given)
         args.argv = None if argv is None else list(argv)
-        return run(args, given, checkpoint)
+        with process_group(args):
+            return run(args, given, checkpoint)
     except (UsageError, DataError) as e:
-        print(f"train.py: error: {e}", file=sys.stderr)
+        if process == "0":                              # all of them found it
+            print(f"train.py: error: {e}", file=sys.stderr)
         return 2
     except OSError as e:                                # a full disk
         print(f"train.py: error: {e}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as e:
         print(f"train.py: error: {str(e).splitlines()[0].split('. ')[0]}; the last checkpoint is whole; --micro_batch and --cache_gb set what is held at once", file=sys.stderr)
+        return 1
+    except RuntimeError as e:                           # another process is gone, or has come apart from this one
+        if not dist.is_torchelastic_launched():
+            raise
+        print(f"train.py: error: process {process}: {str(e).strip().splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted; the last checkpoint is whole", file=sys.stderr)

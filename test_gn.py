@@ -2,6 +2,7 @@
 
 References are independent of the code under test: dense matrices from torch.func, plain loops, torch.optim, closed forms.
 """
+import contextlib
 import functools
 import gc
 import gzip
@@ -1815,8 +1816,8 @@ def test_damaged_or_differing_checkpoints_are_refused(go, capsys):
     storage = max(zipfile.ZipFile("a/checkpoint.pt").infolist(), key=lambda record: record.file_size)
     flipped = bytearray(whole)
     flipped[storage.header_offset + 200 + storage.file_size // 2] ^= 1
-    torch.save({**torch.load(io.BytesIO(whole), weights_only=True), "format": 2}, "newer.pt")
-    for raw, told in ((bytes(flipped), "damaged"), (Path("newer.pt").read_bytes(), "has format 2")):
+    torch.save({**torch.load(io.BytesIO(whole), weights_only=True), "format": 99}, "newer.pt")
+    for raw, told in ((bytes(flipped), "damaged"), (Path("newer.pt").read_bytes(), "has format 99")):
         Path("a/checkpoint.pt").write_bytes(raw)
         refused("--resume --out_dir a", told)
         refused("--resume --out_dir a", "the one before it, of step 0, is whole: copy a/checkpoint.previous.pt over it")
@@ -2155,6 +2156,32 @@ def test_a_process_that_dies_ends_the_job(go, data_dir, stdlib):
     assert done >= 2 and go(f"--resume --steps {done + 1} --out_dir run") == 0 and log_of("run")[1][-1]["step"] == done + 1
 
 
+@long
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("flags, steps", [("--opt full_gn --batch_tokens 8192 --cg_iters 8", 300), ("--opt soap --batch_tokens 8192", 3000)])
+def test_a_long_run_stays_as_it_is(flags, steps, tmp_path, data_dir, stdlib):
+    """After a tenth of the run resident memory grows by under 2 %, and no file stays open; no loss is NaN, every row of the log and both checkpoints are whole."""
+    out = tmp_path / "run"
+    job = subprocess.Popen([sys.executable, str(HERE / "train.py"), *flags.split(), "--steps", str(steps), "--threads", "1", "--sample", "0", "--data_dir", str(data_dir),
+                            "--out_dir", str(out)], stdout=subprocess.DEVNULL)
+    samples = []                                        # (steps done, resident kilobytes, open files)
+    while job.poll() is None:
+        time.sleep(1)
+        with contextlib.suppress(OSError, StopIteration):
+            status = Path(f"/proc/{job.pid}/status").read_text().splitlines()
+            resident = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+            samples.append(((out / "log.jsonl").read_text().count("\n") - 2, resident, len(os.listdir(f"/proc/{job.pid}/fd"))))
+    rows = log_of(out)[1]
+    assert job.returncode == 0 and [row["step"] for row in rows] == list(range(steps + 1))
+    assert all(math.isfinite(row["val_loss"]) for row in rows if row["step"] % 10 == 0) and rows[-1]["val_loss"] < rows[10]["val_loss"]
+    early = [s for s in samples if 0.1 * steps <= s[0] < 0.3 * steps]
+    late = [s for s in samples if 0.8 * steps <= s[0] < steps]
+    print(f"resident, MB: {max(s[1] for s in early) / 1e3:.1f} early, {max(s[1] for s in late) / 1e3:.1f} late")
+    assert max(s[1] for s in late) <= 1.02 * max(s[1] for s in early) and max(s[2] for s in late) <= max(s[2] for s in early)
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        assert train.read_checkpoint(out / name)["progress"]["step"] > 0.9 * steps
+
+
 @pytest.mark.parametrize("flags", """--opt foo | --no_such_flag 1 | --step 3 | --steps 0 | --steps x | --batch_tokens 100 | --batch_tokens 0
     | --micro_batch 0 | --threads 0 | --n_embd 30 | --n_embd 12 | --n_head 3 | --n_layer 0 | --block_size 0 | --block_size -1
     | --block_size 10000000 | --device nope | --device cuda:99 | --data missing.txt | --data | --tokenizer gpt3 | --model huge | --lr -1 | --lr nan
@@ -2231,13 +2258,13 @@ def test_chart_ticks_are_round():
 
 def test_a_study_runs_what_is_missing(tmp_path, monkeypatch, capsys, data_dir):
     """Two methods in small: every run in its folder with its command, the counts in headline.json are those of the logs, tables and pictures; a second
-    call repeats nothing but a run that was cut off, which it ends as before; a run that fails ends the study with its reason."""
+    call repeats nothing but a run that was cut off, which it ends as before; a third takes from headline.json what has no folder; a run that fails ends the study with its reason."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "TARGETS", {"quick": 3.3, "slow": 0, "steep": 0})
     monkeypatch.setattr(train, "WARMUP", "--opt adamw --lr 3e-3 --steps 2 --batch_tokens 4096")
     monkeypatch.setattr(train, "BATCHES", (4096,))
-    monkeypatch.setattr(train, "STUDY", {train.BEST_GN: ("--opt full_gn --solver soap --inner_tokens 512", "inner_lr", (1.6e-2,), "inner_tokens", (), 2 ** 15),
-                                         "SOAP": ("--opt soap --eval_tokens 4096", "lr", (2e-2,), "precondition_frequency", (), 2 ** 13)})
+    monkeypatch.setattr(train, "STUDY", {train.BEST_GN: train.Method("--opt full_gn --solver soap --inner_tokens 512", "inner_lr", (1.6e-2,), "inner_tokens", (), 2 ** 15),
+                                         "SOAP": train.Method("--opt soap --eval_tokens 4096", "lr", (2e-2,), "precondition_frequency", (), 2 ** 13)})
     Path("study").mkdir()
     Path("study/data").symlink_to(data_dir)
     assert train.main("--study headline --quick --threads 2 --out_dir study".split()) == 0
@@ -2265,7 +2292,10 @@ def test_a_study_runs_what_is_missing(tmp_path, monkeypatch, capsys, data_dir):
     assert all(path.stat().st_mtime_ns == at for path, at in times.items())
     assert same_state(torch.load(cut.parent / "checkpoint.pt", weights_only=True)["model"], checkpoint["model"])
     assert [json.loads(line)["val_loss"] for line in cut.read_text().splitlines()[1:]] == [json.loads(line)["val_loss"] for line in whole.splitlines()[1:]]
-    monkeypatch.setitem(train.STUDY, "SOAP", ("--opt soap", "lr", (-1.0,), "precondition_frequency", (), 2 ** 13))
+    shutil.rmtree(cut.parent)                                                       # the record has it
+    assert train.main("--study headline --quick --threads 2 --out_dir study".split()) == 0 and not cut.parent.exists()
+    assert json.loads(Path("study/headline.json").read_text())["runs"].keys() == found["runs"].keys()
+    monkeypatch.setitem(train.STUDY, "SOAP", train.Method("--opt soap", "lr", (-1.0,), "precondition_frequency", (), 2 ** 13))
     assert train.main("--study headline --quick --out_dir study".split()) == 2 and "--lr must be positive" in capsys.readouterr().err
 
 

@@ -34,6 +34,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -257,7 +258,7 @@ def stored_settings(args, given):
 # Checkpoints
 
 
-FORMAT = 1       # of a checkpoint; raise it whenever an older program could not read a newer one, or the other way round
+FORMAT = 2       # of a checkpoint; raise it whenever an older program could not read a newer one, or the other way round
 
 
 def load_checkpoint(path):
@@ -281,7 +282,7 @@ def read_checkpoint(path):
             raise ValueError
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint.get("format", 1) != FORMAT:
-        raise UsageError(f"has format {checkpoint['format']}, and this program reads format {FORMAT}")
+        raise UsageError(f"has format {checkpoint.get('format', 1)}, and this program reads format {FORMAT}")
     return {k: checkpoint[k] for k in ("config", "model_config", "model", "optimizer", "ema", "progress")}
 
 
@@ -921,45 +922,104 @@ def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # The study: outer steps to the same validation loss, every method tuned alike
 
+class Method(NamedTuple):
+    flags: str
+    rate: str          # the flag that is tuned first, and four values; --quick takes the first
+    rates: tuple
+    knob: str          # the method's one other setting, and values beside the default
+    values: tuple
+    batch: int         # in tokens, beyond its critical one
+
+
 # From AdamW's curve alone: its loss after 100 steps at a constant rate, and one for which it needs over 500 even with a decay.
 TARGETS = {"steep": 1.60, "slow": 1.33, "quick": 1.75}
 WARMUP = "--opt adamw --lr 3e-3 --steps 60"
-STUDY = {  # the longest runs first; method: its flags, four rates, for --quick the first, its own knob beside the default, its batch in tokens
-    "prox-linear GN, CG": ("--opt full_gn --solver cg", "damping", (0.3, 0.03, 0.1, 1.0), "cg_iters", ("6", "12"), 2 ** 18),
-    "AdamW": ("--opt adamw", "lr", (1e-2, 5e-3, 2e-2, 4e-2), "betas", ("0.9 0.99", "0.95 0.95"), 2 ** 18),
-    "layerwise GN, inner SOAP": ("--opt layerwise_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
-    "K-FAC": ("--opt kfac", "lr", (6e-2, 1.5e-2, 3e-2, 0.12), "precondition_frequency", ("1", "3"), 2 ** 18),
-    "SOAP": ("--opt soap", "lr", (2e-2, 5e-3, 1e-2, 4e-2), "precondition_frequency", ("1", "3"), 2 ** 18),
-    "Muon": ("--opt muon", "lr", (4e-2, 1e-2, 2e-2, 8e-2), "momentum", ("0.9", "0.98"), 2 ** 18),
-    "prox-linear GN, inner SOAP": ("--opt full_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
-    "prox-linear GN, inner Muon": ("--opt full_gn --solver muon", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
-    "GN, inner Muon": ("--opt full_gn --solver muon --local_model gn", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), 2 ** 20),
+BEST_GN, MILLION = "prox-linear GN, inner SOAP", 2 ** 20
+STUDY = {  # the longest runs first
+    "prox-linear GN, CG": Method("--opt full_gn --solver cg", "damping", (0.3, 0.03, 0.1, 1.0), "cg_iters", ("6", "12"), MILLION // 4),
+    "AdamW": Method("--opt adamw", "lr", (1e-2, 5e-3, 2e-2, 4e-2), "betas", ("0.9 0.99", "0.95 0.95"), MILLION // 4),
+    "layerwise GN, inner SOAP": Method("--opt layerwise_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), MILLION),
+    "K-FAC": Method("--opt kfac", "lr", (6e-2, 1.5e-2, 3e-2, 0.12), "precondition_frequency", ("1", "3"), MILLION // 4),
+    "SOAP": Method("--opt soap", "lr", (2e-2, 5e-3, 1e-2, 4e-2), "precondition_frequency", ("1", "3"), MILLION // 4),
+    "Muon": Method("--opt muon", "lr", (4e-2, 1e-2, 2e-2, 8e-2), "momentum", ("0.9", "0.98"), MILLION // 4),
+    BEST_GN: Method("--opt full_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), MILLION),
+    "prox-linear GN, inner Muon": Method("--opt full_gn --solver muon", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), MILLION),
+    "GN, inner Muon": Method("--opt full_gn --solver muon --local_model gn", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), MILLION),
 }
 SEEDS, BATCHES = (1, 2, 3), tuple(2 ** k for k in range(14, 21))
-BEST_GN = "prox-linear GN, inner SOAP"
-SLOW = {"K-FAC": (180, 1, 2), "Muon": (200, 1, 2), "SOAP": (220, 1, 2), "AdamW": (560, 1, 2), BEST_GN: (26, 0.25)}     # steps of a first run, multiples of the tuned rate
+# The slow target, with a rate that falls over the run: steps of a first run, multiples of the tuned rate, batch, flags. At a million
+# tokens full GN fits its batch there: a step gains half of what it gains with four.
+SLOW = {
+    "K-FAC": (180, (1, 2), MILLION // 4, "--schedule wsd"),
+    "Muon": (200, (1, 2), MILLION // 4, "--schedule wsd"),
+    "SOAP": (220, (1, 2), MILLION // 4, "--schedule wsd"),
+    "AdamW": (560, (1, 2), MILLION // 8, "--schedule wsd"),
+    BEST_GN: (14, (1, 0.5), 4 * MILLION, "--inner_schedule cosine_with_global_schedule --line_search_data fresh --compile"),
+}
 ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best solver, four of 131,072 by CG, forty of baselines
     "inner": ("--opt full_gn --solver soap --inner_lr 6e-3 --batch_tokens 262144 --steps 10", {
-        "as it is": "", "no line search": "--line_search none", "searched on fresh data": "--line_search_data fresh", "searched on the whole batch": "--search_frac 1",
-        "each solve from θ (no warm start)": "--inner_reset", "inner Muon": "--solver muon", "inner AdamW": "--solver adamw", "N = 32": "--inner_tokens 8192",
-        "N = 128": "--inner_tokens 2048", "half the rate": "--inner_lr 3e-3", "twice the rate": "--inner_lr 1.2e-2", "constant rate, mean of the second half": "--inner_schedule constant --inner_average 0.5", "GN model": "--local_model gn", "bf16": "--dtype bf16"}),
+        "as it is": "",
+        "no line search": "--line_search none",
+        "searched on fresh data": "--line_search_data fresh",
+        "searched on the whole batch": "--search_frac 1",
+        "each solve from θ (no warm start)": "--inner_reset",
+        "inner Muon": "--solver muon",
+        "inner AdamW": "--solver adamw",
+        "N = 32": "--inner_tokens 8192",
+        "N = 128": "--inner_tokens 2048",
+        "half the rate": "--inner_lr 3e-3",
+        "twice the rate": "--inner_lr 1.2e-2",
+        "constant rate, mean of the second half": "--inner_schedule constant --inner_average 0.5",
+        "GN model": "--local_model gn",
+        "bf16": "--dtype bf16"}),
     "CG": ("--opt full_gn --damping 0.1 --batch_tokens 131072 --steps 4", {
-        "as it is": "", "GN model, 32 iterations": "--local_model gn --cg_iters 32", "no preconditioner": "--precond none", "damping λI": "--damping_metric identity --damping 1e-3",
-        "4 iterations": "--cg_iters 4", "16 iterations": "--cg_iters 16", "curvature from 1/8": "--curvature_frac 0.125", "curvature from 1/2": "--curvature_frac 0.5",
-        "no geodesic correction": "--no-geodesic", "no warm start": "--warm_start 0", "G^(-1/2)": "--power 0.5 --damping 1e-3 --cg_iters 32", "no line search": "--line_search none",
-        "searched on fresh data": "--line_search_data fresh", "bf16": "--dtype bf16"}),
-    "baselines": ("--batch_tokens 131072 --steps 40", {
-        "SOAP": "--opt soap", "SOAP, line search": "--opt soap --line_search grid", "Muon": "--opt muon --lr 2e-2", "Muon, line search": "--opt muon --lr 2e-2 --line_search grid",
-        "K-FAC": "--opt kfac", "K-FAC, line search": "--opt kfac --line_search grid"}),
+        "as it is": "",
+        "GN model, 32 iterations": "--local_model gn --cg_iters 32",
+        "no preconditioner": "--precond none",
+        "damping λI": "--damping_metric identity --damping 1e-3",
+        "4 iterations": "--cg_iters 4",
+        "16 iterations": "--cg_iters 16",
+        "curvature from 1/8": "--curvature_frac 0.125",
+        "curvature from 1/2": "--curvature_frac 0.5",
+        "no geodesic correction": "--no-geodesic",
+        "no warm start": "--warm_start 0",
+        "G^(-1/2)": "--power 0.5 --damping 1e-3 --cg_iters 32",
+        "no line search": "--line_search none",
+        "searched on fresh data": "--line_search_data fresh",
+        "bf16": "--dtype bf16"}),
+    "baselines": ("--batch_tokens 131072 --steps 40 --search_frac 0.25", {
+        "SOAP": "--opt soap",
+        "SOAP, line search": "--opt soap --line_search grid",
+        "Muon": "--opt muon --lr 2e-2",
+        "Muon, line search": "--opt muon --lr 2e-2 --line_search grid",
+        "K-FAC": "--opt kfac",
+        "K-FAC, line search": "--opt kfac --line_search grid"}),
 }
 
 
-class Runs:
-    """Runs of this program, each in a folder of its own, one thread each and `width` at a time. What is complete is not run again, what was
-    cut off goes on."""
+def score(run):
+    """Fewer steps to the target are better; of equal ones the lower loss then; of runs that missed it the lower loss."""
+    return run["steps"] or math.inf, run["loss"]
 
-    def __init__(self, out, width):
-        self.out, self.pool, self.started, self.found = Path(out), ThreadPoolExecutor(width), {}, {}
+
+def scaled(flags, name, factor):
+    """The flags with the number behind --name multiplied."""
+    return re.sub(rf"(--{name}) (\S+)", lambda m: f"{m[1]} {factor * float(m[2]):g}", flags)
+
+
+class Study:
+    """The headline study. Each method on its own: tuning at half its batch, for the baselines an ending, three other seeds. After that
+    the batches, the slow target, random initialisation and ablations.
+
+    Each run is an ordinary one of this program, in a folder of its own and on one thread, `width` at a time. What is complete is not run
+    again, what was cut off goes on, and what a headline.json in `out` has (of an earlier study, or another machine) counts as complete.
+    """
+
+    def __init__(self, out, width, quick):
+        self.out, self.quick, self.target = Path(out), quick, TARGETS["quick" if quick else "steep"]
+        self.pool, self.started, self.found = ThreadPoolExecutor(width), {}, {}
+        record = self.out / "headline.json"
+        self.recorded = json.loads(record.read_text())["runs"] if record.exists() else {}
 
     def start(self, name, flags, method, init=True):
         """A future of the run's dict; see `read`. Two calls with one name are one run."""
@@ -971,21 +1031,27 @@ class Runs:
         return self.started[name]
 
     def _make(self, name, flags, method):
-        folder, result = self.out / name, self.read(name)
+        folder = self.out / name
+        result = self.read(name)
+        if result is None and not folder.exists():
+            result = self.recorded.get(name)
         if result is None:
             go_on = ["--resume"] if (folder / "checkpoint.pt").exists() else [*flags, "--overwrite"]
             done = subprocess.run([sys.executable, __file__, *go_on, "--out_dir", str(folder)], capture_output=True, text=True,
                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
             result = self.read(name)
             if result is None:
-                raise UsageError(f"{folder} ended with {done.returncode}: {(done.stderr.strip() or done.stdout.strip() or 'no output').splitlines()[-1]}")
-        run = self.found[name] = {"method": method, **result}
-        reached = "" if run["target"] is None else f"{run['target']:g} after {run['steps']} steps, " if run["steps"] else f"> {run['ran']} steps to {run['target']:g}, "
+                told = done.stderr.strip() or done.stdout.strip() or "no output"
+                raise UsageError(f"{folder} ended with {done.returncode}: {told.splitlines()[-1]}")
+        run = self.found[name] = {**result, "method": method}
+        reached = ""
+        if run["target"] is not None:
+            reached = f"{run['target']:g} after {run['steps']} steps, " if run["steps"] else f"> {run['ran']} steps to {run['target']:g}, "
         say(f"{len(self.found):4d}  {name}: {reached}val {run['loss']:.4f}, {duration(run['seconds'])}")
         return run
 
     def read(self, name):
-        """What a complete run's log holds, in short: steps to its target or None, tokens, gradients of a million tokens and seconds to there."""
+        """What a complete run's log holds, in short, or None: steps to its target, tokens, gradients of 1M tokens and seconds to there."""
         try:
             head, every, rows = read_run(self.out / name)
         except UsageError:
@@ -998,143 +1064,157 @@ class Runs:
             return None
         last = hit or rows[-1]
         return {"target": c["target_loss"], "steps": hit and hit["step"], "ran": last["step"], "loss": last["val_loss"], "tokens": last["tokens"],
-                "gradients": round(last["grad_equivalents"] * c["batch_tokens"] / 1e6, 3), "seconds": round(last["seconds"], 1), "device": head["device"],
-                "torch": head["torch"], "command": head["command"], "batch_tokens": c["batch_tokens"],
+                "gradients": round(last["grad_equivalents"] * c["batch_tokens"] / 1e6, 3), "seconds": round(last["seconds"], 1),
+                "device": head["device"], "torch": head["torch"], "command": head["command"], "batch_tokens": c["batch_tokens"],
                 "curve": [[r["step"], round(r["val_loss"], 4)] for r in rows if r["step"] <= last["step"]]}
 
+    # ---- what is run ----
 
-def score(run):
-    """Fewer steps to the target are better; of equal ones the lower loss then; of runs that missed it the lower loss."""
-    return run["steps"] or math.inf, run["loss"]
+    def steep(self, method, flags, batch, seed=0, steps=None):
+        own = flags[len(STUDY[method].flags):]
+        steps = steps or (20 if "_gn" in flags else 250) * (1 if batch > 65536 else 2)
+        return self.start(f"{method} {own} {batch // 1024}k seed {seed}" + f" {steps}" * ("wsd" in flags),
+                          f"{flags} --batch_tokens {batch} --steps {steps} --target_loss {self.target} --eval_interval 1 --seed {seed}", method)
 
+    def slowly(self, method, flags, steps, seed=0, larger=1):
+        batch, falling = SLOW[method][2] * larger, SLOW[method][3]
+        own = f"{flags[len(STUDY[method].flags):]} {falling}"
+        return self.start(f"slow {method} {own} {steps} steps seed {seed}" + f" {batch // 1024}k" * (larger > 1),
+                          f"{flags} {falling} --batch_tokens {batch} --steps {steps} --target_loss {TARGETS['slow']} --eval_interval 1 --seed {seed}", method)
 
-def study(args):
-    """The headline study. Each method on its own: tuning at half its batch (four rates, then two values of its knob), for the baselines an ending (constant rate,
-    average of weights, decay), then three other seeds. After that batches, the slow target, random initialisation and ablations."""
-    out = Path(args.out_dir or "out/headline")
-    width = args.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    runs, target = Runs(out, width), TARGETS["quick" if args.quick else "steep"]
-    out.mkdir(parents=True, exist_ok=True)
-    say(f"study {args.study}: {width} runs at a time, one thread each, in {out}; a line for each that is complete")
-    runs.start("warmup", WARMUP, "AdamW", init=False).result()
-
-    def steep(method, flags, batch, seed=0, steps=None):
-        is_gn, own = "_gn" in flags, flags[len(STUDY[method][0]):]
-        steps = steps or (20 if is_gn else 250) * (1 if batch > 65536 else 2)
-        return runs.start(f"{method} {own} {batch // 1024}k seed {seed}" + f" {steps}" * ("wsd" in flags),
-                          f"{flags} --batch_tokens {batch} --steps {steps} --target_loss {target} --eval_interval 1 --seed {seed}", method)
-
-    def best(tried):
+    def best(self, tried):
         """The (flags, run) with the best score of {flags: future of a run}."""
         return min(((flags, run.result()) for flags, run in tried.items()), key=lambda pair: score(pair[1]))
 
-    def headline(method):
+    def headline(self, name):
         """Flags of the tuned method, and its runs over seeds."""
-        base, rate, rates, knob, values, batch = STUDY[method]
-        if args.quick:
-            flags = f"{base} --{rate} {rates[0]:g}"
-            return flags, [steep(method, flags, batch // (4 if rate == "inner_lr" else 2)).result()]
-        flags, _ = best({f: steep(method, f, batch // 2) for f in (f"{base} --{rate} {r:g}" for r in rates)})
-        if float(flags.split()[-1]) in (min(rates), max(rates)):
-            say(f"note: {method}: the best rate is at the edge of the grid, {flags.split()[-1]}")
-        flags, run = best({f: steep(method, f, batch // 2) for f in (flags, *(f"{flags} --{knob} {value}" for value in values))})
+        m = STUDY[name]
+        if self.quick:
+            flags = f"{m.flags} --{m.rate} {m.rates[0]:g}"
+            return flags, [self.steep(name, flags, m.batch // (4 if m.rate == "inner_lr" else 2)).result()]
+        flags, _ = self.best({f: self.steep(name, f, m.batch // 2) for f in (f"{m.flags} --{m.rate} {r:g}" for r in m.rates)})
+        if float(flags.split()[-1]) in (min(m.rates), max(m.rates)):
+            say(f"note: {name}: the best rate is at the edge of the grid, {flags.split()[-1]}")
+        flags, run = self.best({f: self.steep(name, f, m.batch // 2) for f in (flags, *(f"{flags} --{m.knob} {v}" for v in m.values))})
         ending, steps = flags, None
-        if "_gn" not in base:
+        if "_gn" not in m.flags:            # a constant rate, an average of the weights, or a decay
             decay = math.ceil(0.85 * (run["steps"] or run["ran"]))
-            ending, _ = best({flags: steep(method, flags, batch), f"{flags} --ema 0.9": steep(method, f"{flags} --ema 0.9", batch),
-                              f"{flags} --schedule wsd": steep(method, f"{flags} --schedule wsd", batch, steps=decay)})
+            tried = {f: self.steep(name, f, m.batch) for f in (flags, f"{flags} --ema 0.9")}
+            tried[f"{flags} --schedule wsd"] = self.steep(name, f"{flags} --schedule wsd", m.batch, steps=decay)
+            ending, _ = self.best(tried)
             steps = decay if "wsd" in ending else None
-        return flags, [run.result() for run in [steep(method, ending, batch, seed, steps) for seed in SEEDS]]
+        return flags, [run.result() for run in [self.steep(name, ending, m.batch, seed, steps) for seed in SEEDS]]
 
-    def batches(method, flags):
-        """Batches doubled until the steps fall by under a tenth, small ones with half the rate as well."""
-        rate = STUDY[method][1]
-        tuned, found = float(flags.split(f"--{rate} ")[1].split()[0]), []
-        for size in BATCHES[:3:2] if args.quick else BATCHES:
-            tried = [flags.replace(f"--{rate} {tuned:g}", f"--{rate} {tuned * s:g}") for s in ((1, 0.5) if size < 2 ** 16 or rate == "inner_lr" else (1,))]
-            _, run = best({f: steep(method, f, size) for f in tried})
+    def batches(self, method, flags):
+        """[(batch, steps)]: batches doubled until the steps fall by under a tenth, small ones with half the rate as well."""
+        found = []
+        for size in BATCHES[:3:2] if self.quick else BATCHES:
+            factors = (1, 0.5) if size < 2 ** 16 or "_gn" in flags else (1,)
+            _, run = self.best({f: self.steep(method, f, size) for f in (scaled(flags, STUDY[method].rate, factor) for factor in factors)})
             found.append((size, run["steps"]))
             if len(found) > 1 and all(steps for _, steps in found[-2:]) and found[-1][1] > 0.9 * found[-2][1]:
                 break
         return found
 
-    def slowly(method, flags, seed, n):
-        # A rate that does not fall within the solve fits its last micro-batches too well to search on them.
-        flags += " --inner_schedule global_cosine --line_search_data fresh" if "_gn" in flags else " --schedule wsd"
-        batch = 2 ** 17 if method == "AdamW" else STUDY[method][5]
-        return runs.start(f"slow {method} {flags[len(STUDY[method][0]):]} {n} steps seed {seed}",
-                          f"{flags} --batch_tokens {batch} --steps {n} --target_loss {TARGETS['slow']} --eval_interval 1 --seed {seed}", method)
-
-    def slow(method, flags):
-        """(flags, steps, run) of the best way to the slow target with a decay: at two rates, then with fewer steps, or more."""
-        rate, (n, *factors) = STUDY[method][1], SLOW[method]
-        tuned = flags.split(f"--{rate} ")[1].split()[0]
-        flags, run = best({f: slowly(method, f, 0, n) for f in (flags.replace(f"--{rate} {tuned}", f"--{rate} {factor * float(tuned):g}") for factor in factors)})
+    def slow(self, method, flags):
+        """(flags, steps, run) of the best way to the slow target: at two rates, then with fewer steps, or more."""
+        n, factors, *_ = SLOW[method]
+        flags, run = self.best({f: self.slowly(method, f, n) for f in (scaled(flags, STUDY[method].rate, factor) for factor in factors)})
         again = round(n * (0.85 if run["steps"] else 1.25))
-        return min([(flags, n, run), (flags, again, slowly(method, flags, 0, again).result())], key=lambda way: score(way[2]))
+        return min([(flags, n, run), (flags, again, self.slowly(method, flags, again).result())], key=lambda way: score(way[2]))
 
-    with ThreadPoolExecutor(64) as chains:              # a chain waits for its runs; the runs themselves queue in order
-        try:
-            first = {method: chains.submit(headline, method) for method in STUDY}
-            tuned = {method: chain.result()[0] for method, chain in first.items()}
-            found = {"headline": {method: chain.result()[1] for method, chain in first.items()}}
-            write_study(out, runs, found, target)
-            rest, curves = [], {m: chains.submit(batches, m, tuned[m]) for m in (("SOAP", BEST_GN) if args.quick else ("SOAP", "Muon", "AdamW", "K-FAC", BEST_GN))}
-            if not args.quick:
-                late = {method: chains.submit(slow, method, tuned[method]) for method in SLOW}
-                for method in (BEST_GN, "K-FAC", "SOAP", "Muon", "AdamW"):
-                    flags = f"{tuned[method]} --batch_tokens {STUDY[method][5]} --steps {30 if method == BEST_GN else 300} --target_loss {target} --eval_interval 1"
-                    rest.append(runs.start(f"random {method}", flags, method, init=False))
-                for group, (base, settings) in ABLATIONS.items():
-                    rest += [runs.start(f"ablation {group} {name}", f"{base} {extra} --eval_interval 1", f"{group}: {name}") for name, extra in settings.items()]
-                ways = {method: chain.result() for method, chain in late.items()}
-                rival = min(ways.keys() - {BEST_GN}, key=lambda method: score(ways[method][2]))
-                found["slow"] = {method: [way[2]] for method, way in ways.items()}
-                for method in (BEST_GN, rival):         # the winners over seeds
-                    found["slow"][method] += [run.result() for run in [slowly(method, ways[method][0], seed, ways[method][1]) for seed in SEEDS[:2]]]
-                found["random"] = {run.result()["method"]: [run.result()] for run in rest if run.result()["target"]}
-            found["batches"] = {method: chain.result() for method, chain in curves.items()}
-            for run in rest:
-                run.result()
-        except BaseException:                           # what is queued is dropped, what runs ends
-            runs.pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    write_study(out, runs, found, target)
-    return 0
+    def random(self, method, flags):
+        return self.start(f"random {method}", f"{flags} --batch_tokens {STUDY[method].batch} --steps {30 if '_gn' in flags else 300} "
+                          f"--target_loss {self.target} --eval_interval 1", method, init=False)
 
+    def everything(self):
+        found = {}
+        self.start("warmup", WARMUP, "AdamW", init=False).result()
+        with ThreadPoolExecutor(64) as chains:              # a chain waits for its runs; the runs themselves queue in order
+            try:
+                first = {method: chains.submit(self.headline, method) for method in STUDY}
+                tuned = {method: chain.result()[0] for method, chain in first.items()}
+                found["headline"] = {method: chain.result()[1] for method, chain in first.items()}
+                self.write(found)
+                doubled = ("SOAP", BEST_GN) if self.quick else ("SOAP", "Muon", "AdamW", "K-FAC", BEST_GN)
+                curves = {m: chains.submit(self.batches, m, tuned[m]) for m in doubled}
+                if not self.quick:
+                    late = {method: chains.submit(self.slow, method, tuned[method]) for method in SLOW}
+                    random = {method: self.random(method, tuned[method]) for method in SLOW}
+                    ablations = [self.start(f"ablation {group} {name}", f"{base} {extra} --eval_interval 1", f"{group}: {name}")
+                                 for group, (base, settings) in ABLATIONS.items() for name, extra in settings.items()]
+                    ways = {method: chain.result() for method, chain in late.items()}
+                    found["slow"] = {method: [run] for method, (_, _, run) in ways.items()}
+                    rival = min(ways.keys() - {BEST_GN}, key=lambda method: score(ways[method][2]))
+                    flags, steps, _ = ways[rival]
+                    larger = self.slowly(rival, flags, steps, larger=2)                 # which should hardly help it
+                    for method in (BEST_GN, rival):                                     # the winners over seeds
+                        flags, steps, _ = ways[method]
+                        found["slow"][method] += [run.result() for run in [self.slowly(method, flags, steps, seed) for seed in SEEDS[:2]]]
+                    found["slow"][f"{rival}, twice the batch"] = [larger.result()]
+                    found["random"] = {method: [run.result()] for method, run in random.items()}
+                    for run in ablations:
+                        run.result()
+                found["batches"] = {method: chain.result() for method, chain in curves.items()}
+            except BaseException:                           # what is queued is dropped, what runs ends
+                self.pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        self.write(found)
 
-def write_study(out, runs, found, target):
-    """headline.json with every run, the tables, and the pictures."""
-    names = {id(run): name for name, run in runs.found.items()}
-    tables = {}
-    for stage in ("headline", "slow", "random"):
-        if stage in found:
-            seeds = found[stage]
-            counts = {m: sum(r["steps"] or r["ran"] for r in rs) / len(rs) for m, rs in seeds.items()}       # at least, where a run missed the target
-            rows = [(f"steps to {TARGETS['slow'] if stage == 'slow' else target:g}" + ", random initialisation" * (stage == "random"), "mean", "each seed", "ratio",
-                     "M tokens", "gradients of 1M tokens", "core-seconds")]
-            for method, rs in sorted(seeds.items(), key=lambda item: counts[item[0]]):
-                missed, on_cpu = "> " * (not all(r["steps"] for r in rs)), [r["seconds"] for r in rs if r["device"].startswith("cpu")]
-                mean = mean_and_error([r["steps"] for r in rs]) if not missed else f"{counts[method]:.4g}"
-                rows.append((method, missed + mean, ", ".join(str(r["steps"] or f"> {r['ran']}") for r in rs), f"{missed}{counts[method] / min(counts.values()):.1f}",
-                             mean_and_error([r["tokens"] / 1e6 for r in rs]), mean_and_error([r["gradients"] for r in rs]), mean_and_error(on_cpu) if on_cpu else ""))
-            print_table(rows)
-            say()
-            tables[stage] = {m: [names[id(r)] for r in rs] for m, rs in seeds.items()}
-    text = json.dumps({"targets": TARGETS, "gradients_of_1M_tokens": round(sum(run["gradients"] for run in runs.found.values()), 1),
-                       "hours": round(sum(r["seconds"] for r in runs.found.values()) / 3600, 2), **tables, "batches": found.get("batches", {}),
-                       "runs": dict(sorted(runs.found.items()))}, ensure_ascii=False)
-    (out / "headline.json").write_text(text.replace('"runs": {', '"runs": {\n').replace("]]}, ", "]]},\n") + "\n")
-    chart(out / "loss.svg", [("outer steps", {m: [[(s, v) for s, v in r["curve"] if s] for r in rs] for m, rs in found["headline"].items()})], "validation loss, nats per byte")
-    if any(steps for curve in found.get("batches", {}).values() for _, steps in curve):
-        chart(out / "batch.svg", [("tokens per step", {m: [[point for point in curve if point[1]]] for m, curve in found["batches"].items()})],
-              f"steps to {target:g}", y_log=True, marks=True)
-    ablations = [(*r["method"].split(": "), r["curve"]) for r in runs.found.values() if ": " in r["method"]]
-    for group in sorted({group for group, _, _ in ablations}):
-        print_table([(f"{group}, one thing changed", "steps", "loss")] + [(name, str(c[-1][0]), f"{c[-1][1]:.3f}") for g, name, c in ablations if g == group])
+    # ---- what is written ----
+
+    def table(self, stage, seeds):
+        """Print the rows of one stage, {method: [runs]}, the best first."""
+        counts = {m: sum(r["steps"] or r["ran"] for r in runs) / len(runs) for m, runs in seeds.items()}       # at least, where a run missed the target
+        goal = f"steps to {TARGETS['slow'] if stage == 'slow' else self.target:g}" + ", random initialisation" * (stage == "random")
+        rows = [(goal, "mean", "each seed", "ratio", "M tokens", "gradients of 1M tokens", "core-seconds")]
+        for method, runs in sorted(seeds.items(), key=lambda item: counts[item[0]]):
+            missed = "> " * any(not r["steps"] for r in runs)
+            mean = f"{counts[method]:.4g}" if missed else mean_and_error([r["steps"] for r in runs])
+            on_cpu = [r["seconds"] for r in runs if r["device"].startswith("cpu")]
+            rows.append((method, missed + mean, ", ".join(str(r["steps"] or f"> {r['ran']}") for r in runs),
+                         f"{missed}{counts[method] / min(counts.values()):.1f}", mean_and_error([r["tokens"] / 1e6 for r in runs]),
+                         mean_and_error([r["gradients"] for r in runs]), mean_and_error(on_cpu) if on_cpu else ""))
+        print_table(rows)
         say()
-        chart(out / f"ablation-{group}.svg", [("outer steps", {name: [c] for g, name, c in sorted(ablations) if g == group})], "validation loss, nats per byte", x_log=False)
-    say(f"written: {out}/headline.json and {', '.join(sorted(p.name for p in out.glob('*.svg')))}")
+
+    def write(self, found):
+        """headline.json with every run, the tables, and the pictures."""
+        names = {id(run): name for name, run in self.found.items()}
+        stages = {stage: found[stage] for stage in ("headline", "slow", "random") if stage in found}
+        for stage, seeds in stages.items():
+            self.table(stage, seeds)
+        runs = self.found.values()
+        record = {"targets": TARGETS, "gradients_of_1M_tokens": round(sum(r["gradients"] for r in runs), 1),
+                  "hours": round(sum(r["seconds"] for r in runs) / 3600, 2),
+                  **{stage: {m: [names[id(r)] for r in rs] for m, rs in seeds.items()} for stage, seeds in stages.items()},
+                  "batches": found.get("batches", {}), "runs": dict(sorted(self.found.items()))}
+        text = json.dumps(record, ensure_ascii=False).replace('"runs": {', '"runs": {\n').replace("]]}, ", "]]},\n")
+        (self.out / "headline.json").write_text(text + "\n")
+        loss = "validation loss, nats per byte"
+        for stage, picture in (("headline", "loss.svg"), ("slow", "slow.svg")):
+            if stage in found:
+                curves = {m: [[(s, v) for s, v in r["curve"] if s] for r in rs] for m, rs in found[stage].items()}
+                chart(self.out / picture, [("outer steps", curves)], loss)
+        curves = {m: [[(size, steps) for size, steps in curve if steps]] for m, curve in found.get("batches", {}).items()}
+        if any(any(c) for c in curves.values()):
+            chart(self.out / "batch.svg", [("tokens per step", curves)], f"steps to {self.target:g}", y_log=True, marks=True)
+        ablations = sorted((*r["method"].split(": "), r["curve"]) for r in runs if ": " in r["method"])
+        for group in dict.fromkeys(group for group, _, _ in ablations):
+            ours = {name: curve for g, name, curve in ablations if g == group}
+            print_table([(f"{group}, one thing changed", "steps", "loss")] + [(name, str(c[-1][0]), f"{c[-1][1]:.3f}") for name, c in ours.items()])
+            say()
+            chart(self.out / f"ablation-{group}.svg", [("outer steps", {name: [c] for name, c in ours.items()})], loss, x_log=False)
+        say(f"written: {self.out}/headline.json and {', '.join(sorted(p.name for p in self.out.glob('*.svg')))}")
+
+
+def study(args):
+    out = Path(args.out_dir or "out/headline")
+    width = args.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"study {args.study}: {width} runs at a time, one thread each, in {out}; a line for each that is complete")
+    Study(out, width, args.quick).everything()
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -281,8 +281,8 @@ def read_checkpoint(path):
         if archive.testzip():
             raise ValueError
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint.get("format", 1) != FORMAT:
-        raise UsageError(f"has format {checkpoint.get('format', 1)}, and this program reads format {FORMAT}")
+    if checkpoint["format"] != FORMAT:
+        raise UsageError(f"has format {checkpoint['format']}, and this program reads format {FORMAT}")
     return {k: checkpoint[k] for k in ("config", "model_config", "model", "optimizer", "ema", "progress")}
 
 

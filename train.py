@@ -939,7 +939,7 @@ STUDY = {  # the longest runs first
     "prox-linear GN, CG": Method("--opt full_gn --solver cg", "damping", (0.3, 0.03, 0.1, 1.0), "cg_iters", ("6", "12"), MILLION // 4),
     "AdamW": Method("--opt adamw", "lr", (1e-2, 5e-3, 2e-2, 4e-2), "betas", ("0.9 0.99", "0.95 0.95"), MILLION // 4),
     "layerwise GN, inner SOAP": Method("--opt layerwise_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), MILLION),
-    "K-FAC": Method("--opt kfac", "lr", (6e-2, 1.5e-2, 3e-2, 0.12), "precondition_frequency", ("1", "3"), MILLION // 4),
+    "K-FAC": Method("--opt kfac", "lr", (6e-2, 3e-2, 0.12, 0.24), "precondition_frequency", ("1", "3"), MILLION // 4),
     "SOAP": Method("--opt soap", "lr", (2e-2, 5e-3, 1e-2, 4e-2), "precondition_frequency", ("1", "3"), MILLION // 4),
     "Muon": Method("--opt muon", "lr", (4e-2, 1e-2, 2e-2, 8e-2), "momentum", ("0.9", "0.98"), MILLION // 4),
     BEST_GN: Method("--opt full_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), MILLION),
@@ -947,15 +947,16 @@ STUDY = {  # the longest runs first
     "GN, inner Muon": Method("--opt full_gn --solver muon --local_model gn", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), MILLION),
 }
 SEEDS, BATCHES = (1, 2, 3), tuple(2 ** k for k in range(14, 21))
-# The slow target, with a rate that falls over the run: steps of a first run, multiples of the tuned rate, batch, flags. At a million
-# tokens full GN fits its batch there: a step gains half of what it gains with four.
+# The slow target, at the tuned rate, which falls over the run: steps of the run, batch, flags. At a million tokens full GN fits its batch
+# there: a step gains half of what it gains with four.
 SLOW = {
-    "K-FAC": (180, (1, 2), MILLION // 4, "--schedule wsd"),
-    "Muon": (200, (1, 2), MILLION // 4, "--schedule wsd"),
-    "SOAP": (220, (1, 2), MILLION // 4, "--schedule wsd"),
-    "AdamW": (560, (1, 2), MILLION // 8, "--schedule wsd"),
-    BEST_GN: (14, (1, 0.5), 4 * MILLION, "--inner_schedule cosine_with_global_schedule --line_search_data fresh --compile"),
+    "K-FAC": (180, MILLION // 4, "--schedule wsd"),
+    "Muon": (200, MILLION // 4, "--schedule wsd"),
+    "SOAP": (220, MILLION // 4, "--schedule wsd"),
+    "AdamW": (560, MILLION // 8, "--schedule wsd"),
+    BEST_GN: (14, 4 * MILLION, "--inner_schedule cosine_with_global_schedule --line_search_data fresh --compile"),
 }
+RANDOM = ("K-FAC", "Muon", BEST_GN)         # from random initialisation
 ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best solver, four of 131,072 by CG, forty of baselines
     "inner": ("--opt full_gn --solver soap --inner_lr 6e-3 --batch_tokens 262144 --steps 10", {
         "as it is": "",
@@ -1013,6 +1014,7 @@ class Study:
 
     Each run is an ordinary one of this program, in a folder of its own and on one thread, `width` at a time. What is complete is not run
     again, what was cut off goes on, and what a headline.json in `out` has (of an earlier study, or another machine) counts as complete.
+    Runs of it that the study does not ask for are kept.
     """
 
     def __init__(self, out, width, quick):
@@ -1076,10 +1078,10 @@ class Study:
         return self.start(f"{method} {own} {batch // 1024}k seed {seed}" + f" {steps}" * ("wsd" in flags),
                           f"{flags} --batch_tokens {batch} --steps {steps} --target_loss {self.target} --eval_interval 1 --seed {seed}", method)
 
-    def slowly(self, method, flags, steps, seed=0, larger=1):
-        batch, falling = SLOW[method][2] * larger, SLOW[method][3]
+    def slow(self, method, flags, seed=0):
+        steps, batch, falling = SLOW[method]
         own = f"{flags[len(STUDY[method].flags):]} {falling}"
-        return self.start(f"slow {method} {own} {steps} steps seed {seed}" + f" {batch // 1024}k" * (larger > 1),
+        return self.start(f"slow {method} {own} {steps} steps seed {seed}",
                           f"{flags} {falling} --batch_tokens {batch} --steps {steps} --target_loss {TARGETS['slow']} --eval_interval 1 --seed {seed}", method)
 
     def best(self, tried):
@@ -1116,13 +1118,6 @@ class Study:
                 break
         return found
 
-    def slow(self, method, flags):
-        """(flags, steps, run) of the best way to the slow target: at two rates, then with fewer steps, or more."""
-        n, factors, *_ = SLOW[method]
-        flags, run = self.best({f: self.slowly(method, f, n) for f in (scaled(flags, STUDY[method].rate, factor) for factor in factors)})
-        again = round(n * (0.85 if run["steps"] else 1.25))
-        return min([(flags, n, run), (flags, again, self.slowly(method, flags, again).result())], key=lambda way: score(way[2]))
-
     def random(self, method, flags):
         return self.start(f"random {method}", f"{flags} --batch_tokens {STUDY[method].batch} --steps {30 if '_gn' in flags else 300} "
                           f"--target_loss {self.target} --eval_interval 1", method, init=False)
@@ -1139,19 +1134,14 @@ class Study:
                 doubled = ("SOAP", BEST_GN) if self.quick else ("SOAP", "Muon", "AdamW", "K-FAC", BEST_GN)
                 curves = {m: chains.submit(self.batches, m, tuned[m]) for m in doubled}
                 if not self.quick:
-                    late = {method: chains.submit(self.slow, method, tuned[method]) for method in SLOW}
-                    random = {method: self.random(method, tuned[method]) for method in SLOW}
+                    late = {method: self.slow(method, tuned[method]) for method in SLOW}
+                    random = {method: self.random(method, tuned[method]) for method in RANDOM}
                     ablations = [self.start(f"ablation {group} {name}", f"{base} {extra} --eval_interval 1", f"{group}: {name}")
                                  for group, (base, settings) in ABLATIONS.items() for name, extra in settings.items()]
-                    ways = {method: chain.result() for method, chain in late.items()}
-                    found["slow"] = {method: [run] for method, (_, _, run) in ways.items()}
-                    rival = min(ways.keys() - {BEST_GN}, key=lambda method: score(ways[method][2]))
-                    flags, steps, _ = ways[rival]
-                    larger = self.slowly(rival, flags, steps, larger=2)                 # which should hardly help it
-                    for method in (BEST_GN, rival):                                     # the winners over seeds
-                        flags, steps, _ = ways[method]
-                        found["slow"][method] += [run.result() for run in [self.slowly(method, flags, steps, seed) for seed in SEEDS[:2]]]
-                    found["slow"][f"{rival}, twice the batch"] = [larger.result()]
+                    found["slow"] = {method: [run.result()] for method, run in late.items()}
+                    rival = min(late.keys() - {BEST_GN}, key=lambda method: score(late[method].result()))
+                    for method in (BEST_GN, rival):                                     # the winners with another seed
+                        found["slow"][method].append(self.slow(method, tuned[method], SEEDS[0]).result())
                     found["random"] = {method: [run.result()] for method, run in random.items()}
                     for run in ablations:
                         run.result()
@@ -1188,7 +1178,7 @@ class Study:
         record = {"targets": TARGETS, "gradients_of_1M_tokens": round(sum(r["gradients"] for r in runs), 1),
                   "hours": round(sum(r["seconds"] for r in runs) / 3600, 2),
                   **{stage: {m: [names[id(r)] for r in rs] for m, rs in seeds.items()} for stage, seeds in stages.items()},
-                  "batches": found.get("batches", {}), "runs": dict(sorted(self.found.items()))}
+                  "batches": found.get("batches", {}), "runs": dict(sorted({**self.recorded, **self.found}.items()))}
         text = json.dumps(record, ensure_ascii=False).replace('"runs": {', '"runs": {\n').replace("]]}, ", "]]},\n")
         (self.out / "headline.json").write_text(text + "\n")
         loss = "validation loss, nats per byte"

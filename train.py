@@ -1075,7 +1075,7 @@ class Study:
 
     def steep(self, method, flags, batch, seed=0, steps=None):
         own = flags[len(STUDY[method].flags):]
-        steps = steps or (20 if "_gn" in flags else 250) * (1 if batch > 65536 else 2)
+        steps = steps or (20 if "_gn" in flags else 250) * (1 if batch > 65536 else 6 if "_gn" in flags else 2)
         return self.start(f"{method} {own} {batch // 1024}k seed {seed}" + f" {steps}" * ("wsd" in flags),
                           f"{flags} --batch_tokens {batch} --steps {steps} --target_loss {self.target} --eval_interval 1 --seed {seed}", method)
 

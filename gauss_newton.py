@@ -484,7 +484,7 @@ class GGN:
 
         def count(t):
             storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
+            return t.detach()                           # t itself, where it is a node's output, would keep that node alive for ever
         with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
             piece = self._linearise(x, y)
         for t in getattr(piece, "saved", ()):
@@ -1187,7 +1187,7 @@ class GaussNewton:
             actual = found.loss - loss0 if search is None else loss_at(found.alpha, bend, idx, targets) - loss
             # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN.
             predicted = found.alpha * slope + found.alpha ** 2 * (decrease - slope)
-            if search is None and actual > 1e-4 * predicted:        # a decrease that is rounding of a huge loss, say
+            if search is None and self.line_search != "none" and actual > 1e-4 * predicted:    # a decrease that is rounding of a huge loss, say
                 assign(self.params, theta)
                 return self._reject(record, f"the loss fell by {-actual:.1e} where the model promised {-predicted:.1e}")
             self._move(theta, d, found.alpha, bend)

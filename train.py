@@ -948,14 +948,15 @@ STUDY = {  # the longest runs first
     "GN, inner Muon": Method("--opt full_gn --solver muon --local_model gn", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), MILLION),
 }
 SEEDS, BATCHES = (1, 2, 3), tuple(2 ** k for k in range(14, 21))
-# The slow target, at the tuned rate, which falls over the run: steps of the run, batch, flags. At a million tokens full GN fits its batch
-# there: a step gains half of what it gains with four.
+# The slow target, with a rate that falls over the run: steps, multiple of the tuned rate, batch, flags. There the noise of its solve is
+# more than what one linearisation can gain, so that a search would cut full GN's steps to a tenth; it goes without, and the noise falls
+# with the rate.
 SLOW = {
-    "K-FAC": (180, MILLION // 4, "--schedule wsd"),
-    "Muon": (200, MILLION // 4, "--schedule wsd"),
-    "SOAP": (220, MILLION // 4, "--schedule wsd"),
-    "AdamW": (560, MILLION // 8, "--schedule wsd"),
-    BEST_GN: (32, 2 * MILLION, "--inner_schedule cosine_with_global_schedule --line_search_data fresh --compile"),
+    "K-FAC": (180, 1, MILLION // 4, "--schedule wsd"),
+    "Muon": (200, 1, MILLION // 4, "--schedule wsd"),
+    "SOAP": (220, 1, MILLION // 4, "--schedule wsd"),
+    "AdamW": (560, 1, MILLION // 8, "--schedule wsd"),
+    BEST_GN: (28, 0.25, MILLION, "--inner_schedule global_cosine --line_search none --compile"),
 }
 RANDOM = ("K-FAC", "Muon", BEST_GN)         # from random initialisation
 ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best solver, four of 131,072 by CG, forty of baselines
@@ -1080,7 +1081,8 @@ class Study:
                           f"{flags} --batch_tokens {batch} --steps {steps} --target_loss {self.target} --eval_interval 1 --seed {seed}", method)
 
     def slow(self, method, flags, seed=0):
-        steps, batch, falling = SLOW[method]
+        steps, multiple, batch, falling = SLOW[method]
+        flags = scaled(flags, STUDY[method].rate, multiple)
         own = f"{flags[len(STUDY[method].flags):]} {falling}"
         return self.start(f"slow {method} {own} {steps} steps seed {seed}",
                           f"{flags} {falling} --batch_tokens {batch} --steps {steps} --target_loss {TARGETS['slow']} --eval_interval 1 --seed {seed}", method)

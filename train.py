@@ -956,7 +956,7 @@ SLOW = {
     "Muon": (200, 1, MILLION // 4, "--schedule wsd"),
     "SOAP": (220, 1, MILLION // 4, "--schedule wsd"),
     "AdamW": (560, 1, MILLION // 8, "--schedule wsd"),
-    BEST_GN: (28, 0.25, MILLION, "--inner_schedule global_cosine --line_search none --compile"),
+    BEST_GN: (32, 0.25, MILLION, "--inner_schedule global_cosine --line_search none --compile"),
 }
 RANDOM = ("K-FAC", "Muon", BEST_GN)         # from random initialisation
 ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best solver, four of 131,072 by CG, forty of baselines

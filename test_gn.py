@@ -2191,7 +2191,8 @@ def test_a_long_run_stays_as_it_is(flags, steps, tmp_path, data_dir, stdlib):
     early = [s for s in samples if 0.1 * steps <= s[0] < 0.3 * steps]
     late = [s for s in samples if 0.8 * steps <= s[0] < steps]
     print(f"resident, MB: {max(s[1] for s in early) / 1e3:.1f} early, {max(s[1] for s in late) / 1e3:.1f} late")
-    assert max(s[1] for s in late) <= 1.02 * max(s[1] for s in early) and max(s[2] for s in late) <= max(s[2] for s in early)
+    assert max(s[1] for s in late) <= 1.02 * max(s[1] for s in early)
+    assert min(s[2] for s in late) <= min(s[2] for s in early)         # one more while a checkpoint is being written
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         assert train.read_checkpoint(out / name)["progress"]["step"] > 0.9 * steps
 

@@ -949,7 +949,7 @@ STUDY = {  # the longest runs first
 }
 SEEDS, BATCHES = (1, 2, 3), tuple(2 ** k for k in range(14, 21))
 # The slow target, with a rate that falls over the run: steps, multiple of the tuned rate, batch, flags. There the noise of its solve is
-# more than what one linearisation can gain, so that a search would cut full GN's steps to a tenth; it goes without, and the noise falls
+# more than what one linearisation can gain, so that a search cuts full GN's steps to a quarter; it goes without, and the noise falls
 # with the rate.
 SLOW = {
     "K-FAC": (180, 1, MILLION // 4, "--schedule wsd"),

@@ -701,7 +701,7 @@ class KFAC:
     def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
         """Factors from a batch (inputs only: labels are sampled, targets give their shape), averaged with the earlier ones
         by `decay`; then `decompose` makes them ready for use."""
-        model, n, rows, classes = self.model, targets.numel(), len(idx), None
+        model, n, rows = self.model, targets.numel(), len(idx)
         (mine,) = share(range(rows))
         index = {id(p): i for i, p in enumerate(self.params)}
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}

@@ -962,6 +962,19 @@ def test_trouble_in_the_first_step_does_not_last():
     assert opt.step(idx, targets)["accepted"]
 
 
+def test_without_a_line_search_every_finite_step_is_taken():
+    """An inner rate that is far too high: Armijo shortens or refuses the step, `none` takes all of it although the loss rises."""
+    found = {}
+    for kind in ("armijo", "none"):
+        model, (idx, targets) = gpt(n_layer=1), tokens(12)
+        before, inner = theta_of(model), gn.InnerSolver(model, "adamw", rows=2, lr=3.0)
+        found[kind] = GaussNewton(model, line_search=kind, inner=inner).step(idx, targets)
+        moved = theta_of(model) - before
+        assert close(moved, found[kind]["alpha"] * (theta_of(inner.copy) - before))
+    assert found["none"]["accepted"] and found["none"]["alpha"] == 1 and found["none"]["actual"] > 0
+    assert found["armijo"]["alpha"] < 1
+
+
 @pytest.mark.parametrize("where", ["cg", "line search", "linearise", "kfac"])
 def test_exception_in_a_step_restores_the_parameters(where):
     """Ctrl-C or out-of-memory at any stage, the third trial of a step length included: as if the step had not begun."""

@@ -2281,7 +2281,7 @@ def test_compare_tells_what_each_run_took(tmp_path, monkeypatch, capsys):
 
 def test_chart_ticks_are_round():
     assert train.ticks(3, 700, True) == [5, 10, 20, 50, 100, 200, 500] and train.ticks(1, 1e6, True) == [10.0 ** i for i in range(7)]
-    assert [round(t, 9) for t in train.ticks(1.28, 2.3, False)] == [1.4, 1.6, 1.8, 2.0, 2.2]
+    assert [round(t, 9) for t in train.ticks(1.28, 2.3, False)] == [1.4, 1.6, 1.8, 2.0, 2.2] and len(train.ticks(1.6, 1.6, False)) <= 1
 
 
 def test_a_study_runs_what_is_missing(tmp_path, monkeypatch, capsys, data_dir):
@@ -2320,11 +2320,46 @@ def test_a_study_runs_what_is_missing(tmp_path, monkeypatch, capsys, data_dir):
     assert all(path.stat().st_mtime_ns == at for path, at in times.items())
     assert same_state(torch.load(cut.parent / "checkpoint.pt", weights_only=True)["model"], checkpoint["model"])
     assert [json.loads(line)["val_loss"] for line in cut.read_text().splitlines()[1:]] == [json.loads(line)["val_loss"] for line in whole.splitlines()[1:]]
-    shutil.rmtree(cut.parent)                                                       # the record has it
+    shutil.rmtree(cut.parent)                                                       # the record has it; of the warmup it takes the checkpoint too
+    shutil.rmtree("study/warmup")
     assert train.main("--study headline --quick --threads 2 --out_dir study".split()) == 0 and not cut.parent.exists()
-    assert json.loads(Path("study/headline.json").read_text())["runs"].keys() == found["runs"].keys()
+    assert json.loads(Path("study/headline.json").read_text())["runs"].keys() == found["runs"].keys() and Path("study/warmup/checkpoint.pt").exists()
     monkeypatch.setitem(train.STUDY, "SOAP", train.Method("--opt soap", "lr", (-1.0,), "precondition_frequency", (), 2 ** 13))
     assert train.main("--study headline --quick --out_dir study".split()) == 2 and "--lr must be positive" in capsys.readouterr().err
+
+
+def test_the_study_tunes_all_methods_alike(tmp_path, monkeypatch):
+    """The whole study with stand-ins for its runs, of which the third rate, the second value of the knob and the decay need the fewest steps: each
+    method tries four rates and two values, each baseline three endings, the seeds get what was best, and every run has flags that resolve."""
+    asked = {}
+
+    def make(self, name, flags, method):
+        train.resolve(flags)
+        assert name not in asked
+        asked[name], m, text = " ".join(flags), train.STUDY.get(method), " ".join(flags)
+        steps = 40
+        if m:
+            steps -= 20 * (f"--{m.rate} {m.rates[2]:g} " in text) + 10 * (f"--{m.knob} {m.values[1]} " in text) + 5 * ("--schedule wsd" in text)
+        self.found[name] = {"method": method, "target": 1.6, "steps": steps, "ran": steps, "loss": 1.6, "gradients": 1.0, "seconds": 1.0, "tokens": 1000,
+                            "device": "cpu", "curve": [[0, 2.0], [steps, 1.6]]}
+        return self.found[name]
+    monkeypatch.setattr(train.Study, "_make", make)
+    train.Study(tmp_path, 1, False).everything()
+    for m in train.STUDY.values():
+        def runs(flags, batch, seed):
+            return [text for text in asked.values() if text.startswith(f"{flags} --batch_tokens {batch} ") and f"--target_loss 1.6 --eval_interval 1 --seed {seed} " in text]
+        tuned = f"{m.flags} --{m.rate} {m.rates[2]:g} --{m.knob} {m.values[1]}"
+        assert len(set(m.rates)) == 4 and len(set(m.values)) == 2
+        for flags in [f"{m.flags} --{m.rate} {r:g}" for r in m.rates] + [f"{m.flags} --{m.rate} {m.rates[2]:g} --{m.knob} {v}" for v in m.values]:
+            assert len(runs(flags, m.batch // 2, 0)) == 1
+        endings = [tuned] if "_gn" in m.flags else [tuned, f"{tuned} --ema 0.9", f"{tuned} --schedule wsd"]
+        assert "_gn" in m.flags or all(len(runs(flags, m.batch, 0)) == 1 for flags in endings)
+        won, length = (f"{tuned} --schedule wsd", math.ceil(0.85 * 10)) if len(endings) > 1 else (tuned, 20)
+        assert all(f"--steps {length} " in text for seed in train.SEEDS for text in runs(won, m.batch, seed)) and len(runs(won, m.batch, train.SEEDS[-1])) == 1
+    record = json.loads((tmp_path / "headline.json").read_text())
+    assert record["runs"].keys() == asked.keys() and set(record["slow"]) == set(train.SLOW) and set(record["random"]) == set(train.RANDOM)
+    assert all(len(names) == 3 for names in record["headline"].values())
+    assert sorted(len(names) for names in record["slow"].values()) == [1] * (len(train.SLOW) - 2) + [2, 2]       # the winners twice
 
 
 @long

@@ -866,8 +866,9 @@ def ticks(low, high, log):
         found = [m * 10.0 ** e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
         found = [t for t in found if low <= t <= high]
         return found if len(found) < 8 else [t for t in found if f"{t:e}"[0] == "1"]
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-9)))
-    step *= next(m for m in (1, 0.5, 0.2, 0.1) if (high - low) / (m * step) >= 4)
+    span = max(high - low, 1e-9)
+    step = 10.0 ** math.floor(math.log10(span))
+    step *= next(m for m in (1, 0.5, 0.2, 0.1) if span / (m * step) >= 4)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -938,7 +939,7 @@ BEST_GN, MILLION = "prox-linear GN, inner SOAP", 2 ** 20
 STUDY = {  # the longest runs first
     "prox-linear GN, CG": Method("--opt full_gn --solver cg", "damping", (0.3, 0.03, 0.1, 1.0), "cg_iters", ("6", "12"), MILLION // 4),
     "AdamW": Method("--opt adamw", "lr", (1e-2, 5e-3, 2e-2, 4e-2), "betas", ("0.9 0.99", "0.95 0.95"), MILLION // 4),
-    "layerwise GN, inner SOAP": Method("--opt layerwise_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), MILLION),
+    "layerwise GN, inner SOAP": Method("--opt layerwise_gn --solver soap", "inner_lr", (8e-3, 1.6e-2, 3.2e-2, 6.4e-2), "inner_tokens", ("2048", "8192"), MILLION),
     # Above 6e-2 K-FAC's KL clip sets the length of its step, not the rate: 0.12 and 0.24 make one and the same run, of as many steps.
     "K-FAC": Method("--opt kfac", "lr", (6e-2, 7.5e-3, 1.5e-2, 3e-2), "precondition_frequency", ("1", "3"), MILLION // 4),
     "SOAP": Method("--opt soap", "lr", (2e-2, 5e-3, 1e-2, 4e-2), "precondition_frequency", ("1", "3"), MILLION // 4),
@@ -948,15 +949,16 @@ STUDY = {  # the longest runs first
     "GN, inner Muon": Method("--opt full_gn --solver muon --local_model gn", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), MILLION),
 }
 SEEDS, BATCHES = (1, 2, 3), tuple(2 ** k for k in range(14, 21))
-# The slow target, with a rate that falls over the run: steps, multiple of the tuned rate, batch, flags. There the noise of its solve is
+# The slow target, with a rate that falls over the run: steps, factors on tuned flags, batch, other flags. There the noise of its solve is
 # more than what one linearisation can gain, so that a search cuts full GN's steps to a quarter; it goes without, and the noise falls
 # with the rate.
 SLOW = {
-    "K-FAC": (180, 1, MILLION // 4, "--schedule wsd"),
-    "Muon": (200, 1, MILLION // 4, "--schedule wsd"),
-    "SOAP": (220, 1, MILLION // 4, "--schedule wsd"),
-    "AdamW": (560, 1, MILLION // 8, "--schedule wsd"),
-    BEST_GN: (32, 0.25, MILLION, "--inner_schedule global_cosine --line_search none --compile"),
+    "K-FAC": (180, {}, MILLION // 4, "--schedule wsd"),
+    "Muon": (200, {}, MILLION // 4, "--schedule wsd"),
+    "SOAP": (220, {}, MILLION // 4, "--schedule wsd"),
+    "AdamW": (560, {}, MILLION // 8, "--schedule wsd"),
+    BEST_GN: (22, {"inner_lr": 0.5, "inner_tokens": 2}, 2 * MILLION,
+              "--inner_schedule global_cosine --inner_warmup 1024 --line_search none --compile"),
 }
 RANDOM = ("K-FAC", "Muon", BEST_GN)         # from random initialisation
 ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best solver, four of 131,072 by CG, forty of baselines
@@ -1024,6 +1026,7 @@ class Study:
         self.pool, self.started, self.found = ThreadPoolExecutor(width), {}, {}
         record = self.out / "headline.json"
         self.recorded = json.loads(record.read_text())["runs"] if record.exists() else {}
+        self.recorded.pop("warmup", None)           # of it a record is not enough: the others start from its checkpoint
 
     def start(self, name, flags, method, init=True):
         """A future of the run's dict; see `read`. Two calls with one name are one run."""
@@ -1081,8 +1084,9 @@ class Study:
                           f"{flags} --batch_tokens {batch} --steps {steps} --target_loss {self.target} --eval_interval 1 --seed {seed}", method)
 
     def slow(self, method, flags, seed=0):
-        steps, multiple, batch, falling = SLOW[method]
-        flags = scaled(flags, STUDY[method].rate, multiple)
+        steps, factors, batch, falling = SLOW[method]
+        for name, factor in factors.items():
+            flags = scaled(flags, name, factor)
         own = f"{flags[len(STUDY[method].flags):]} {falling}"
         return self.start(f"slow {method} {own} {steps} steps seed {seed}",
                           f"{flags} {falling} --batch_tokens {batch} --steps {steps} --target_loss {TARGETS['slow']} --eval_interval 1 --seed {seed}", method)

@@ -1,6 +1,6 @@
 """Train a GPT with full Gauss-Newton or a baseline; one command, no set-up.
 
-    python train.py --opt full_gn                               # tiny GPT on Python's own standard library, minutes on a CPU
+    python train.py --opt full_gn                               # tiny GPT, Python's own library as text, 4 minutes
     python train.py --opt layerwise_gn                          # the same with curvature inside each layer only
     python train.py --opt soap --batch_tokens 65536             # a baseline: adamw, adam, sgd, muon, soap, kfac
     python train.py --opt adamw --steps 60 --out_dir out/warmup
@@ -9,7 +9,7 @@
     python train.py --data shakespeare --model small --opt muon # other data, other size
     python train.py --compare out/a out/b --plot loss.svg       # steps, tokens, work and seconds to each loss
     python train.py --study headline --quick                    # every method to the same loss: table and pictures
-    torchrun --standalone --nproc_per_node=2 train.py           # each batch shared by 2 processes (cores, GPUs, machines)
+    torchrun --standalone --nproc_per_node=2 train.py           # each batch shared by 2 processes (cores, GPUs)
     python train.py --help                                      # every flag, its unit and default
 
 Each run owns a folder: log.jsonl (first line the configuration, then one line a step) and checkpoint.pt.
@@ -27,6 +27,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -48,25 +49,30 @@ except ImportError:      # Windows
 
 from baselines import BASELINES, DEFAULT_LR, lr_schedule, make_optimizer, ranks, reduce_number
 from data import TOKENIZERS, DataError, get_batch, prepare, val_batch
-from gauss_newton import (GGN, KFAC, SCHEDULES, GaussNewton, InnerSolver, Program, assign, batch_grad, batch_loss, cg, flatten, line_search, select,
-                          trainable, unflatten)
+from gauss_newton import (GGN, KFAC, SCHEDULES, GaussNewton, InnerSolver, Program, assign, batch_grad, batch_loss, cg,
+                          flatten, line_search, select, trainable, unflatten)
 from model import GPT, PRESETS, GPTConfig
 
 GN = ("full_gn", "layerwise_gn")
 RUN_DEFAULTS = {  # what suits a method that takes few, large steps, and one that takes many
-    "gn": dict(solver="soap", steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1, line_search="armijo", search_frac=0.0625),
-    "cg": dict(solver="cg", steps=12, batch_tokens=131072, eval_interval=1, checkpoint_interval=1, line_search="armijo", search_frac=1.0),
-    "baseline": dict(solver="cg", steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50, line_search="none", search_frac=1.0),
+    "gn": dict(solver="soap", steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1,
+               line_search="armijo", search_frac=0.0625),
+    "cg": dict(solver="cg", steps=12, batch_tokens=131072, eval_interval=1, checkpoint_interval=1,
+               line_search="armijo", search_frac=1.0),
+    "baseline": dict(solver="cg", steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50,
+                     line_search="none", search_frac=1.0),
 }
 # What --resume may change; every other setting is the stored run's.
 RESUMABLE = {"resume", "out_dir", "data_dir", "steps", "target_loss", "sample", "threads", "device", "cache_gb",
              "checkpoint_interval", "max_rejections"}
 
-CG_ONLY = {"newton_steps", "geodesic", "power", "damping", "damping_metric", "cg_iters", "cg_tol", "cg_rtol", "precond", "precond_interval", "precond_frac",
-           "curvature_frac", "curvature_data", "warm_start"}
-INNER_ONLY = {"inner_tokens", "inner_lr", "inner_schedule", "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2", "inner_average", "inner_reset"}
+CG_ONLY = {"newton_steps", "geodesic", "power", "damping", "damping_metric", "cg_iters", "cg_tol", "cg_rtol", "precond",
+           "precond_interval", "precond_frac", "curvature_frac", "curvature_data", "warm_start"}
+INNER_ONLY = {"inner_tokens", "inner_lr", "inner_schedule", "inner_warmup", "inner_weight_decay", "inner_clip",
+              "inner_l2", "inner_average", "inner_reset"}
 GN_ONLY = CG_ONLY | INNER_ONLY | {"local_model", "solver", "compile"}
-BASELINE_ONLY = {"lr", "schedule", "warmup_steps", "clip", "weight_decay", "betas", "momentum", "precondition_frequency"}
+BASELINE_ONLY = {"lr", "schedule", "warmup_steps", "clip", "weight_decay", "betas", "momentum",
+                 "precondition_frequency"}
 
 
 class UsageError(ValueError):
@@ -82,7 +88,8 @@ def build_parser():
         def error(self, message):
             raise UsageError(message + " (--help lists all flags)")
 
-    p = Parser(prog="train.py", usage="python train.py [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(prog="train.py", usage="python train.py [flags]", description=__doc__,
+               formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def group(title):
         g = p.add_argument_group(title)
@@ -98,21 +105,27 @@ def build_parser():
 
     flag = group("what to run")
     flag("--opt", str, "full_gn", "optimizer", choices=GN + BASELINES)
-    flag("--steps", int, None, "optimizer steps; for Gauss-Newton, outer steps (default 10 for GN, 12 with --solver cg, 300 for baselines)")
-    flag("--batch_tokens", int, None, "tokens per step, a multiple of the block size (default 1048576 for GN, 131072 with --solver cg, 16384 for baselines)")
-    flag("--micro_batch", int, None, "sequences worked on at a time; changes memory and speed, not results (default: about 8192 tokens, more on a GPU)")
+    flag("--steps", int, None, "optimizer steps; for Gauss-Newton, outer steps (default 10 for GN, "
+         "12 with --solver cg, 300 for baselines)")
+    flag("--batch_tokens", int, None, "tokens per step, a multiple of the block size (default 1048576 for GN, "
+         "131072 with --solver cg, 16384 for baselines)")
+    flag("--micro_batch", int, None, "sequences worked on at a time; changes memory and speed, not results "
+         "(default: about 8192 tokens, more on a GPU)")
     flag("--seed", int, 0, "of initialisation, batches and sampled labels")
-    flag("--target_loss", float, None, "stop at the first evaluation at or below this validation loss, in nats per token")
+    flag("--target_loss", float, None, "stop at the first evaluation at or below this validation loss, "
+         "in nats per token")
     flag("--init_from", str, None, "checkpoint (or its run's folder) whose weights to start from")
     flag("--device", str, "auto", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
-    flag("--dtype", str, "fp32", "fp32; tf32: shorter mantissas in matrix products on GPUs; bf16: those products in bfloat16 (autocast); solver vectors, "
-         "sums and losses stay fp32", choices=("fp32", "tf32", "bf16"))
+    flag("--dtype", str, "fp32", "fp32; tf32: shorter mantissas in matrix products on GPUs; "
+         "bf16: those products in bfloat16 (autocast); solver vectors, sums and losses stay fp32",
+         choices=("fp32", "tf32", "bf16"))
     flag("--threads", int, None, "CPU threads (default: all cores)")
 
-    flag("--line_search", str, None, "along each step: armijo (backtracking), grid (best of all candidates) or none (default armijo for GN, "
-         "none for baselines)", choices=("armijo", "grid", "none"))
+    flag("--line_search", str, None, "along each step: armijo (backtracking), grid (best of all candidates) or none "
+         "(default armijo for GN, none for baselines)", choices=("armijo", "grid", "none"))
     flag("--line_search_data", str, "same", "search on the batch or on as many fresh tokens", choices=("same", "fresh"))
-    flag("--search_frac", float, None, "share of the batch, or of as many fresh tokens, that the search is on (default 1 with --solver cg and for baselines, else 0.0625)")
+    flag("--search_frac", float, None, "share of the batch, or of as many fresh tokens, that the search is on "
+         "(default 1 with --solver cg and for baselines, else 0.0625)")
     flag("--search_candidates", int, 10, "step lengths 2^(-i/2), i = 0, 1, ..., at most")
 
     flag = group("model")
@@ -122,52 +135,68 @@ def build_parser():
     flag("--tie_weights", bool, False, "one matrix for embedding and head")
 
     flag = group("data")
-    flag("--data", str, "stdlib", "stdlib (Python's own library, no download), shakespeare (1 MB), c4 (English web pages, 319 MB a shard), "
-         "or a file or folder: text, or .jsonl and .json with a document per line in \"text\", each also as .gz")
+    flag("--data", str, "stdlib", "stdlib (Python's own library, no download), shakespeare (1 MB), "
+         "c4 (English web pages, 319 MB a shard), or a file or folder: text, or .jsonl and .json with a document "
+         "per line in \"text\", each also as .gz")
     flag("--shards", int, 1, "C4 files to download and use")
     flag("--tokenizer", str, "bytes", "bytes (256 tokens) or gpt2 (50257)", choices=TOKENIZERS)
     flag("--data_dir", str, "data", "where prepared data is kept")
 
     flag = group("Gauss-Newton (full_gn, layerwise_gn)")
-    flag("--local_model", str, "prox_linear", "loss to second order in the logits, or the full loss of the linearised network", choices=("gn", "prox_linear"))
-    flag("--solver", str, None, "what minimises the local model: conjugate gradients, or an optimizer that streams over the batch (default soap; cg where one of "
-         "its own flags is given)", choices=("cg", "muon", "soap", "adamw"))
+    flag("--local_model", str, "prox_linear", "loss to second order in the logits, "
+         "or the full loss of the linearised network", choices=("gn", "prox_linear"))
+    flag("--solver", str, None, "what minimises the local model: conjugate gradients, "
+         "or an optimizer that streams over the batch (default soap; cg where one of its own flags is given)",
+         choices=("cg", "muon", "soap", "adamw"))
     flag("--newton_steps", int, 4, "prox_linear with cg: Newton steps per outer step, each with --cg_iters iterations")
-    flag("--geodesic", bool, True, "correct each CG step along the model's own curvature (a second solve), where that helps; --no-geodesic: never")
-    flag("--power", float, 1.0, "1 for a step by G^-1; 0.5 for G^-1/2 by Lanczos, without preconditioner, on the gn model, identity metric")
+    flag("--geodesic", bool, True, "correct each CG step along the model's own curvature (a second solve), "
+         "where that helps; --no-geodesic: never")
+    flag("--power", float, 1.0, "1 for a step by G^-1; 0.5 for G^-1/2 by Lanczos, without preconditioner, "
+         "on the gn model, identity metric")
     flag("--damping", float, 0.3, "λ at the start, adapted by Levenberg-Marquardt from then on")
-    flag("--damping_metric", str, "kfac", "damp by λI, or by λ times the square root of the K-FAC curvature", choices=("identity", "kfac"))
+    flag("--damping_metric", str, "kfac", "damp by λI, or by λ times the square root of the K-FAC curvature",
+         choices=("identity", "kfac"))
     flag("--cg_iters", int, 8, "conjugate-gradient iterations per solve, at most")
     flag("--cg_tol", float, 0.0, "stop CG when its quadratic gains less than this fraction per iteration; 0 = off")
     flag("--cg_rtol", float, 0.0, "stop CG at this relative residual; 0 = off")
     flag("--precond", str, "kfac", "preconditioner of CG", choices=("kfac", "none"))
     flag("--precond_interval", int, 1, "steps between new K-FAC factors")
     flag("--precond_frac", float, 0.25, "share of the curvature sequences that factors are made from")
-    flag("--curvature_frac", float, 0.25, "share of the batch that the GN matrix is made from; the gradient uses all of it")
-    flag("--curvature_data", str, "same", "GN matrix on the batch's own or on fresh sequences", choices=("same", "fresh"))
+    flag("--curvature_frac", float, 0.25, "share of the batch that the GN matrix is made from; "
+         "the gradient uses all of it")
+    flag("--curvature_data", str, "same", "GN matrix on the batch's own or on fresh sequences",
+         choices=("same", "fresh"))
     flag("--warm_start", float, 1.0, "start CG from this multiple of the last solution; 0 = from zero")
-    flag("--cache_gb", float, None, "memory for kept graphs, in GB, which save a forward per product (default: 40 %% of what is free)")
-    flag("--compile", bool, False, "compile products and inner steps: half a minute to some minutes at the start, for long runs (needs a C++ compiler)")
+    flag("--cache_gb", float, None, "memory for kept graphs, in GB, which save a forward per product "
+         "(default: 40 %% of what is free)")
+    flag("--compile", bool, False, "compile products and inner steps: half a minute to some minutes at the start, "
+         "for long runs (needs a C++ compiler)")
     flag("--max_rejections", int, 8, "stop after this many rejected steps in a row")
 
     flag = group("Gauss-Newton with --solver muon, soap or adamw")
     flag("--inner_tokens", int, 4096, "tokens per inner step; a batch gives batch_tokens / inner_tokens inner steps")
     flag("--inner_lr", float, 8e-3, "inner learning rate")
-    flag("--inner_schedule", str, "constant_with_inner_cosine", "inner rate over an outer step and the run", choices=SCHEDULES)
+    flag("--inner_schedule", str, "constant_with_inner_cosine", "inner rate over an outer step and the run",
+         choices=SCHEDULES)
     flag("--inner_warmup", int, 0, "inner steps of linear warmup")
     flag("--inner_weight_decay", float, 1e-3, "decoupled, on matrices")
     flag("--inner_clip", float, 1.0, "clip the inner gradient's norm, per part; 0 = off")
     flag("--inner_l2", float, 0.0, "pull toward the parameters of the outer step")
-    flag("--inner_average", float, 0.0, "share of the inner steps, counted from the last, whose mean is the solution; 0 = the last one")
-    flag("--inner_reset", bool, False, "start each inner solve at the parameters with fresh moments, not where the last one ended")
+    flag("--inner_average", float, 0.0, "share of the inner steps, counted from the last, whose mean is the solution; "
+         "0 = the last one")
+    flag("--inner_reset", bool, False, "start each inner solve at the parameters with fresh moments, "
+         "not where the last one ended")
 
     flag = group("baselines")
-    flag("--lr", float, None, "peak learning rate (default " + ", ".join(f"{k} {v:g}" for k, v in DEFAULT_LR.items()) + ")")
-    flag("--schedule", str, "constant", "after warmup; wsd decays over the last fifth", choices=("constant", "cosine", "wsd"))
+    flag("--lr", float, None, "peak learning rate (default "
+         + ", ".join(f"{k} {v:g}" for k, v in DEFAULT_LR.items()) + ")")
+    flag("--schedule", str, "constant", "after warmup; wsd decays over the last fifth",
+         choices=("constant", "cosine", "wsd"))
     flag("--warmup_steps", int, 0, "steps of linear warmup")
     flag("--clip", float, 1.0, "clip the gradient's norm; 0 = off")
     flag("--weight_decay", float, None, "on matrices only (default: the optimizer's own)")
-    flag("--betas", float, None, "two averaging constants (default: the optimizer's own)", nargs=2, metavar=("B1", "B2"))
+    flag("--betas", float, None, "two averaging constants (default: the optimizer's own)",
+         nargs=2, metavar=("B1", "B2"))
     flag("--momentum", float, None, "of sgd and muon (default 0.9, 0.95)")
     flag("--precondition_frequency", int, None, "steps between SOAP's basis updates (default 10)")
 
@@ -177,14 +206,19 @@ def build_parser():
     flag("--overwrite", bool, False, "replace an earlier run in --out_dir")
     flag("--eval_interval", int, None, "steps between evaluations (default 1 for GN, 10 for baselines)")
     flag("--eval_tokens", int, 65536, "validation tokens, the same ones for every optimizer and seed")
-    flag("--ema", float, 0.0, "evaluate an average of the weights over steps with this decay; 0 = the weights themselves")
+    flag("--ema", float, 0.0, "evaluate an average of the weights over steps with this decay; "
+         "0 = the weights themselves")
     flag("--checkpoint_interval", int, None, "steps between checkpoints (default 1 for GN, 50 for baselines)")
-    flag("--compare", str, None, "read the logs of these runs, print what each took to each target loss, and stop", nargs="+", metavar="OUT")
+    flag("--compare", str, None, "read the logs of these runs, print what each took to each target loss, and stop",
+         nargs="+", metavar="OUT")
     flag("--plot", str, None, "with --compare: also draw loss against steps, tokens and gradients into this .svg")
-    flag("--bench", bool, False, "print what products and everything else cost on this machine, in gradients, on one thread unless --threads is given, and stop")
-    flag("--study", str, None, "make all runs of a study under --out_dir (default: out/ and its name), one thread each and as many at once as there are cores, "
-         "without repeating what is complete; then print its table and draw its pictures", choices=("headline",))
-    flag("--quick", bool, False, "with --study: middle settings instead of tuning, a higher target, one seed; minutes instead of hours")
+    flag("--bench", bool, False, "print what products and everything else cost on this machine, in gradients, "
+         "on one thread unless --threads is given, and stop")
+    flag("--study", str, None, "make all runs of a study under --out_dir (default: out/ and its name), "
+         "one thread each and as many at once as there are cores, without repeating what is complete; "
+         "then print its table and draw its pictures", choices=("headline",))
+    flag("--quick", bool, False, "with --study: middle settings instead of tuning, a higher target, one seed; "
+         "minutes instead of hours")
     flag("--sample", int, 200, "tokens of text to generate at the end; 0 = none")
     return p
 
@@ -206,8 +240,9 @@ def resolve(argv):
     for key, value in yielding.items():
         if key not in given:
             setattr(args, key, value)
-    for key in ("steps", "batch_tokens", "micro_batch", "threads", "cg_iters", "newton_steps", "inner_tokens", "shards", "precond_interval", "search_candidates",
-                "max_rejections", "eval_interval", "eval_tokens", "checkpoint_interval", "precondition_frequency"):
+    for key in ("steps", "batch_tokens", "micro_batch", "threads", "cg_iters", "newton_steps", "inner_tokens", "shards",
+                "precond_interval", "search_candidates", "max_rejections", "eval_interval", "eval_tokens",
+                "checkpoint_interval", "precondition_frequency"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UsageError(f"--{key} must be at least 1, got {getattr(args, key)}")
     for key in ("damping", "lr", "inner_lr"):
@@ -246,8 +281,9 @@ def stored_settings(args, given):
         if key in RESUMABLE:
             setattr(stored, key, getattr(args, key))
         elif getattr(args, key) != getattr(stored, key, None):
-            raise UsageError(f"--{key} {getattr(args, key)} differs from the stored run's {getattr(stored, key, None)}; "
-                             f"--resume may change only {', '.join('--' + k for k in sorted(RESUMABLE - {'resume', 'out_dir'}))}")
+            raise UsageError(f"--{key} {getattr(args, key)} differs from the stored run's "
+                             f"{getattr(stored, key, None)}; --resume may change only "
+                             f"{', '.join('--' + k for k in sorted(RESUMABLE - {'resume', 'out_dir'}))}")
     stored.resume, stored.overwrite, stored.out_dir = True, False, args.out_dir
     if "device" not in given:
         stored.device = args.device
@@ -258,7 +294,8 @@ def stored_settings(args, given):
 # Checkpoints
 
 
-FORMAT = 2       # of a checkpoint; raise it whenever an older program could not read a newer one, or the other way round
+# of a checkpoint; raise it whenever an older program could not read a newer one, or the other way round
+FORMAT = 2
 
 
 def load_checkpoint(path):
@@ -272,12 +309,15 @@ def load_checkpoint(path):
         previous, offer = path.with_name("checkpoint.previous.pt"), ""
         if path.name == "checkpoint.pt":
             with suppress(Exception):
-                offer = f"; the one before it, of step {read_checkpoint(previous)['progress']['step']}, is whole: copy {previous} over it"
-        raise UsageError(f"{path} {e if isinstance(e, UsageError) else f'is no checkpoint of this program, or damaged ({type(e).__name__})'}{offer}") from e
+                offer = (f"; the one before it, of step {read_checkpoint(previous)['progress']['step']}, is whole: "
+                         f"copy {previous} over it")
+        told = e if isinstance(e, UsageError) else f"is no checkpoint of this program, or damaged ({type(e).__name__})"
+        raise UsageError(f"{path} {told}{offer}") from e
 
 
 def read_checkpoint(path):
-    with zipfile.ZipFile(path) as archive:              # torch.load does not compare the checksums that torch.save wrote
+    # torch.load does not compare the checksums that torch.save wrote
+    with zipfile.ZipFile(path) as archive:
         if archive.testzip():
             raise ValueError
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -287,7 +327,8 @@ def read_checkpoint(path):
 
 
 def save_checkpoint(path, **content):
-    """Written under a temporary name and renamed: whatever happens, checkpoint.pt is whole; the one before it is kept beside it. Raises OSError."""
+    """Written under a temporary name and renamed: whatever happens, checkpoint.pt is whole; the one before it is kept
+    beside it. Raises OSError."""
     temp, previous = path.with_suffix(".tmp"), path.with_name("checkpoint.previous.pt")
     try:
         with open(temp, "wb") as f:
@@ -311,7 +352,8 @@ def save_checkpoint(path, **content):
 # One step of any optimizer: step(idx, targets) -> record
 
 STEP_FIELDS = dict.fromkeys(  # in every row of every method, null where it has no such thing
-    ("predicted", "actual", "actual_fresh", "rho", "alpha", "damping", "cosine", "step_norm", "layer_norms", "products", "cg_iterations", "cg_reason", "repaired"))
+    ("predicted", "actual", "actual_fresh", "rho", "alpha", "damping", "cosine", "step_norm", "layer_norms", "products",
+     "cg_iterations", "cg_reason", "repaired"))
 
 
 class FirstOrder:
@@ -331,7 +373,8 @@ class FirstOrder:
             group["lr"] = lr * factor
         loss, grad = batch_grad(self.model, idx, targets, args.micro_batch)
         norm, self.steps = grad.norm().item(), self.steps + 1
-        record = {"accepted": False, "reason": "", "loss": loss, "grad_norm": norm, "lr": self.base[0] * factor, "alpha": 1.0, "work": 1.0}
+        record = {"accepted": False, "reason": "", "loss": loss, "grad_norm": norm, "lr": self.base[0] * factor,
+                  "alpha": 1.0, "work": 1.0}
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.rejections += 1
             return {**record, "reason": "loss or gradient not finite"}
@@ -364,7 +407,8 @@ class FirstOrder:
                 self.rejections += 1
                 return {**record, "reason": f"line search: {found.reason}"}
         # A first-order method promises what its gradient does.
-        record.update(predicted=alpha * slope, cosine=-slope / (norm * d.norm().item() + 1e-30), step_norm=alpha * d.norm().item())
+        record.update(predicted=alpha * slope, cosine=-slope / (norm * d.norm().item() + 1e-30),
+                      step_norm=alpha * d.norm().item())
         self.rejections = 0
         return {**record, "accepted": True}
 
@@ -380,24 +424,25 @@ def make_stepper(model, args, progress):
     if args.opt in BASELINES:
         return FirstOrder(model, args)
     same = ("damping", "damping_metric", "precond", "precond_interval", "precond_frac", "cg_iters", "cg_tol", "cg_rtol",
-            "warm_start", "curvature_frac", "line_search", "search_candidates", "search_frac", "local_model", "newton_steps", "geodesic", "power", "micro_batch",
-            "cache_gb", "compile", "seed")
+            "warm_start", "curvature_frac", "line_search", "search_candidates", "search_frac", "local_model",
+            "newton_steps", "geodesic", "power", "micro_batch", "cache_gb", "compile", "seed")
     inner = None
     if args.solver != "cg":
-        inner = InnerSolver(model, args.solver, args.inner_tokens // model.config.block_size, args.inner_lr, args.inner_weight_decay,
-                            clip=args.inner_clip, l2=args.inner_l2, average=args.inner_average, schedule=args.inner_schedule, warmup=args.inner_warmup,
+        inner = InnerSolver(model, args.solver, args.inner_tokens // model.config.block_size, args.inner_lr,
+                            args.inner_weight_decay, clip=args.inner_clip, l2=args.inner_l2,
+                            average=args.inner_average, schedule=args.inner_schedule, warmup=args.inner_warmup,
                             outer_steps=args.steps, reset=args.inner_reset, compile=args.compile)
-    return GaussNewton(model, parts=model.layers() if args.opt == "layerwise_gn" else None, inner=inner, progress=progress,
-                       **{k: getattr(args, k) for k in same})
+    return GaussNewton(model, parts=model.layers() if args.opt == "layerwise_gn" else None, inner=inner,
+                       progress=progress, **{k: getattr(args, k) for k in same})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a person sees
 
 
-def say(*text):
+def say(text=""):
     if ranks()[0] == 0:
-        print(*text, flush=True)
+        print(f"{text}\n", end="", flush=True)     # one write, so that the lines of a study's threads stay whole
 
 
 def duration(seconds):
@@ -406,7 +451,8 @@ def duration(seconds):
 
 
 class Bar:
-    """Where a long step stands, on one line that the step's own line replaces; silent unless the output is a terminal."""
+    """Where a long step stands, on one line that the step's own line replaces; silent unless the output is a
+    terminal."""
 
     def __init__(self):
         self.on, self.start, self.head, self.width = sys.stdout.isatty() and ranks()[0] == 0, time.time(), "", 0
@@ -433,19 +479,23 @@ class Bar:
 
 
 def step_line(row, steps, batch_tokens, remaining):
-    parts = [f"step {row['step']}/{steps}", f"loss {row['train_loss']:.3f}" if row["train_loss"] is not None else "loss nan"]
+    parts = [f"step {row['step']}/{steps}",
+             f"loss {row['train_loss']:.3f}" if row["train_loss"] is not None else "loss nan"]
     if row["val_loss"] is not None:
         parts.append(f"val {row['val_loss']:.3f}")
     if row["predicted"] is not None:                    # actual of predicted, and on data that the step has not seen
-        known = [f"{k} {row[key]:+.3f}" for k, key in (("fell", "actual"), ("fresh", "actual_fresh")) if row[key] is not None]
+        known = [f"{k} {row[key]:+.3f}" for k, key in (("fell", "actual"), ("fresh", "actual_fresh"))
+                 if row[key] is not None]
         parts.append(", ".join([*known, f"model {row['predicted']:+.3f}"]))
     if row["cg_iterations"] is not None:
-        parts.append(f"cg {row['cg_iterations']} ({row['cg_reason']}), {row['products']} products | damping {row['damping']:.1e}")
+        parts.append(f"cg {row['cg_iterations']} ({row['cg_reason']}), {row['products']} products | "
+                     f"damping {row['damping']:.1e}")
     if "inner_steps" in row:
         parts.append(f"inner {row['inner_steps']}")
     if "lr" in row:
         parts.append(f"lr {row['lr']:.1e}")
-    parts += [f"{name} {row[key]:.2f}" for name, key in (("rho", "rho"), ("alpha", "alpha"), ("cos", "cosine")) if row[key] is not None]
+    parts += [f"{name} {row[key]:.2f}" for name, key in (("rho", "rho"), ("alpha", "alpha"), ("cos", "cosine"))
+              if row[key] is not None]
     if row["layer_norms"]:
         parts.append("|d| " + " ".join(f"{norm:.2g}" for norm in row["layer_norms"]))
     if row["repaired"]:
@@ -453,7 +503,8 @@ def step_line(row, steps, batch_tokens, remaining):
     if not row["accepted"]:
         parts.append(f"REJECTED: {row['reason']}")
     rate = batch_tokens / max(row["step_seconds"], 1e-9)
-    parts += [f"work {row['grad_equivalents']:.4g}", f"{row['step_seconds']:.1f} s", f"{rate / 1000:.0f}k tok/s" if rate >= 1e4 else f"{rate:.0f} tok/s", f"eta {duration(remaining)}"]
+    parts += [f"work {row['grad_equivalents']:.4g}", f"{row['step_seconds']:.1f} s",
+              f"{rate / 1000:.0f}k tok/s" if rate >= 1e4 else f"{rate:.0f} tok/s", f"eta {duration(remaining)}"]
     return " | ".join(parts)
 
 
@@ -476,8 +527,8 @@ def process_group(args):
 
 
 def first_alone(function, again=False):
-    """What touches the disk: process 0 calls function() while the others wait; then they call it too, or else take its result. What it cannot do
-    there is every process's UsageError."""
+    """What touches the disk: process 0 calls function() while the others wait; then they call it too, or else take its
+    result. What it cannot do there is every process's UsageError."""
     if ranks()[1] == 1:
         return function()
     told = [None, None]
@@ -518,15 +569,17 @@ def check_equal(params, step):
     """Raises RuntimeError where the processes' parameters differ in a bit: what they replicate has come apart."""
     if ranks()[1] > 1:
         digests = [None] * ranks()[1]
-        dist.all_gather_object(digests, hashlib.sha256(b"".join(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for p in params)).hexdigest())
+        dist.all_gather_object(digests, hashlib.sha256(b"".join(
+            p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for p in params)).hexdigest())
         odd = [i for i, d in enumerate(digests) if d != digests[0]]
         if odd:
-            raise RuntimeError(f"after step {step} the parameters of process {', '.join(map(str, odd))} are not those of process 0; the last checkpoint is whole")
+            raise RuntimeError(f"after step {step} the parameters of process {', '.join(map(str, odd))} are not those "
+                               "of process 0; the last checkpoint is whole")
 
 
 def tune_allocator():
-    """Keep freed memory (glibc only). Its default gives every large tensor back to the system at once and takes the page
-    faults again at the next: a fifth of a gradient's time at the tiny size."""
+    """Keep freed memory (glibc only). Its default gives every large tensor back to the system at once and takes the
+    page faults again at the next: a fifth of a gradient's time at the tiny size."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)          # M_TRIM_THRESHOLD: never
@@ -538,7 +591,8 @@ def tune_allocator():
 def peak_memory_mb(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 / 1e6 if sys.platform == "darwin" else 1 / 1e3)
+    return None if resource is None else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                                          * (1 / 1e6 if sys.platform == "darwin" else 1 / 1e3))
 
 
 @contextmanager
@@ -582,12 +636,14 @@ def open_out_dir(args):
     """The run's folder: a fresh one under out/, or the named one if there is no run to lose in it."""
     if args.out_dir is None:
         name = Path("out") / f"{args.opt}-{args.model}-{time.strftime('%m%d-%H%M%S')}"
-        args.out_dir = next(str(p) for i in range(1, 1000) for p in [name if i == 1 else Path(f"{name}-{i}")] if not p.exists())
+        args.out_dir = next(str(p) for i in range(1, 1000) for p in [name if i == 1 else Path(f"{name}-{i}")]
+                            if not p.exists())
     out = Path(args.out_dir)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out_dir {out} is a file")
     if out.is_dir() and any(out.iterdir()) and not (args.resume or args.overwrite):
-        raise UsageError(f"--out_dir {out} is not empty; give --resume to go on with its run or --overwrite to replace it")
+        raise UsageError(f"--out_dir {out} is not empty; give --resume to go on with its run "
+                         "or --overwrite to replace it")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
@@ -629,7 +685,8 @@ def run(args, given, checkpoint):
     bar = Bar()
     block_size = args.block_size or PRESETS[args.model]["block_size"]
     data = first_alone(lambda: prepare(args.data, args.tokenizer, args.data_dir, block_size,
-                                       lambda done, total: bar("data, MB", done >> 20, (total or 0) >> 20), shards=args.shards), again=True)
+                                       lambda done, total: bar("data, MB", done >> 20, (total or 0) >> 20),
+                                       shards=args.shards), again=True)
     bar.clear()
     model = build_model(args, data.vocab_size)
     if checkpoint:
@@ -639,8 +696,10 @@ def run(args, given, checkpoint):
     model.to(args.device)
     model.bf16 = args.dtype == "bf16"
     params, batch_rows = trainable(model), args.batch_tokens // block_size
-    if args.micro_batch is None:     # logits of a piece stay under 256 MB, and it fits a CPU's caches; a GPU wants larger ones
-        many = max(8192, 2 ** 23 // (model.config.n_layer * model.config.n_embd)) if torch.device(args.device).type == "cuda" else 8192
+    # logits of a piece stay under 256 MB, and it fits a CPU's caches; a GPU wants larger ones
+    if args.micro_batch is None:
+        many = (max(8192, 2 ** 23 // (model.config.n_layer * model.config.n_embd))
+                if torch.device(args.device).type == "cuda" else 8192)
         args.micro_batch = max(1, min(many, 2 ** 26 // data.vocab_size) // block_size)
     try:
         stepper = make_stepper(model, args, bar)
@@ -649,7 +708,8 @@ def run(args, given, checkpoint):
     ema = [p.detach().clone() for p in params] if args.ema else None
     val = [t.to(args.device) for t in val_batch(data.val, block_size, args.eval_tokens)]
     check_shares(args, batch_rows, len(val[0]))
-    progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "grad_equivalents": 0.0, "seconds": 0.0, "log_bytes": 0, "val_loss": None, "evaluated": 0}
+    progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "grad_equivalents": 0.0, "seconds": 0.0, "log_bytes": 0,
+                "val_loss": None, "evaluated": 0}
     if checkpoint:
         stepper.load_state_dict(checkpoint["optimizer"])
         ema, progress = checkpoint["ema"], checkpoint["progress"]
@@ -657,16 +717,21 @@ def run(args, given, checkpoint):
     out = first_alone(lambda: open_out_dir(args))
     path, (rank, processes) = out / "checkpoint.pt", ranks()
     n_params, device = sum(p.numel() for p in params), args.device
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+    name = (torch.cuda.get_device_name(device) if torch.device(device).type == "cuda"
+            else f"cpu, {torch.get_num_threads()} thread(s)")
     name = f"{processes} processes, {name} each" if processes > 1 else name
 
-    say(f"{args.opt} | {args.model} GPT, {n_params:,} parameters | {name}, torch {torch.__version__} | seed {args.seed}")
-    say(f"data: {args.data}, {data.meta['documents']:,} documents, {len(data.train):,} training and {len(data.val):,} validation "
-        f"tokens ({args.tokenizer}), sha256 {data.meta['sha256'][:12]}")
-    say(f"batch: {args.batch_tokens:,} tokens = {batch_rows:,} x {block_size} | guessing evenly is a loss of {math.log(data.vocab_size):.3f} nats per token")
-    unused = sorted(given & (GN_ONLY if args.opt not in GN else BASELINE_ONLY | (INNER_ONLY if args.solver == "cg" else CG_ONLY)))
+    say(f"{args.opt} | {args.model} GPT, {n_params:,} parameters | {name}, torch {torch.__version__} | "
+        f"seed {args.seed}")
+    say(f"data: {args.data}, {data.meta['documents']:,} documents, {len(data.train):,} training and "
+        f"{len(data.val):,} validation tokens ({args.tokenizer}), sha256 {data.meta['sha256'][:12]}")
+    say(f"batch: {args.batch_tokens:,} tokens = {batch_rows:,} x {block_size} | "
+        f"guessing evenly is a loss of {math.log(data.vocab_size):.3f} nats per token")
+    unused = sorted(given & (GN_ONLY if args.opt not in GN
+                             else BASELINE_ONLY | (INNER_ONLY if args.solver == "cg" else CG_ONLY)))
     if unused:
-        say(f"note: {args.opt}{f' by {args.solver}' * (args.opt in GN)} does not use {', '.join('--' + k for k in unused)}")
+        say(f"note: {args.opt}{f' by {args.solver}' * (args.opt in GN)} does not use "
+            f"{', '.join('--' + k for k in unused)}")
 
     def evaluate():
         bar("evaluate")
@@ -680,27 +745,32 @@ def run(args, given, checkpoint):
         check_equal(params, progress["step"])
         state = stepper.state_dict()                    # for all processes to call: each may hold a part
         if rank == 0:
-            save_checkpoint(path, config=vars(args), model_config=vars(model.config), model=model.state_dict(), optimizer=state, ema=ema, progress=progress)
+            save_checkpoint(path, config=vars(args), model_config=vars(model.config), model=model.state_dict(),
+                            optimizer=state, ema=ema, progress=progress)
 
-    with open(out / "log.jsonl" if rank == 0 else os.devnull, "r+" if checkpoint else "w") as log, stop_on_signal() as signals:
+    with open(out / "log.jsonl" if rank == 0 else os.devnull,
+              "r+" if checkpoint else "w") as log, stop_on_signal() as signals:
         if checkpoint:
             if rank == 0:
                 log.truncate(progress["log_bytes"])
                 log.seek(0, os.SEEK_END)
             say(f"resuming {out} after step {progress['step']}")
         else:
-            header = {"config": vars(args), "parameters": n_params, "torch": torch.__version__, "python": platform.python_version(),
-                      "device": name, "threads": torch.get_num_threads(), "model": vars(model.config), "data": data.meta,
-                      "command": shlex.join(["python", "train.py", *(sys.argv[1:] if args.argv is None else args.argv)])}
+            header = {"config": vars(args), "parameters": n_params, "torch": torch.__version__,
+                      "python": platform.python_version(), "device": name, "threads": torch.get_num_threads(),
+                      "model": vars(model.config), "data": data.meta,
+                      "command": shlex.join(["python", "train.py",
+                                             *(sys.argv[1:] if args.argv is None else args.argv)])}
             log.write(json.dumps(header) + "\n")
             progress["val_loss"] = evaluate()
             bar.clear()
             say(f"step 0/{args.steps} | val {progress['val_loss']:.3f}")
-            write_row(log, {"step": 0, "tokens": 0, "distinct_tokens": 0, "train_loss": None, "val_loss": progress["val_loss"],
-                            "seconds": 0.0, "grad_equivalents": 0.0}, progress)
+            write_row(log, {"step": 0, "tokens": 0, "distinct_tokens": 0, "train_loss": None,
+                            "val_loss": progress["val_loss"], "seconds": 0.0, "grad_equivalents": 0.0}, progress)
             save()
         status, stopping, began, first, layers = 0, False, time.time(), progress["step"], model.layers()
-        reached = args.target_loss is not None and progress["val_loss"] is not None and progress["val_loss"] <= args.target_loss
+        reached = (args.target_loss is not None and progress["val_loss"] is not None
+                   and progress["val_loss"] <= args.target_loss)
         while progress["step"] < args.steps and not reached and not stopping:
             step, start = progress["step"], time.time()
             bar.begin(f"step {step + 1}/{args.steps}")
@@ -728,9 +798,11 @@ def run(args, given, checkpoint):
                 record["layer_norms"] = [flatten([moved[p] for p in layer]).norm().item() for layer in layers]
                 if "search" in extra:
                     record["actual_fresh"] = record["search_loss"] - record["search_loss0"]
-                elif due and progress["evaluated"] == step - 1 and not ema:     # the validation sample, before and after this step
+                elif due and progress["evaluated"] == step - 1 and not ema:
+                    # the validation sample, before and after this step
                     record["actual_fresh"] = val_loss - progress["val_loss"]
-                if due and record["actual"] is None:    # a baseline without line search: like evaluation, outside its time and work
+                # a baseline without line search: like evaluation, outside its time and work
+                if due and record["actual"] is None:
                     record["actual"] = batch_loss(model, x, y, args.micro_batch) - record["loss"]
                 if record["actual"] is not None and record["rho"] is None:
                     record["rho"] = record["actual"] / record["predicted"] if record["predicted"] < 0 else 0.0
@@ -738,16 +810,17 @@ def run(args, given, checkpoint):
                 progress["val_loss"], progress["evaluated"] = val_loss, step
             reached = due and args.target_loss is not None and val_loss <= args.target_loss
             row = {"step": step, "tokens": progress["tokens"], "distinct_tokens": progress["distinct_tokens"],
-                   "train_loss": record.pop("loss", None), "val_loss": val_loss, "seconds": progress["seconds"], "step_seconds": seconds,
-                   "grad_equivalents": progress["grad_equivalents"], **record, "peak_memory_mb": peak_memory_mb(device)}
+                   "train_loss": record.pop("loss", None), "val_loss": val_loss, "seconds": progress["seconds"],
+                   "step_seconds": seconds, "grad_equivalents": progress["grad_equivalents"], **record,
+                   "peak_memory_mb": peak_memory_mb(device)}
             write_row(log, row, progress)
             remaining = (time.time() - began) / (step - first) * (args.steps - step)
             say(step_line(row, args.steps, args.batch_tokens, remaining))
             if step % args.checkpoint_interval == 0 or step == args.steps or reached or given_up or stopping:
                 save()
             if given_up:
-                say(f"stopped: {stepper.rejections} steps in a row were rejected, the last because of: {record['reason']}; "
-                    f"{path} holds the parameters before them")
+                say(f"stopped: {stepper.rejections} steps in a row were rejected, the last because of: "
+                    f"{record['reason']}; {path} holds the parameters before them")
                 status = 1
                 break
     finish(args, model, data, progress, reached, stopping, path)
@@ -767,8 +840,8 @@ def write_row(log, row, progress):
 
 def finish(args, model, data, progress, reached, stopped, path):
     """The closing lines: what was reached and at what cost, where it lies, and some text of the model's own."""
-    cost = (f"{progress['step']} steps, {progress['tokens']:,} tokens, {progress['grad_equivalents']:.0f} gradient-equivalents, "
-            f"{duration(progress['seconds'])}")
+    cost = (f"{progress['step']} steps, {progress['tokens']:,} tokens, "
+            f"{progress['grad_equivalents']:.0f} gradient-equivalents, {duration(progress['seconds'])}")
     if reached:
         say(f"target {args.target_loss:g} reached: val {progress['val_loss']:.4f} after {cost}")
     elif args.target_loss is not None:
@@ -788,7 +861,8 @@ def finish(args, model, data, progress, reached, stopped, path):
 # Comparing runs
 
 # Settings in which runs of one configuration may differ.
-INCIDENTAL = RESUMABLE | {"bench", "study", "quick", "seed", "init_from", "overwrite", "argv", "compare", "plot", "micro_batch", "eval_interval"}
+INCIDENTAL = RESUMABLE | {"bench", "study", "quick", "seed", "init_from", "overwrite", "argv", "compare", "plot",
+                          "micro_batch", "eval_interval"}
 
 
 def read_run(folder):
@@ -802,14 +876,14 @@ def read_run(folder):
 
 
 def mean_and_error(values):
-    mean = sum(values) / len(values)
-    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) if len(values) > 1 else None
-    return f"{mean:,.4g}" + ("" if error is None else f" ± {error:.2g}")
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):,.4g}{error}"
 
 
 def compare(folders, targets=(), plot=None):
-    """Print, for each configuration (its seeds together) and target loss, the steps, tokens, gradients and seconds to the first
-    evaluation at or below it: mean ± standard error. A gradient is one over a million tokens, so that batches compare."""
+    """Print, for each configuration (its seeds together) and target loss, the steps, tokens, gradients and seconds to
+    the first evaluation at or below it: mean ± standard error. A gradient is one over a million tokens, so that batches
+    compare."""
     groups = {}
     for folder in folders:
         head, _, rows = read_run(folder)
@@ -828,7 +902,8 @@ def compare(folders, targets=(), plot=None):
     table = [("target", "configuration", "runs", "steps", "tokens", "gradients of 1M tokens", "seconds")]
     for target in targets:
         for key, runs in groups.items():
-            hits = [(next((r for r in rows if r["val_loss"] <= target), None), config, rows) for _, config, rows in runs]
+            hits = [(next((r for r in rows if r["val_loss"] <= target), None), config, rows)
+                    for _, config, rows in runs]
             found = [(r, c) for r, c, _ in hits if r]
             if len(found) < len(hits):
                 cells = [f"> {max(rows[-1]['step'] for r, _, rows in hits if not r)}", "", "", ""]
@@ -853,17 +928,20 @@ def draw(groups, path):
     """Loss of every run in groups, {name: [(folder, configuration, rows)]}, against steps, tokens and work."""
     views = (("outer steps", lambda r, c: r["step"]), ("tokens", lambda r, c: r["tokens"]),
              ("work, in gradients of 1M tokens", lambda r, c: r["grad_equivalents"] * c["batch_tokens"] / 1e6))
-    chart(path, [(label, {name: [[(view(r, c), r["val_loss"]) for r in rows if r["step"] > 0] for _, c, rows in runs] for name, runs in groups.items()})
+    chart(path, [(label, {name: [[(view(r, c), r["val_loss"]) for r in rows if r["step"] > 0] for _, c, rows in runs]
+                          for name, runs in groups.items()})
                  for label, view in views], "validation loss, nats per token")
 
 
-COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22", "#000000", "#aa8800")
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b",
+           "#17becf", "#e377c2", "#7f7f7f", "#bcbd22", "#000000", "#aa8800")
 
 
 def ticks(low, high, log):
     """Round numbers in [low, high]: on a logarithmic axis 1, 2 and 5 times powers of ten, else some five even ones."""
     if log:
-        found = [m * 10.0 ** e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
+        found = [m * 10.0 ** e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+                 for m in (1, 2, 5)]
         found = [t for t in found if low <= t <= high]
         return found if len(found) < 8 else [t for t in found if f"{t:e}"[0] == "1"]
     span = max(high - low, 1e-9)
@@ -873,10 +951,12 @@ def ticks(low, high, log):
 
 
 def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
-    """An SVG picture of lines: panels [(x label, {name: [curve, ...]})], a curve being [(x, y), ...]; the panels share names, colours and y."""
+    """An SVG picture of lines: panels [(x label, {name: [curve, ...]})], a curve being [(x, y), ...]; the panels share
+    names, colours and y."""
     if Path(path).suffix != ".svg":
         raise UsageError(f"--plot writes .svg, not {path}")
-    panels = [(label, {name: [c for c in curves if c] for name, curves in lines.items() if any(curves)}) for label, lines in panels]
+    panels = [(label, {name: [c for c in curves if c] for name, curves in lines.items() if any(curves)})
+              for label, lines in panels]
     names = list(dict.fromkeys(name for _, lines in panels for name in lines))
     points = [p for _, lines in panels for curves in lines.values() for c in curves for p in c]
     if not points:
@@ -885,8 +965,9 @@ def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
     columns = max(1, len(panels) * wide // 205)         # of the legend
     y0, y1 = min(y for _, y in points), max(y for _, y in points)
     height = high + 62 + 16 * -(-len(names) // columns)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + len(panels) * (wide + 40)} {height}" width="{left + len(panels) * (wide + 40)}" '
-           f'font-family="sans-serif" font-size="12" fill="#333"><rect width="100%" height="100%" fill="white"/>',
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + len(panels) * (wide + 40)} {height}" '
+           f'width="{left + len(panels) * (wide + 40)}" font-family="sans-serif" font-size="12" fill="#333">'
+           '<rect width="100%" height="100%" fill="white"/>',
            f'<text transform="translate(14 {top + high / 2}) rotate(-90)" text-anchor="middle">{y_label}</text>']
 
     def place(value, low, high, log):                   # into 0 .. 1
@@ -902,21 +983,26 @@ def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
         for t in ticks(x0, x1, x_log):
             x = at + wide * place(t, x0, x1, x_log)
             text = f"{t / 1e6:g}M" if t >= 1e6 else f"{t / 1e3:g}k" if t >= 1e3 else f"{t:g}"
-            out.append(f'<path d="M{x:.1f} {top}v{high}" stroke="#ddd"/><text x="{x:.1f}" y="{top + high + 16}" text-anchor="middle">{text}</text>')
+            out.append(f'<path d="M{x:.1f} {top}v{high}" stroke="#ddd"/>'
+                       f'<text x="{x:.1f}" y="{top + high + 16}" text-anchor="middle">{text}</text>')
         for t in ticks(y0, y1, y_log):
             y = top + high * (1 - place(t, y0, y1, y_log))
-            out.append(f'<path d="M{at} {y:.1f}h{wide}" stroke="#ddd"/>' + f'<text x="{at - 6}" y="{y + 4:.1f}" text-anchor="end">{t:g}</text>' * (i == 0))
+            out.append(f'<path d="M{at} {y:.1f}h{wide}" stroke="#ddd"/>'
+                       + f'<text x="{at - 6}" y="{y + 4:.1f}" text-anchor="end">{t:g}</text>' * (i == 0))
         for name, curves in lines.items():
             colour = COLOURS[names.index(name) % len(COLOURS)]
             for curve in curves:
-                out.append(f'<polyline points="{" ".join(xy(x, y) for x, y in curve)}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+                out.append(f'<polyline points="{" ".join(xy(x, y) for x, y in curve)}" fill="none" '
+                           f'stroke="{colour}" stroke-width="1.6"/>')
                 if marks:
-                    out += [f'<circle cx="{p[0]}" cy="{p[1]}" r="3" fill="{colour}"/>' for p in (xy(x, y).split(",") for x, y in curve)]
+                    out += [f'<circle cx="{p[0]}" cy="{p[1]}" r="3" fill="{colour}"/>'
+                            for p in (xy(x, y).split(",") for x, y in curve)]
         out.append(f'<rect x="{at}" y="{top}" width="{wide}" height="{high}" fill="none" stroke="#333"/>'
                    f'<text x="{at + wide / 2}" y="{top + high + 36}" text-anchor="middle">{label}</text>')
     for i, name in enumerate(names):
         x, y = left + i % columns * 205, top + high + 56 + 16 * (i // columns)
-        out.append(f'<path d="M{x:.0f} {y - 4}h18" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2.5"/><text x="{x + 24:.0f}" y="{y}">{html.escape(name)}</text>')
+        out.append(f'<path d="M{x:.0f} {y - 4}h18" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2.5"/>'
+                   f'<text x="{x + 24:.0f}" y="{y}">{html.escape(name)}</text>')
     Path(path).write_text("\n".join(out) + "\n</svg>\n")
 
 
@@ -932,26 +1018,37 @@ class Method(NamedTuple):
     batch: int         # in tokens, beyond its critical one
 
 
-# From AdamW's curve alone: its loss after 100 steps at a constant rate, and one for which it needs over 500 even with a decay.
+# From AdamW's curve alone: its loss after 100 steps at a constant rate, and one for which it needs over 500 even with
+# a decay.
 TARGETS = {"steep": 1.60, "slow": 1.33, "quick": 1.75}
 WARMUP = "--opt adamw --lr 3e-3 --steps 60"
 BEST_GN, MILLION = "prox-linear GN, inner SOAP", 2 ** 20
 STUDY = {  # the longest runs first
-    "prox-linear GN, CG": Method("--opt full_gn --solver cg", "damping", (0.3, 0.03, 0.1, 1.0), "cg_iters", ("6", "12"), MILLION // 4),
-    "AdamW": Method("--opt adamw", "lr", (1e-2, 5e-3, 2e-2, 4e-2), "betas", ("0.9 0.99", "0.95 0.95"), MILLION // 4),
-    "layerwise GN, inner SOAP": Method("--opt layerwise_gn --solver soap", "inner_lr", (8e-3, 1.6e-2, 3.2e-2, 6.4e-2), "inner_tokens", ("2048", "8192"), MILLION),
-    # Above 6e-2 K-FAC's KL clip sets the length of its step, not the rate: 0.12 and 0.24 make one and the same run, of as many steps.
-    "K-FAC": Method("--opt kfac", "lr", (6e-2, 7.5e-3, 1.5e-2, 3e-2), "precondition_frequency", ("1", "3"), MILLION // 4),
-    "SOAP": Method("--opt soap", "lr", (2e-2, 5e-3, 1e-2, 4e-2), "precondition_frequency", ("1", "3"), MILLION // 4),
-    "Muon": Method("--opt muon", "lr", (4e-2, 1e-2, 2e-2, 8e-2), "momentum", ("0.9", "0.98"), MILLION // 4),
-    BEST_GN: Method("--opt full_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2), "inner_tokens", ("2048", "8192"), MILLION),
-    "prox-linear GN, inner Muon": Method("--opt full_gn --solver muon", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), MILLION),
-    "GN, inner Muon": Method("--opt full_gn --solver muon --local_model gn", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2), "inner_tokens", ("2048", "8192"), MILLION),
+    "prox-linear GN, CG": Method("--opt full_gn --solver cg", "damping", (0.3, 0.03, 0.1, 1.0),
+                                 "cg_iters", ("6", "12"), MILLION // 4),
+    "AdamW": Method("--opt adamw", "lr", (1e-2, 5e-3, 2e-2, 4e-2),
+                    "betas", ("0.9 0.99", "0.95 0.95"), MILLION // 4),
+    "layerwise GN, inner SOAP": Method("--opt layerwise_gn --solver soap", "inner_lr", (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
+                                       "inner_tokens", ("2048", "8192"), MILLION),
+    # Above 6e-2 K-FAC's KL clip sets the length of its step, not the rate: 0.12 and 0.24 make one and the same run, of
+    # as many steps.
+    "K-FAC": Method("--opt kfac", "lr", (6e-2, 7.5e-3, 1.5e-2, 3e-2),
+                    "precondition_frequency", ("1", "3"), MILLION // 4),
+    "SOAP": Method("--opt soap", "lr", (2e-2, 5e-3, 1e-2, 4e-2),
+                   "precondition_frequency", ("1", "3"), MILLION // 4),
+    "Muon": Method("--opt muon", "lr", (4e-2, 1e-2, 2e-2, 8e-2),
+                   "momentum", ("0.9", "0.98"), MILLION // 4),
+    BEST_GN: Method("--opt full_gn --solver soap", "inner_lr", (8e-3, 2e-3, 4e-3, 1.6e-2),
+                    "inner_tokens", ("2048", "8192"), MILLION),
+    "prox-linear GN, inner Muon": Method("--opt full_gn --solver muon", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2),
+                                         "inner_tokens", ("2048", "8192"), MILLION),
+    "GN, inner Muon": Method("--opt full_gn --solver muon --local_model gn", "inner_lr", (1e-2, 2.5e-3, 5e-3, 2e-2),
+                             "inner_tokens", ("2048", "8192"), MILLION),
 }
 SEEDS, BATCHES = (1, 2, 3), tuple(2 ** k for k in range(14, 21))
-# The slow target, with a rate that falls over the run: steps, factors on tuned flags, batch, other flags. There the noise of its solve is
-# more than what one linearisation can gain, so that a search cuts full GN's steps to a quarter; it goes without, and the noise falls
-# with the rate.
+# The slow target, with a rate that falls over the run: steps, factors on tuned flags, batch, other flags. There the
+# noise of its solve is more than what one linearisation can gain, so that a search cuts full GN's steps to a quarter;
+# it goes without, and the noise falls with the rate.
 SLOW = {
     "K-FAC": (180, {}, MILLION // 4, "--schedule wsd"),
     "Muon": (200, {}, MILLION // 4, "--schedule wsd"),
@@ -961,7 +1058,8 @@ SLOW = {
               "--inner_schedule global_cosine --inner_warmup 1024 --line_search none --compile"),
 }
 RANDOM = ("K-FAC", "Muon", BEST_GN)         # from random initialisation
-ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best solver, four of 131,072 by CG, forty of baselines
+# what one setting does: ten steps of 262,144 tokens by the best solver, four of 131,072 by CG, forty of baselines
+ABLATIONS = {
     "inner": ("--opt full_gn --solver soap --inner_lr 6e-3 --batch_tokens 262144 --steps 10", {
         "as it is": "",
         "no line search": "--line_search none",
@@ -1003,7 +1101,8 @@ ABLATIONS = {  # what one setting does: ten steps of 262,144 tokens by the best 
 
 
 def score(run):
-    """Fewer steps to the target are better; of equal ones the lower loss then; of runs that missed it the lower loss."""
+    """Fewer steps to the target are better; of equal ones the lower loss then; of runs that missed it the lower
+    loss."""
     return run["steps"] or math.inf, run["loss"]
 
 
@@ -1013,12 +1112,12 @@ def scaled(flags, name, factor):
 
 
 class Study:
-    """The headline study. Each method on its own: tuning at half its batch, for the baselines an ending, three other seeds. After that
-    the batches, the slow target, random initialisation and ablations.
+    """The headline study. Each method on its own: tuning at half its batch, for the baselines an ending, three other
+    seeds. After that the batches, the slow target, random initialisation and ablations.
 
-    Each run is an ordinary one of this program, in a folder of its own and on one thread, `width` at a time. What is complete is not run
-    again, what was cut off goes on, and what a headline.json in `out` has (of an earlier study, or another machine) counts as complete.
-    Runs of it that the study does not ask for are kept.
+    Each run is an ordinary one of this program, in a folder of its own and on one thread, `width` at a time. What is
+    complete is not run again, what was cut off goes on, and what a headline.json in `out` has (of an earlier study, or
+    another machine) counts as complete. Runs of it that the study does not ask for are kept.
     """
 
     def __init__(self, out, width, quick):
@@ -1044,8 +1143,8 @@ class Study:
             result = self.recorded.get(name)
         if result is None:
             go_on = ["--resume"] if (folder / "checkpoint.pt").exists() else [*flags, "--overwrite"]
-            done = subprocess.run([sys.executable, __file__, *go_on, "--out_dir", str(folder)], capture_output=True, text=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
+            done = subprocess.run([sys.executable, __file__, *go_on, "--out_dir", str(folder)], capture_output=True,
+                                  text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             result = self.read(name)
             if result is None:
                 told = done.stderr.strip() or done.stdout.strip() or "no output"
@@ -1053,12 +1152,14 @@ class Study:
         run = self.found[name] = {**result, "method": method}
         reached = ""
         if run["target"] is not None:
-            reached = f"{run['target']:g} after {run['steps']} steps, " if run["steps"] else f"> {run['ran']} steps to {run['target']:g}, "
+            reached = (f"{run['target']:g} after {run['steps']} steps, " if run["steps"]
+                       else f"> {run['ran']} steps to {run['target']:g}, ")
         say(f"{len(self.found):4d}  {name}: {reached}val {run['loss']:.4f}, {duration(run['seconds'])}")
         return run
 
     def read(self, name):
-        """What a complete run's log holds, in short, or None: steps to its target, tokens, gradients of 1M tokens and seconds to there."""
+        """What a complete run's log holds, in short, or None: steps to its target, tokens, gradients of 1M tokens and
+        seconds to there."""
         try:
             head, every, rows = read_run(self.out / name)
         except UsageError:
@@ -1070,9 +1171,10 @@ class Study:
         if not rows or not (hit or rows[-1]["step"] >= c["steps"] or rejected >= c["max_rejections"]):
             return None
         last = hit or rows[-1]
-        return {"target": c["target_loss"], "steps": hit and hit["step"], "ran": last["step"], "loss": last["val_loss"], "tokens": last["tokens"],
-                "gradients": round(last["grad_equivalents"] * c["batch_tokens"] / 1e6, 3), "seconds": round(last["seconds"], 1),
-                "device": head["device"], "torch": head["torch"], "command": head["command"], "batch_tokens": c["batch_tokens"],
+        return {"target": c["target_loss"], "steps": hit and hit["step"], "ran": last["step"], "loss": last["val_loss"],
+                "tokens": last["tokens"], "gradients": round(last["grad_equivalents"] * c["batch_tokens"] / 1e6, 3),
+                "seconds": round(last["seconds"], 1), "device": head["device"], "torch": head["torch"],
+                "command": head["command"], "batch_tokens": c["batch_tokens"],
                 "curve": [[r["step"], round(r["val_loss"], 4)] for r in rows if r["step"] <= last["step"]]}
 
     # ---- what is run ----
@@ -1081,7 +1183,8 @@ class Study:
         own = flags[len(STUDY[method].flags):]
         steps = steps or (20 if "_gn" in flags else 250) * (1 if batch > 65536 else 6 if "_gn" in flags else 2)
         return self.start(f"{method} {own} {batch // 1024}k seed {seed}" + f" {steps}" * ("wsd" in flags),
-                          f"{flags} --batch_tokens {batch} --steps {steps} --target_loss {self.target} --eval_interval 1 --seed {seed}", method)
+                          f"{flags} --batch_tokens {batch} --steps {steps} --target_loss {self.target} "
+                          f"--eval_interval 1 --seed {seed}", method)
 
     def slow(self, method, flags, seed=0):
         steps, factors, batch, falling = SLOW[method]
@@ -1089,7 +1192,8 @@ class Study:
             flags = scaled(flags, name, factor)
         own = f"{flags[len(STUDY[method].flags):]} {falling}"
         return self.start(f"slow {method} {own} {steps} steps seed {seed}",
-                          f"{flags} {falling} --batch_tokens {batch} --steps {steps} --target_loss {TARGETS['slow']} --eval_interval 1 --seed {seed}", method)
+                          f"{flags} {falling} --batch_tokens {batch} --steps {steps} "
+                          f"--target_loss {TARGETS['slow']} --eval_interval 1 --seed {seed}", method)
 
     def best(self, tried):
         """The (flags, run) with the best score of {flags: future of a run}."""
@@ -1101,10 +1205,12 @@ class Study:
         if self.quick:
             flags = f"{m.flags} --{m.rate} {m.rates[0]:g}"
             return flags, [self.steep(name, flags, m.batch // (4 if m.rate == "inner_lr" else 2)).result()]
-        flags, _ = self.best({f: self.steep(name, f, m.batch // 2) for f in (f"{m.flags} --{m.rate} {r:g}" for r in m.rates)})
+        flags, _ = self.best({f: self.steep(name, f, m.batch // 2)
+                              for f in (f"{m.flags} --{m.rate} {r:g}" for r in m.rates)})
         if float(flags.split()[-1]) in (min(m.rates), max(m.rates)):
             say(f"note: {name}: the best rate is at the edge of the grid, {flags.split()[-1]}")
-        flags, run = self.best({f: self.steep(name, f, m.batch // 2) for f in (flags, *(f"{flags} --{m.knob} {v}" for v in m.values))})
+        flags, run = self.best({f: self.steep(name, f, m.batch // 2)
+                                for f in (flags, *(f"{flags} --{m.knob} {v}" for v in m.values))})
         ending, steps = flags, None
         if "_gn" not in m.flags:            # a constant rate, an average of the weights, or a decay
             decay = math.ceil(0.85 * (run["steps"] or run["ran"]))
@@ -1115,24 +1221,28 @@ class Study:
         return flags, [run.result() for run in [self.steep(name, ending, m.batch, seed, steps) for seed in SEEDS]]
 
     def batches(self, method, flags):
-        """[(batch, steps)]: batches doubled until the steps fall by under a tenth, small ones with half the rate as well."""
+        """[(batch, steps)]: batches doubled until the steps fall by under a tenth, small ones with half the rate as
+        well."""
         found = []
         for size in BATCHES[:3:2] if self.quick else BATCHES:
             factors = (1, 0.5) if size < 2 ** 16 or "_gn" in flags else (1,)
-            _, run = self.best({f: self.steep(method, f, size) for f in (scaled(flags, STUDY[method].rate, factor) for factor in factors)})
+            _, run = self.best({f: self.steep(method, f, size)
+                                for f in (scaled(flags, STUDY[method].rate, factor) for factor in factors)})
             found.append((size, run["steps"]))
             if len(found) > 1 and all(steps for _, steps in found[-2:]) and found[-1][1] > 0.9 * found[-2][1]:
                 break
         return found
 
     def random(self, method, flags):
-        return self.start(f"random {method}", f"{flags} --batch_tokens {STUDY[method].batch} --steps {30 if '_gn' in flags else 300} "
+        return self.start(f"random {method}",
+                          f"{flags} --batch_tokens {STUDY[method].batch} --steps {30 if '_gn' in flags else 300} "
                           f"--target_loss {self.target} --eval_interval 1", method, init=False)
 
     def everything(self):
         found = {}
         self.start("warmup", WARMUP, "AdamW", init=False).result()
-        with ThreadPoolExecutor(64) as chains:              # a chain waits for its runs; the runs themselves queue in order
+        # a chain waits for its runs; the runs themselves queue in order
+        with ThreadPoolExecutor(64) as chains:
             try:
                 first = {method: chains.submit(self.headline, method) for method in STUDY}
                 tuned = {method: chain.result()[0] for method, chain in first.items()}
@@ -1143,12 +1253,14 @@ class Study:
                 if not self.quick:
                     late = {method: self.slow(method, tuned[method]) for method in SLOW}
                     random = {method: self.random(method, tuned[method]) for method in RANDOM}
-                    ablations = [self.start(f"ablation {group} {name}", f"{base} {extra} --eval_interval 1", f"{group}: {name}")
+                    ablations = [self.start(f"ablation {group} {name}", f"{base} {extra} --eval_interval 1",
+                                            f"{group}: {name}")
                                  for group, (base, settings) in ABLATIONS.items() for name, extra in settings.items()]
                     found["slow"] = {method: [run.result()] for method, run in late.items()}
                     rival = min(late.keys() - {BEST_GN}, key=lambda method: score(late[method].result()))
-                    for method in (BEST_GN, rival):                                     # the winners with another seed
-                        found["slow"][method].append(self.slow(method, tuned[method], SEEDS[0]).result())
+                    again = {m: [self.slow(m, tuned[m], seed) for seed in SEEDS[:2]] for m in (BEST_GN, rival)}
+                    for method, runs in again.items():                                  # the winners over seeds
+                        found["slow"][method] += [run.result() for run in runs]
                     found["random"] = {method: [run.result()] for method, run in random.items()}
                     for run in ablations:
                         run.result()
@@ -1162,15 +1274,18 @@ class Study:
 
     def table(self, stage, seeds):
         """Print the rows of one stage, {method: [runs]}, the best first."""
-        counts = {m: sum(r["steps"] or r["ran"] for r in runs) / len(runs) for m, runs in seeds.items()}       # at least, where a run missed the target
-        goal = f"steps to {TARGETS['slow'] if stage == 'slow' else self.target:g}" + ", random initialisation" * (stage == "random")
+        # at least, where a run missed the target
+        counts = {m: sum(r["steps"] or r["ran"] for r in runs) / len(runs) for m, runs in seeds.items()}
+        goal = (f"steps to {TARGETS['slow'] if stage == 'slow' else self.target:g}"
+                + ", random initialisation" * (stage == "random"))
         rows = [(goal, "mean", "each seed", "ratio", "M tokens", "gradients of 1M tokens", "core-seconds")]
         for method, runs in sorted(seeds.items(), key=lambda item: counts[item[0]]):
             missed = "> " * any(not r["steps"] for r in runs)
             mean = f"{counts[method]:.4g}" if missed else mean_and_error([r["steps"] for r in runs])
             on_cpu = [r["seconds"] for r in runs if r["device"].startswith("cpu")]
             rows.append((method, missed + mean, ", ".join(str(r["steps"] or f"> {r['ran']}") for r in runs),
-                         f"{missed}{counts[method] / min(counts.values()):.1f}", mean_and_error([r["tokens"] / 1e6 for r in runs]),
+                         f"{missed}{counts[method] / min(counts.values()):.1f}",
+                         mean_and_error([r["tokens"] / 1e6 for r in runs]),
                          mean_and_error([r["gradients"] for r in runs]), mean_and_error(on_cpu) if on_cpu else ""))
         print_table(rows)
         say()
@@ -1184,7 +1299,8 @@ class Study:
         runs = self.found.values()
         record = {"targets": TARGETS, "gradients_of_1M_tokens": round(sum(r["gradients"] for r in runs), 1),
                   "hours": round(sum(r["seconds"] for r in runs) / 3600, 2),
-                  **{stage: {m: [names[id(r)] for r in rs] for m, rs in seeds.items()} for stage, seeds in stages.items()},
+                  **{stage: {m: [names[id(r)] for r in rs] for m, rs in seeds.items()}
+                     for stage, seeds in stages.items()},
                   "batches": found.get("batches", {}), "runs": dict(sorted({**self.recorded, **self.found}.items()))}
         text = json.dumps(record, ensure_ascii=False).replace('"runs": {', '"runs": {\n').replace("]]}, ", "]]},\n")
         (self.out / "headline.json").write_text(text + "\n")
@@ -1193,15 +1309,19 @@ class Study:
             if stage in found:
                 curves = {m: [[(s, v) for s, v in r["curve"] if s] for r in rs] for m, rs in found[stage].items()}
                 chart(self.out / picture, [("outer steps", curves)], loss)
-        curves = {m: [[(size, steps) for size, steps in curve if steps]] for m, curve in found.get("batches", {}).items()}
+        curves = {m: [[(size, steps) for size, steps in curve if steps]]
+                  for m, curve in found.get("batches", {}).items()}
         if any(any(c) for c in curves.values()):
-            chart(self.out / "batch.svg", [("tokens per step", curves)], f"steps to {self.target:g}", y_log=True, marks=True)
+            chart(self.out / "batch.svg", [("tokens per step", curves)], f"steps to {self.target:g}",
+                  y_log=True, marks=True)
         ablations = sorted((*r["method"].split(": "), r["curve"]) for r in runs if ": " in r["method"])
         for group in dict.fromkeys(group for group, _, _ in ablations):
             ours = {name: curve for g, name, curve in ablations if g == group}
-            print_table([(f"{group}, one thing changed", "steps", "loss")] + [(name, str(c[-1][0]), f"{c[-1][1]:.3f}") for name, c in ours.items()])
+            print_table([(f"{group}, one thing changed", "steps", "loss")]
+                        + [(name, str(c[-1][0]), f"{c[-1][1]:.3f}") for name, c in ours.items()])
             say()
-            chart(self.out / f"ablation-{group}.svg", [("outer steps", {name: [c] for name, c in ours.items()})], loss, x_log=False)
+            chart(self.out / f"ablation-{group}.svg", [("outer steps", {name: [c] for name, c in ours.items()})],
+                  loss, x_log=False)
         say(f"written: {self.out}/headline.json and {', '.join(sorted(p.name for p in self.out.glob('*.svg')))}")
 
 
@@ -1217,19 +1337,24 @@ def study(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # What everything costs, in gradients
 
-BENCH = {"4 layers, d 128, vocabulary 512, 16 x 128 tokens": (dict(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=512), 16),
-         "6 layers, d 256, vocabulary 2048, 8 x 256 tokens": (dict(n_layer=6, n_head=8, n_embd=256, block_size=256, vocab_size=2048), 8)}
+BENCH = {"4 layers, d 128, vocabulary 512, 16 x 128 tokens":
+         (dict(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=512), 16),
+         "6 layers, d 256, vocabulary 2048, 8 x 256 tokens":
+         (dict(n_layer=6, n_head=8, n_embd=256, block_size=256, vocab_size=2048), 8)}
 
 
 def bench(args, rounds=9):
-    """Print what each piece of a step costs in gradients (forward, loss and backward, eager, fused attention) of the same model and
-    batch: median and quartiles of the ratio within interleaved rounds, after its result was checked against float64."""
+    """Print what each piece of a step costs in gradients (forward, loss and backward, eager, fused attention) of the
+    same model and batch: median and quartiles of the ratio within interleaved rounds, after its result was checked
+    against float64."""
     torch.set_num_threads(args.threads or 1)
     torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
     tune_allocator()
-    name = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else platform.processor() or platform.machine()
-    say(f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {args.dtype}; ratios to one gradient: median (quartiles) of {rounds} interleaved "
-        "rounds; error: relative, against float64")
+    name = (torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda"
+            else platform.processor() or platform.machine())
+    say(f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {args.dtype}; "
+        f"ratios to one gradient: median (quartiles) of {rounds} interleaved rounds; "
+        "error: relative, against float64")
     for title, (sizes, rows) in BENCH.items():
         torch.manual_seed(0)
         model = GPT(GPTConfig(**sizes)).to(args.device)
@@ -1246,14 +1371,16 @@ def bench(args, rounds=9):
             say(note)
         report(ways, rounds, x.is_cuda, want)
     say(f"\nthe {args.model} preset, 131,072 tokens, whole steps, line search included; ratios to SOAP's")
-    steps = {"SOAP": "--opt soap", "full GN, inner Muon": "--opt full_gn --solver muon", "full GN, inner Muon, compiled": "--opt full_gn --solver muon --compile"}
-    report({way: (None, bench_step(f"{flags} --model {args.model} --dtype {args.dtype} --device {args.device} --batch_tokens 131072"))
+    steps = {"SOAP": "--opt soap", "full GN, inner Muon": "--opt full_gn --solver muon",
+             "full GN, inner Muon, compiled": "--opt full_gn --solver muon --compile"}
+    report({way: (None, bench_step(f"{flags} --model {args.model} --dtype {args.dtype} --device {args.device} "
+                                   "--batch_tokens 131072"))
             for way, flags in steps.items()}, (rounds + 1) // 2, torch.device(args.device).type == "cuda")
 
 
 def report(ways, rounds, is_cuda, want={}):
-    """Time ways, {name: (kind, function)}, in interleaved rounds, and print each one's ratio to the first; the error of its result against
-    want[kind]."""
+    """Time ways, {name: (kind, function)}, in interleaved rounds, and print each one's ratio to the first; the error of
+    its result against want[kind]."""
     times, errors = {way: [] for way in ways}, {}
     for i in range(rounds + 2):
         for way, (kind, function) in ways.items():
@@ -1268,16 +1395,19 @@ def report(ways, rounds, is_cuda, want={}):
     for way, t in times.items():
         ratios = sorted(a / b for a, b in zip(t[2:], base[2:]))
         error = f"  error {errors[way]:.0e}" if way in errors else ""
-        say(f"  {way:58s} {ratios[rounds // 2]:6.3f}  ({ratios[rounds // 4]:.3f} - {ratios[-1 - rounds // 4]:.3f}){error}")
+        say(f"  {way:58s} {ratios[rounds // 2]:6.3f}  "
+            f"({ratios[rounds // 4]:.3f} - {ratios[-1 - rounds // 4]:.3f}){error}")
     say(f"  (one {first}: {1000 * sorted(base)[len(base) // 2]:.1f} ms)")
 
 
 def bench_step(flags):
-    """A function that makes one step of train.py's run with these flags, on tokens whose successor is a function of them."""
+    """A function that makes one step of train.py's run with these flags, on tokens whose successor is a function of
+    them."""
     args, _ = resolve(flags.split())
     model = build_model(args, 256).to(args.device)
     model.bf16, args.micro_batch = args.dtype == "bf16", 8192 // model.config.block_size
-    x = torch.randint(0, 256, (args.batch_tokens // model.config.block_size, model.config.block_size), device=args.device)
+    x = torch.randint(0, 256, (args.batch_tokens // model.config.block_size, model.config.block_size),
+                      device=args.device)
     stepper = make_stepper(model, args, lambda *where: None)
     return lambda: stepper.step(x, (5 * x + 1) % 256)
 
@@ -1298,7 +1428,8 @@ def bench_ways(model, x, y, v):
             "product": ("product", lambda: ggn.matvec(v)),
             "set-up of a batch, its gradient included": ("gradient", lambda: GGN(model, x, y).grad),
             "local model's gradient, batch used once (inner solver)": ("inner", lambda: once(inner)),
-            "layerwise product, all layers": (None, lambda: [ggn.matvec(select(v, params, layer), layer) for layer in layers]),
+            "layerwise product, all layers": (None, lambda: [ggn.matvec(select(v, params, layer), layer)
+                                                             for layer in layers]),
             "line-search candidate": (None, lambda: batch_loss(model, x, y)),
             "K-FAC factors, from a quarter of the sequences": (None, lambda: kfac.update(*quarter)),
             "K-FAC application": (None, lambda: kfac.apply(v, lambda S: 1 / (S + 1e-3))),
@@ -1318,8 +1449,8 @@ def bench_ways(model, x, y, v):
     loss_function = nn.CrossEntropyLoss()
     try:
         from curvlinops import GGNLinearOperator
-        operator = GGNLinearOperator(flat_model, loss_function, params, [(x, y.flatten())], check_deterministic=False, num_data=y.numel(),
-                                     batch_size_fn=lambda x: x.numel())
+        operator = GGNLinearOperator(flat_model, loss_function, params, [(x, y.flatten())], check_deterministic=False,
+                                     num_data=y.numel(), batch_size_fn=lambda x: x.numel())
 
         def curvlinops():
             with sdpa_kernel(SDPBackend.MATH):
@@ -1333,7 +1464,8 @@ def bench_ways(model, x, y, v):
         with sdpa_kernel(SDPBackend.MATH):
             output = flat_model(x)
             loss = loss_function(output, y.flatten())
-        ways["product, BackPACK"] = ("product", lambda: flatten(ggn_vector_product(loss, output, flat_model, unflatten(v, params))))
+        ways["product, BackPACK"] = ("product", lambda: flatten(
+            ggn_vector_product(loss, output, flat_model, unflatten(v, params))))
         ways["product, BackPACK"][1]()
     except Exception as e:
         notes.append(f"  BackPACK: not measured ({type(e).__name__}: {str(e).splitlines()[0]})")
@@ -1369,7 +1501,8 @@ def main(argv=None):
         print(f"train.py: error: {e}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as e:
-        print(f"train.py: error: {str(e).splitlines()[0].split('. ')[0]}; the last checkpoint is whole; --micro_batch and --cache_gb set what is held at once", file=sys.stderr)
+        print(f"train.py: error: {str(e).splitlines()[0].split('. ')[0]}; the last checkpoint is whole; "
+              "--micro_batch and --cache_gb set what is held at once", file=sys.stderr)
         return 1
     except RuntimeError as e:                           # another process is gone, or has come apart from this one
         if not dist.is_torchelastic_launched():

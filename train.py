@@ -934,7 +934,7 @@ def draw(groups, path):
 
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b",
-           "#17becf", "#e377c2", "#7f7f7f", "#bcbd22", "#000000", "#aa8800")
+           "#17becf", "#e377c2", "#7f7f7f", "#bcbd22", "#000000", "#aa8800", "#393b79", "#f7a8a0")
 
 
 def ticks(low, high, log):
@@ -950,20 +950,23 @@ def ticks(low, high, log):
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
+def chart(path, panels, y_label, x_log=True, y_log=False, marks=False, names=(), y_max=math.inf):
     """An SVG picture of lines: panels [(x label, {name: [curve, ...]})], a curve being [(x, y), ...]; the panels share
-    names, colours and y."""
+    names, colours and y. Pictures that are given the same `names` share colours too; above y_max lines are cut off."""
     if Path(path).suffix != ".svg":
         raise UsageError(f"--plot writes .svg, not {path}")
     panels = [(label, {name: [c for c in curves if c] for name, curves in lines.items() if any(curves)})
               for label, lines in panels]
-    names = list(dict.fromkeys(name for _, lines in panels for name in lines))
+    names = dict.fromkeys([*names, *(name for _, lines in panels for name in lines)])
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    names = [name for name in names if any(name in lines for _, lines in panels)]
     points = [p for _, lines in panels for curves in lines.values() for c in curves for p in c]
     if not points:
         raise UsageError(f"nothing to draw into {path}: no run has made a step")
     wide, high, left, top = 360 if len(panels) > 1 else 620, 300, 62, 14
-    columns = max(1, len(panels) * wide // 205)         # of the legend
-    y0, y1 = min(y for _, y in points), max(y for _, y in points)
+    entry = max(205, 40 + 7 * max(map(len, names)))     # width of a name in the legend
+    columns = max(1, len(panels) * (wide + 40) // entry)
+    y0, y1 = min(y for _, y in points), min(y_max, max(y for _, y in points))
     height = high + 62 + 16 * -(-len(names) // columns)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + len(panels) * (wide + 40)} {height}" '
            f'width="{left + len(panels) * (wide + 40)}" font-family="sans-serif" font-size="12" fill="#333">'
@@ -989,19 +992,20 @@ def chart(path, panels, y_label, x_log=True, y_log=False, marks=False):
             y = top + high * (1 - place(t, y0, y1, y_log))
             out.append(f'<path d="M{at} {y:.1f}h{wide}" stroke="#ddd"/>'
                        + f'<text x="{at - 6}" y="{y + 4:.1f}" text-anchor="end">{t:g}</text>' * (i == 0))
-        for name, curves in lines.items():
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            for curve in curves:
+        out.append(f'<clipPath id="panel{i}"><rect x="{at - 4}" y="{top}" width="{wide + 8}" height="{high + 4}"/>'
+                   '</clipPath>')
+        for name in reversed(names):                    # the first on top
+            for curve in lines.get(name, []):
                 out.append(f'<polyline points="{" ".join(xy(x, y) for x, y in curve)}" fill="none" '
-                           f'stroke="{colour}" stroke-width="1.6"/>')
+                           f'stroke="{colours[name]}" stroke-width="1.6" clip-path="url(#panel{i})"/>')
                 if marks:
-                    out += [f'<circle cx="{p[0]}" cy="{p[1]}" r="3" fill="{colour}"/>'
+                    out += [f'<circle cx="{p[0]}" cy="{p[1]}" r="3" fill="{colours[name]}"/>'
                             for p in (xy(x, y).split(",") for x, y in curve)]
         out.append(f'<rect x="{at}" y="{top}" width="{wide}" height="{high}" fill="none" stroke="#333"/>'
                    f'<text x="{at + wide / 2}" y="{top + high + 36}" text-anchor="middle">{label}</text>')
     for i, name in enumerate(names):
-        x, y = left + i % columns * 205, top + high + 56 + 16 * (i // columns)
-        out.append(f'<path d="M{x:.0f} {y - 4}h18" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2.5"/>'
+        x, y = left + i % columns * entry, top + high + 56 + 16 * (i // columns)
+        out.append(f'<path d="M{x:.0f} {y - 4}h18" stroke="{colours[name]}" stroke-width="2.5"/>'
                    f'<text x="{x + 24:.0f}" y="{y}">{html.escape(name)}</text>')
     Path(path).write_text("\n".join(out) + "\n</svg>\n")
 
@@ -1273,13 +1277,15 @@ class Study:
     # ---- what is written ----
 
     def table(self, stage, seeds):
-        """Print the rows of one stage, {method: [runs]}, the best first."""
+        """Print the rows of one stage, {method: [runs]}, the best first; returns the methods in this order."""
         # at least, where a run missed the target
         counts = {m: sum(r["steps"] or r["ran"] for r in runs) / len(runs) for m, runs in seeds.items()}
         goal = (f"steps to {TARGETS['slow'] if stage == 'slow' else self.target:g}"
                 + ", random initialisation" * (stage == "random"))
         rows = [(goal, "mean", "each seed", "ratio", "M tokens", "gradients of 1M tokens", "core-seconds")]
-        for method, runs in sorted(seeds.items(), key=lambda item: counts[item[0]]):
+        order = sorted(seeds, key=counts.get)
+        for method in order:
+            runs = seeds[method]
             missed = "> " * any(not r["steps"] for r in runs)
             mean = f"{counts[method]:.4g}" if missed else mean_and_error([r["steps"] for r in runs])
             on_cpu = [r["seconds"] for r in runs if r["device"].startswith("cpu")]
@@ -1289,13 +1295,13 @@ class Study:
                          mean_and_error([r["gradients"] for r in runs]), mean_and_error(on_cpu) if on_cpu else ""))
         print_table(rows)
         say()
+        return order
 
     def write(self, found):
         """headline.json with every run, the tables, and the pictures."""
         names = {id(run): name for name, run in self.found.items()}
         stages = {stage: found[stage] for stage in ("headline", "slow", "random") if stage in found}
-        for stage, seeds in stages.items():
-            self.table(stage, seeds)
+        order, *_ = [self.table(stage, seeds) for stage, seeds in stages.items()]
         runs = self.found.values()
         record = {"targets": TARGETS, "gradients_of_1M_tokens": round(sum(r["gradients"] for r in runs), 1),
                   "hours": round(sum(r["seconds"] for r in runs) / 3600, 2),
@@ -1304,16 +1310,17 @@ class Study:
                   "batches": found.get("batches", {}), "runs": dict(sorted({**self.recorded, **self.found}.items()))}
         text = json.dumps(record, ensure_ascii=False).replace('"runs": {', '"runs": {\n').replace("]]}, ", "]]},\n")
         (self.out / "headline.json").write_text(text + "\n")
-        loss = "validation loss, nats per byte"
+        # Muon and AdamW at their tuned rates first lose much more than this
+        loss, top = "validation loss, nats per byte", 1.1 * self.found["warmup"]["loss"]
         for stage, picture in (("headline", "loss.svg"), ("slow", "slow.svg")):
             if stage in found:
                 curves = {m: [[(s, v) for s, v in r["curve"] if s] for r in rs] for m, rs in found[stage].items()}
-                chart(self.out / picture, [("outer steps", curves)], loss)
+                chart(self.out / picture, [("outer steps", curves)], loss, names=order, y_max=top)
         curves = {m: [[(size, steps) for size, steps in curve if steps]]
                   for m, curve in found.get("batches", {}).items()}
         if any(any(c) for c in curves.values()):
             chart(self.out / "batch.svg", [("tokens per step", curves)], f"steps to {self.target:g}",
-                  y_log=True, marks=True)
+                  y_log=True, marks=True, names=order)
         ablations = sorted((*r["method"].split(": "), r["curve"]) for r in runs if ": " in r["method"])
         for group in dict.fromkeys(group for group, _, _ in ablations):
             ours = {name: curve for g, name, curve in ablations if g == group}
@@ -1321,7 +1328,7 @@ class Study:
                         + [(name, str(c[-1][0]), f"{c[-1][1]:.3f}") for name, c in ours.items()])
             say()
             chart(self.out / f"ablation-{group}.svg", [("outer steps", {name: [c] for name, c in ours.items()})],
-                  loss, x_log=False)
+                  loss, x_log=False, y_max=top)
         say(f"written: {self.out}/headline.json and {', '.join(sorted(p.name for p in self.out.glob('*.svg')))}")
 
 

@@ -1942,6 +1942,25 @@ def test_numbers_gone_wrong(fault, flags, go, monkeypatch):
     assert all(t.isfinite().all() for t in checkpoint_of("run")["model"].values())
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_taken_back(wrong, go, monkeypatch):
+    """SGD without a line search, its second step not finite in one weight: rejected, the weights bitwise as before it,
+    the third accepted."""
+    original, seen = torch.optim.SGD.step, []
+
+    def step(self, closure=None):
+        weight = self.param_groups[0]["params"][0]
+        seen.append(weight.detach().clone())
+        original(self)
+        if len(seen) == 2:
+            weight.data.view(-1)[0] = wrong
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    assert go(f"{SMALL} --opt sgd --steps 3 --eval_interval 1 --out_dir run") == 0
+    rows = log_of("run")[1][1:]
+    assert [row["accepted"] for row in rows] == [True, False, True] and rows[1]["reason"] == "step not finite"
+    assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[0], seen[1])
+
+
 CHOICES = {  # flag: what it may be in a random run, also what goes with few other flags only, or with none
     "--opt": ["full_gn", "full_gn", "layerwise_gn", *BASELINES], "--solver": ["cg", "muon", "soap", "adamw"], "--local_model": ["gn", "prox_linear"], "--newton_steps": [1, 2],
     "--no-geodesic": [""], "--power": [1, 0.5], "--damping": [1e-8, 0.1, 10, 0], "--damping_metric": ["identity", "kfac"], "--cg_iters": [1, 3], "--cg_tol": [0, 0.1],

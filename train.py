@@ -246,8 +246,8 @@ def resolve(argv):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise UsageError(f"--{key} must be at least 1, got {getattr(args, key)}")
     for key in ("damping", "lr", "inner_lr"):
-        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
-            raise UsageError(f"--{key} must be positive, got {getattr(args, key)}")
+        if getattr(args, key) is not None and not 0 < getattr(args, key) < 1e38:         # float32 ends at 3.4e38
+            raise UsageError(f"--{key} must be positive and below 1e38, got {getattr(args, key)}")
     for key in ("cg_tol", "cg_rtol", "warm_start", "warmup_steps", "clip", "weight_decay", "cache_gb", "sample", "seed",
                 "inner_warmup", "inner_weight_decay", "inner_clip", "inner_l2", "inner_average"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) < math.inf:
@@ -387,7 +387,11 @@ class FirstOrder:
         before = flatten([p.detach() for p in self.params])
         self.optimizer.step()
         d, alpha = flatten([p.detach() for p in self.params]) - before, 1.0
-        slope = grad.dot(d).item()
+        slope, length = grad.dot(d).item(), d.norm().item()
+        if not math.isfinite(length):
+            assign(self.params, unflatten(before, self.params))
+            self.rejections += 1
+            return {**record, "reason": "step not finite"}
         if args.line_search != "none":                  # along the optimizer's own step, which may also be refused
             rows = math.ceil(args.search_frac * len(idx))
             x, y = search or (idx[-rows:], targets[-rows:])
@@ -407,8 +411,7 @@ class FirstOrder:
                 self.rejections += 1
                 return {**record, "reason": f"line search: {found.reason}"}
         # A first-order method promises what its gradient does.
-        record.update(predicted=alpha * slope, cosine=-slope / (norm * d.norm().item() + 1e-30),
-                      step_norm=alpha * d.norm().item())
+        record.update(predicted=alpha * slope, cosine=-slope / (norm * length + 1e-30), step_norm=alpha * length)
         self.rejections = 0
         return {**record, "accepted": True}
 

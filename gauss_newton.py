@@ -16,10 +16,11 @@ forward(inputs) gives logits (..., classes):
         record = opt.step(inputs, targets)
         print(record["loss"], record["rho"], record["reason"])
 """
-import copy
 import math
 import os
+import random
 import warnings
+import weakref
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -38,8 +39,35 @@ from baselines import make_optimizer, owners, ranks, reduce, reduce_number, shar
 
 
 def trainable(model):
-    """The parameters that a step moves, tied ones once, in the order of model.parameters()."""
-    return [p for p in model.parameters() if p.requires_grad]
+    """The parameters that a step moves, tied ones once, in the order of model.parameters(). Raises ValueError where there
+    are none, or where they do not make one float32 or float64 vector."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("the model has no trainable parameters")
+    dtypes = {p.dtype for p in params}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        raise ValueError("trainable parameters must all be float32, or all float64, and these are "
+                         f"{' and '.join(sorted(str(t) for t in dtypes))}; for products in bfloat16 open "
+                         "torch.autocast inside the model's forward")
+    return params
+
+
+@contextmanager
+def placed(model, tensors):
+    """While open, the model has other tensors in place of its trainable parameters; whatever happens, it gets back the
+    very objects it had. (torch.func.functional_call leaves tensors behind where one module stands in several places.)"""
+    new = {id(p): t for p, t in zip(trainable(model), tensors)}
+    places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if id(p) in new]
+    try:
+        for m, name, p in places:
+            m._parameters[name] = new[id(p)]
+        yield
+    finally:
+        for m, name, p in places:
+            m._parameters[name] = p
+        for m in model.modules():
+            if isinstance(m, nn.RNNBase):               # keeps a second list of them
+                m._init_flat_weights()
 
 
 def flatten(tensors):
@@ -80,34 +108,101 @@ def pieces(idx, targets, micro_batch):
     return [(idx[i:i + step], targets[i:i + step]) for i in range(0, len(idx), step)]
 
 
+def derivative(outputs, inputs, cotangents, **settings):
+    """torch.autograd.grad on a graph that stays; an input that plays no part has derivative 0."""
+    settings = {"retain_graph": True, "materialize_grads": True, "allow_unused": True, **settings}
+    try:
+        return torch.autograd.grad(outputs, inputs, cotangents, **settings)
+    except RuntimeError as e:
+        if "checkpoint" not in str(e):
+            raise
+        raise ValueError("activation checkpointing does not go with Gauss-Newton, which differentiates a graph more than "
+                         "once: switch it off (micro_batch bounds the memory)") from e
+
+
+IGNORED = -100          # the target of tokens that are left out of loss and count, as in torch.nn.functional.cross_entropy
+
+
+def check_targets(idx, targets):
+    """The targets as int64, and how many count. Raises ValueError for what are not classes for these inputs."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets must be class numbers (int64), not {targets.dtype}: soft targets are not supported")
+    if len(idx) != len(targets):
+        raise ValueError(f"inputs have {len(idx)} rows and targets {len(targets)}")
+    targets = targets.long()
+    n = int((targets != IGNORED).sum())
+    if n == 0:
+        raise ValueError(f"the batch is empty: it has {len(idx)} rows and no target that counts")
+    return targets, n
+
+
+def check_logits(z, y):
+    """Raises ValueError unless z are logits (..., V) for the targets y (...)."""
+    if not torch.is_tensor(z):
+        raise ValueError(f"""the model must return logits, and it returns a {type(z).__name__}; wrap it:
+    class Logits(torch.nn.Module):
+        def __init__(self, model): super().__init__(); self.model = model
+        def forward(self, x): return self.model(x){".logits" if hasattr(z, "logits") else "[0]"}""")
+    if z.shape[:-1] != y.shape:
+        raise ValueError(f"logits of shape {tuple(z.shape)} do not fit targets of shape {tuple(y.shape)}: "
+                         "there must be one row of logits, over all classes, for each target")
+    low, high = (int(t) for t in torch.aminmax(torch.where(y == IGNORED, 0, y)))
+    if low < 0 or high >= z.shape[-1]:
+        raise ValueError(f"targets reach from {low} to {high}, and the model has classes 0 .. {z.shape[-1] - 1} "
+                         f"({IGNORED} marks targets to leave out)")
+
+
+def logits(model, x, y):
+    """z = model(x) (..., V), checked against the targets."""
+    z = model(x)
+    check_logits(z, y)
+    return z
+
+
+def evaluate(model, x, y):
+    """The same without a graph, by the path on which the model is differentiated: with gradients off torch takes another
+    in nn.TransformerEncoder, whose loss is another function."""
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t):
+        return logits(model, x, y).detach()
+
+
+def per_token(targets, n):
+    """What each token's loss is divided by, (...,) -> (..., 1): n, or infinity for those that are left out."""
+    return torch.where(targets == IGNORED, math.inf, n).unsqueeze(-1)
+
+
+def cross_entropy_sum(z, targets):
+    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED)
+
+
 def cross_entropy_grad(probs, targets, n):
-    """∂L/∂z of a mean over n tokens: (p − onehot(y)) / n.  probs (..., V), targets (...) -> (..., V)."""
+    """∂L/∂z = (p − onehot(y)) / n.  probs (..., V), targets (...), n a number or `per_token` -> (..., V)."""
     u = probs.clone()
-    u.scatter_add_(-1, targets.unsqueeze(-1), torch.full_like(u[..., :1], -1.0))
+    u.scatter_add_(-1, targets.clamp_min(0).unsqueeze(-1), torch.full_like(u[..., :1], -1.0))
     return u.div_(n)
 
 
 def cross_entropy_hvp(probs, t, n):
     """H t = p ∘ (t − ⟨p, t⟩) / n, the logit Hessian in closed form: differentiating cross-entropy twice would hold
     about ten times the logits, and its backward has no forward-mode derivative."""
-    return (t - torch.einsum("...v,...v->...", probs, t).unsqueeze(-1)).mul_(probs).div_(n)     # one tensor of the logits' size
+    mean = torch.einsum("...v,...v->...", probs, t).unsqueeze(-1)
+    return (t - mean).mul_(probs).div_(n)               # one tensor of the logits' size
 
 
-@torch.no_grad()
 def batch_loss(model, idx, targets, micro_batch=None):
     """Mean cross-entropy (nats per token) without a graph, as a float; attention may be fused."""
-    total = 0.0
-    for x, y in pieces(*share(idx, targets), micro_batch):
-        z = model(x)
-        total += F.cross_entropy(z.flatten(0, -2), y.flatten(), reduction="sum").item()
-    return reduce_number(total) / targets.numel()
+    targets, n = check_targets(idx, targets)
+    total = sum(cross_entropy_sum(evaluate(model, x, y), y).item()
+                for x, y in pieces(*share(idx, targets), micro_batch))
+    return reduce_number(total) / n
 
 
 def batch_grad(model, idx, targets, micro_batch=None):
     """Loss (float) and flat gradient by ordinary backward passes."""
+    targets, n = check_targets(idx, targets)
     params, loss, grad = trainable(model), 0.0, None
     for x, y in pieces(*share(idx, targets), micro_batch):
-        part = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="sum") / targets.numel()
+        part = cross_entropy_sum(logits(model, x, y), y) / n
         g = flatten(torch.autograd.grad(part, params, materialize_grads=True, allow_unused=True))
         loss, grad = loss + part.item(), g if grad is None else grad.add_(g)
     return reduce_number(loss), reduce(grad)[0]
@@ -125,14 +220,31 @@ def free_memory(device):
         return 4e9
 
 
-def refuse_randomness(model):
-    """A derivative of a function that changes between calls means nothing: active dropout or batch norm is an error."""
+_deterministic = weakref.WeakKeyDictionary()      # models that passed the check below -> the modes of their modules
+
+
+def refuse_randomness(model, x):
+    """A derivative of a function that changes between calls means nothing: raises ValueError for a model that gives the
+    first rows of x other logits when it is called again, or whose batch norm makes them depend on the other rows.
+    Checked once for a model and its modes (train or eval)."""
+    modes = tuple(m.training for m in model.modules())
+    if _deterministic.get(model) == modes:
+        return
+    advice = "Gauss-Newton needs a deterministic model; call model.eval() or set its rates to 0"
     for name, m in model.named_modules():
-        active = m.training and (getattr(m, "dropout", 0.0) if isinstance(m, nn.MultiheadAttention) else getattr(m, "p", 0.0)
-                                 if isinstance(m, nn.modules.dropout._DropoutNd) else 0.0)
-        if active or (m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)):
-            raise ValueError(f"Gauss-Newton needs a deterministic model, but {name or 'it'} ({type(m).__name__}) is active in "
-                             "training mode; call model.eval() or set its rate to 0")
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
+            raise ValueError(f"{name or 'the model'} ({type(m).__name__}) is active in training mode: {advice}")
+
+    def generators():
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in {x.device} if d.type == "cuda")]
+    with torch.no_grad():
+        before, python, first = generators(), random.getstate(), model(x[:8])
+        moved = random.getstate() != python or not all(map(torch.equal, before, generators()))
+        for _ in range(9 if moved else 1):              # rare events take more calls to be seen
+            again = model(x[:8])
+            if torch.is_tensor(first) and ((again - first).abs() > 1e3 * torch.finfo(first.dtype).eps * first.abs().max()).any():
+                raise ValueError(f"the model gives the same inputs other logits at each call (dropout?): {advice}")
+    _deterministic[model] = modes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,8 +334,10 @@ class _AttentionMode(TorchFunctionMode):
         return function(*args, **kwargs)
 
     @staticmethod
-    def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if attn_mask is None and not dropout_p and not enable_gqa:
+    def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        q, k, v = query, key, value
+        alike = q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and q.dtype == k.dtype == v.dtype      # else torch may broadcast
+        if alike and attn_mask is None and not dropout_p and not enable_gqa:
             if torch.is_autocast_enabled(q.device.type):        # which would have done it further down
                 q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
             return _Attention.apply(q, k, v, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
@@ -250,27 +364,25 @@ class _Piece:
     """
 
     def __init__(self, model, params, x, y, n):
+        self.params, self.weight = params, per_token(y, n)
         with differentiable_attention(), torch.enable_grad():
-            z = model(x)
-            self.probs = torch.softmax(z.detach(), dim=-1)
-            self.u = cross_entropy_grad(self.probs, y, n).requires_grad_()
-            self.g = torch.autograd.grad(z, params, self.u, create_graph=True, allow_unused=True)
-        self.z, self.params, self.n = z, params, n
+            self.z = logits(model, x, y)
+            self.probs = torch.softmax(self.z.detach(), dim=-1)
+            self.u = cross_entropy_grad(self.probs, y, self.weight).requires_grad_()
+            self.g = derivative(self.z, params, self.u, create_graph=True, materialize_grads=False)
 
     def grad(self):
         return flatten([torch.zeros_like(p) if g is None else g.detach() for g, p in zip(self.g, self.params)])
 
     def jvp(self, v, part):
         pairs = [(self.g[i], t) for i, t in zip(part, unflatten(v, [self.params[i] for i in part])) if self.g[i] is not None]
-        return torch.autograd.grad([g for g, _ in pairs], self.u, [t for _, t in pairs], retain_graph=True,
-                                   materialize_grads=True, allow_unused=True)[0]
+        return derivative([g for g, _ in pairs], self.u, [t for _, t in pairs])[0]
 
     def vjp(self, w, part):
-        return flatten(torch.autograd.grad(self.z, [self.params[i] for i in part], w, retain_graph=True,
-                                           materialize_grads=True, allow_unused=True))
+        return flatten(derivative(self.z, [self.params[i] for i in part], w))
 
     def product(self, v, part):
-        return self.vjp(cross_entropy_hvp(self.probs, self.jvp(v, part), self.n), part)
+        return self.vjp(cross_entropy_hvp(self.probs, self.jvp(v, part), self.weight), part)
 
 
 class Program:
@@ -289,19 +401,18 @@ class Program:
     def __init__(self, model, x, y):
         params = self.params = trainable(model)
         self.shape = x.shape
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
 
         def everything(theta, x, y, v, P, w):
             theta = [p.detach().requires_grad_() for p in theta]
-            with differentiable_attention(), torch.enable_grad():
-                z = torch.func.functional_call(model, dict(zip(names, theta)), (x,))
+            one = per_token(y, 1.0)                                           # / n is left to the piece
+            with differentiable_attention(), torch.enable_grad(), placed(model, theta):
+                z = model(x)
                 probs = torch.softmax(z.detach(), dim=-1)
-                u = cross_entropy_grad(probs, y, 1).requires_grad_()          # / n is left to the piece
-                g = torch.autograd.grad(z, theta, u, create_graph=True, materialize_grads=True, allow_unused=True)
-                Jv = torch.autograd.grad(g, u, v, retain_graph=True)[0]
-                back = dict(retain_graph=True, materialize_grads=True, allow_unused=True)
-                Gv = torch.autograd.grad(z, theta, cross_entropy_hvp(P, Jv, 1), **back)
-                return z.detach(), probs, *[t.detach() for t in g], Jv, *Gv, *torch.autograd.grad(z, theta, w, **back)
+                u = cross_entropy_grad(probs, y, one).requires_grad_()
+                g = derivative(z, theta, u, create_graph=True)
+                Jv = derivative(g, u, v)[0]
+                Gv = derivative(z, theta, cross_entropy_hvp(P, Jv, one))
+                return z.detach(), probs, *[t.detach() for t in g], Jv, *Gv, *derivative(z, theta, w)
         with torch.no_grad():
             z, k = model(x), len(params)
         graph = trace(everything, [p.detach() for p in params], x, y, [torch.zeros_like(p) for p in params], z, z.clone())
@@ -322,7 +433,7 @@ class Program:
         self._check(model, x, y)
 
     def _check(self, model, x, y):
-        n, part = y.numel(), range(len(self.params))
+        n, part = int((y != IGNORED).sum()) or 1, range(len(self.params))
         eager, compiled = _Piece(model, self.params, x, y, n), self.linearise(x, y, n)
         v = eager.grad()
         for name, a, b in (("gradient", v, compiled.grad()), ("product", eager.product(v, part), compiled.product(v, part))):
@@ -334,7 +445,8 @@ class Program:
     def linearise(self, x, y, n):
         piece, k = _CompiledPiece(), len(self.params)
         piece.z, piece.probs, *rest = self._first(*[p.detach() for p in self.params], x, y)
-        piece.program, piece.n, piece.g, piece.saved = self, n, rest[:k], rest[k:]
+        piece.program, piece.n, piece.weight = self, n, per_token(y, n)
+        piece.g, piece.saved = rest[:k], rest[k:]
         return piece
 
     @torch.no_grad()
@@ -393,7 +505,7 @@ def tolerance(graph):
 def compiled_or_eager(function, *examples):
     """The function compiled for the examples' shapes; itself, with a warning, where that fails or the results differ."""
     try:
-        graph = trace(lambda *arguments: function(*arguments, traced=True), *examples)
+        graph = trace(lambda *arguments: function(*arguments, double_backward=True), *examples)
         compiled = torch.no_grad()(torch.compile(graph, dynamic=False))
         for a, b in zip(function(*examples), compiled(*examples)):
             size = a.norm() if a.dim() else 1.0         # loss and decrease: rounding of the loss, however small the decrease
@@ -455,18 +567,19 @@ class GGN:
     """
 
     def __init__(self, model, idx, targets, micro_batch=None, cache_gb=0.0, program=None):
-        refuse_randomness(model)
-        self.model, self.params, self.n, self.program = model, trainable(model), targets.numel(), program
+        targets, self.n = check_targets(idx, targets)
+        self.model, self.params, self.program = model, trainable(model), program
         self.batch, self.data, self.cache, self.offset = (idx, targets), pieces(*share(idx, targets), micro_batch), [], None
         self.products, self.work = 0, 1.0
         self.loss, self.grad = 0.0, 0.0
+        refuse_randomness(model, self.data[0][0])
         room = math.inf if micro_batch is None else 0.4 * free_memory(self.params[0].device) if cache_gb is None else cache_gb * 1e9
         for i, (x, y) in enumerate(self.data):
             if i == 0 and room < math.inf:      # the first piece is the largest
                 piece, piece_bytes = self._measure(x, y)
             else:
                 piece = self._linearise(x, y)
-            self.loss += F.cross_entropy(piece.z.detach().flatten(0, -2), y.flatten(), reduction="sum").item() / self.n
+            self.loss += cross_entropy_sum(piece.z.detach(), y).item() / self.n
             self.grad += piece.grad()
             if room == math.inf or (i + 1) * piece_bytes <= room:
                 self.cache.append(piece)
@@ -512,9 +625,9 @@ class GGN:
         for i, ((x, y), piece) in enumerate(zip(self.data, self._pieces())):
             if i < len(self.cache):
                 self._shifted(piece)
-            logp = piece.probs.gather(-1, y.unsqueeze(-1)).clamp_min(torch.finfo(piece.probs.dtype).tiny).log()
-            self.loss -= logp.sum().item() / self.n
-            self.grad += piece.vjp(cross_entropy_grad(piece.probs, y, self.n), part)
+            chosen = piece.probs.gather(-1, y.clamp_min(0).unsqueeze(-1)).clamp_min(torch.finfo(piece.probs.dtype).tiny)
+            self.loss -= (chosen.log() / piece.weight).sum().item()
+            self.grad += piece.vjp(cross_entropy_grad(piece.probs, y, piece.weight), part)
         self.loss, self.grad = reduce_number(self.loss), reduce(self.grad)[0]
         self.work += self._product_work(part)
 
@@ -540,12 +653,13 @@ class GGN:
     def pull_back_curvature(self, d, h):
         """JᵀH f''(d, d) (P,), the second directional derivative of the logits by a difference of step h; see
         GaussNewton.geodesic. The parameters stay where they are: the graphs belong to them."""
-        names, out, everything = [n for n, p in self.model.named_parameters() if p.requires_grad], 0.0, self._select(None)
-        moved = {n: p + h * t for n, p, t in zip(names, self.params, unflatten(d, self.params))}
-        for (x, _), piece in zip(self.data, self._pieces()):
-            z = torch.func.functional_call(self.model, moved, (x,))
+        out, everything = 0.0, self._select(None)
+        moved = [p + h * t for p, t in zip(self.params, unflatten(d, self.params))]
+        for (x, y), piece in zip(self.data, self._pieces()):
+            with placed(self.model, [m.requires_grad_() for m in moved]):
+                z = evaluate(self.model, x, y)
             second = 2 / h * ((z - piece.z.detach()) / h - piece.jvp(d, everything))
-            out = out + piece.vjp(cross_entropy_hvp(piece.probs, second, self.n), everything)
+            out = out + piece.vjp(cross_entropy_hvp(piece.probs, second, piece.weight), everything)
         self.products += 1
         self.work += 1 / 3 + self._product_work(everything)
         return reduce(out)[0]
@@ -573,7 +687,7 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0, every=N
     precond   v -> M⁻¹v, M ≈ A symmetric positive definite
     tol       Martens' relative progress (2010, section 4.4): stop at iteration k once the quadratic fell by less than
               tol·j of its value over the last j = max(10, k/10) iterations; 0 = off
-    rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; 0 = off
+    rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; below machine epsilon: at that, which is all that the numbers can resolve
     every     iterations between two tests of anything, for which the host waits for the device (default: 1 on a CPU, else 4)
 
     Differs from the textbook in: 1. x0 is first scaled to its best multiple, (bᵀx0 / x0ᵀA x0) x0, since a direction
@@ -582,6 +696,7 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0, every=N
     on the device between tests; with every > 1 "last good" is the iterate at the last test.
     """
     x, r, every = torch.zeros_like(b), b.clone(), every or (1 if b.device.type == "cpu" else 4)
+    eps = torch.finfo(b.dtype).eps
     bnorm = b.norm()
     if not bnorm.isfinite():
         return CGResult(x, 0, "nonfinite", [0.0])
@@ -599,7 +714,7 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0, every=N
         return CGResult(x, k, reason, torch.stack(values[:k + 1]).tolist())
     for k in range(max_iter + 1):
         looking = k % every == 0
-        if looking and rtol > 0 and r.norm() <= rtol * bnorm:
+        if looking and r.norm() <= max(rtol, eps) * bnorm:
             return result(x, k, "residual")
         j = max(10, k // 10)
         if looking and tol > 0 and k >= j and values[-1] < 0 and values[-1 - j] - values[-1] < tol * j * -values[-1]:
@@ -619,7 +734,10 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0, every=N
         pAp = p.dot(Ap)
         good = good & pAp.isfinite() & rz.isfinite() & (solved | ((pAp > 0) & (rz > 0)))
         if ((k + 1) % every == 0 or k + 1 == max_iter) and not good:
-            return result(*last, "indefinite" if pAp.isfinite() and rz.isfinite() else "nonfinite")
+            if not (pAp.isfinite() and rz.isfinite()):
+                return result(*last, "nonfinite")
+            # Of a residual this small rounding is no small part any more, and a sign that it decided tells nothing.
+            return result(*last, "residual" if r.norm() <= eps ** 0.5 * bnorm else "indefinite")
         step = torch.where(solved, rz, rz / pAp)
         x.addcmul_(p, step)
         r.addcmul_(Ap, step, value=-1)
@@ -656,22 +774,44 @@ def lanczos(matvec, b, function, iters):
 # K-FAC, the preconditioner
 
 
-@contextmanager
-def _recording(model):
-    """While open, each forward appends (weight's module, its input, gradient edge of its output) to the list given."""
-    calls, hooks = [], []
+def linear_maps(z, params):
+    """What multiplies a parameter in the graph of z, by a walk through it, whatever modules made it:
 
-    def hook(module, args, out):
-        if out.requires_grad:
-            calls.append((module, args[0].detach(), torch.autograd.graph.get_gradient_edge(out)))
-    for m in model.modules():
-        if isinstance(m, (nn.Linear, nn.Embedding)):
-            hooks.append(m.register_forward_hook(hook))
-    try:
-        yield calls
-    finally:
-        for h in hooks:
-            h.remove()
+        weights      (i, a, edge, flip)    s = a Wᵀ with W = params[i] (out, in), as in nn.Linear; flip: s = a W, W (in, out)
+        embeddings   (i, tokens, edge)     s = W[tokens]
+        biases       (i, edge)             s = ... + b
+
+    a (rows, in); edge: where the derivative by s arrives, for torch.autograd.grad. Products of more than two dimensions
+    (einsum, convolutions, recurrent layers) are not among them.
+    """
+    index = {id(p): i for i, p in enumerate(params)}
+    weights, embeddings, biases, seen, stack = [], [], [], set(), [z.grad_fn]
+
+    def leaf(node):
+        """The index of the parameter that a node hands on, or None, and whether it comes transposed."""
+        flips = 0
+        while node is not None and node.name() in ("TBackward0", "TransposeBackward0", "PermuteBackward0", "ToCopyBackward0"):
+            flips += node.name() != "ToCopyBackward0"           # a cast, by autocast
+            node = node.next_functions[0][0]
+        return index.get(id(getattr(node, "variable", None))), flips % 2 == 1
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        inputs, edge = [function for function, _ in node.next_functions], torch.autograd.graph.GradientEdge(node, 0)
+        stack += inputs
+        if node.name() in ("MmBackward0", "AddmmBackward0"):    # a W, or b + a W
+            i, transposed = leaf(inputs[-1])
+            if i is not None:
+                a = node._saved_self if node.name() == "MmBackward0" else node._saved_mat1
+                weights.append((i, a.detach(), edge, not transposed))
+        elif node.name() == "EmbeddingBackward0" and leaf(inputs[0])[0] is not None:
+            embeddings.append((leaf(inputs[0])[0], node._saved_indices, edge))
+        if node.name() in ("AddBackward0", "AddmmBackward0"):
+            added = [leaf(function)[0] for function in inputs]
+            biases += [(i, edge) for i in added if i is not None and params[i].dim() == 1]
+    return weights, embeddings, biases
 
 
 class KFAC:
@@ -683,9 +823,11 @@ class KFAC:
 
         (L ⊗ R + λI)⁻¹ V = Q_L [ (Q_Lᵀ V Q_R) / (S + λ) ] Q_Rᵀ,                   the damping exact.
 
-    Embedding (tokens, width): L is diagonal, the frequency of each token, and R = E[δ δᵀ]. A bias: R = 1. A side above
-    `max_side`: diagonal. All other parameters (norms, say): a diagonal, the mean square of the gradient with sampled
-    labels. A weight shared by an embedding and a linear map takes the map's factors.
+    A weight kept as (in, out) has the two the other way round. Which parameters are such weights is seen from the graph
+    (`linear_maps`), not from classes of modules. Embedding (tokens, width): L is diagonal, the frequency of each token,
+    and R = E[δ δᵀ]. A bias: R = 1. A side above `max_side`: diagonal. All other parameters (norms, say): a diagonal, the
+    mean square of the gradient with sampled labels. A weight shared by an embedding and a linear map takes the map's
+    factors.
     """
 
     FAILED = "an eigendecomposition failed: K-FAC takes that factor's diagonal"
@@ -699,69 +841,79 @@ class KFAC:
         self.spectra = [None] * len(self.params)          # per parameter: S, as a matrix or in the parameter's shape
 
     def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
-        """Factors from a batch (inputs only: labels are sampled, targets give their shape), averaged with the earlier ones
-        by `decay`; then `decompose` makes them ready for use."""
-        model, n, rows = self.model, targets.numel(), len(idx)
-        (mine,) = share(range(rows))
-        index = {id(p): i for i, p in enumerate(self.params)}
-        linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-        left, right, others = {}, {}, {}                # others: gradients of what has no factors, for each micro-batch
-
-        def add(store, i, value):
-            store[i] = store[i] + value if i in store else value
-        with torch.no_grad():
-            classes = model(idx[:1]).shape[-1]
+        """Factors from a batch (labels are sampled; targets say which tokens count), averaged with the earlier ones by
+        `decay`; then `decompose` makes them ready for use."""
+        targets, n = check_targets(idx, targets)
+        (mine,), rows = share(range(len(idx))), len(idx)
+        with torch.enable_grad():
+            z = self.model(idx[:2])
+        check_logits(z, targets[:2])
+        classes, maps = z.shape[-1], linear_maps(z, self.params)
+        factored = {entry[0] for kind in maps for entry in kind}
+        diagonal = [i for i in range(len(self.params)) if i not in factored]
+        sides = {}                                      # (parameter, side) -> its sum over rows, and what that is divided by
+        squares = {i: torch.zeros_like(self.params[i]) for i in diagonal}
+        del z, maps
         for first in range(0, rows, micro_batch or rows):
             last = min(first + (micro_batch or rows), rows)
-            # argmax p / e with exponential e has the distribution p. All processes draw for all rows, so that labels do not depend on who has them.
+            # argmax p / e with exponential e has the distribution p. All processes draw for all rows, so that labels do not
+            # depend on who has them.
             draws = torch.empty(targets[first:last].numel(), classes, device=idx.device).exponential_(generator=generator)
             start, end = max(first, mine.start), min(last, mine.stop)
-            if start >= end:
-                continue
-            y = targets[start:end]
-            with _recording(model) as calls, torch.enable_grad():
-                z = model(idx[start:end])
-            calls = [c for c in calls if not (isinstance(c[0], nn.Embedding) and id(c[0].weight) in linear)]
-            factored = {i for m, _, _ in calls for i in (index.get(id(m.weight)), index.get(id(getattr(m, "bias", None))))}
-            rest = [i for i in range(len(self.params)) if i not in factored]
-            probs = torch.softmax(z.detach().float(), dim=-1)
-            labels = (probs / draws.view(last - first, *probs.shape[1:])[start - first:end - first]).argmax(-1)
-            u = cross_entropy_grad(probs, labels, 1).to(z.dtype)      # sum over tokens: each token's own gradient
-            grads = torch.autograd.grad(z, [edge for _, _, edge in calls] + [self.params[i] for i in rest], u,
-                                        materialize_grads=False, allow_unused=True)
-            for (m, a, _), delta in zip(calls, grads):
-                if delta is None:
-                    continue
-                a, delta = (t if t.dtype == torch.int64 else t.to(self.params[0].dtype) for t in (a, delta))     # autocast's are shorter
-                delta, weight = delta.flatten(0, -2), index.get(id(m.weight))       # (tokens, out); None: frozen
-                if isinstance(m, nn.Embedding):
-                    if weight is not None:
-                        add(left, weight, torch.bincount(a.flatten(), minlength=m.num_embeddings).to(delta.dtype))
-                        add(right, weight, self._gram(delta))
-                    continue
-                gram, bias = self._gram(delta), index.get(id(m.bias))
-                if weight is not None:
-                    add(left, weight, gram)
-                    add(right, weight, self._gram(a.flatten(0, -2)))
-                if bias is not None:
-                    add(left, bias, gram)
-                    add(right, bias, delta.new_full((1,), float(len(delta))))
-            for i, g in zip(rest, grads[len(calls):]):
-                if g is not None:
-                    others.setdefault(i, [torch.zeros_like(g) for _ in range(0, rows, micro_batch or rows)])[first // (micro_batch or rows)] = g
+            grads = [torch.zeros_like(self.params[i]) for i in diagonal]
+            if start < end:
+                draws = draws.view(last - first, *targets.shape[1:], classes)[start - first:end - first]
+                grads = self._add_sides(sides, n, idx[start:end], targets[start:end], draws, diagonal)
+            # Labels of different tokens are independent: the mean square of a sum over some is that over all.
+            for i, g in zip(diagonal, reduce(*grads)):
+                squares[i] += g * g
         self.repaired = ""
-        others = {i: torch.stack(gs) for i, gs in others.items()}
-        stores = [(store, i) for store in (left, right, others) for i in store]
-        for (store, i), value in zip(stores, reduce(*(store[i] for store, i in stores))):
-            store[i] = value
-        square = {i: (gs * gs).sum(0) for i, gs in others.items()}         # labels of different tokens are independent
+        flat = reduce(*(t for pair in sides.values() for t in pair))
+        sides = {key: total / torch.where(rows > 0, rows, n) for key, total, rows in zip(sides, flat[::2], flat[1::2])}
         for i, p in enumerate(self.params):
-            new = (left[i] / n, right[i] / n) if i in left else (square[i] / n if i in square else torch.zeros_like(p),)
+            new = (sides[i, 0], sides[i, 1]) if (i, 0) in sides else (squares.get(i, torch.zeros_like(p)) / n,)
             old = self.factors.get(i)
             if not all(f.isfinite().all() for f in new):
                 self.repaired = "K-FAC factors not finite"
                 new = old or tuple(torch.zeros_like(f) for f in new)
-            self.factors[i] = new if old is None or decay == 0 else tuple(decay * o + (1 - decay) * f for o, f in zip(old, new))
+            if old is not None and decay > 0:
+                new = tuple(decay * o + (1 - decay) * f for o, f in zip(old, new))
+            self.factors[i] = new
+
+    def _add_sides(self, sides, n, x, y, draws, diagonal):
+        """Add the factors' sums over some rows to `sides`; returns the gradients of the parameters without factors."""
+        with torch.enable_grad():
+            z = logits(self.model, x, y)
+        weights, embeddings, biases = linear_maps(z, self.params)
+        orientation = {}
+        weights = [w for w in weights if orientation.setdefault(w[0], w[3]) == w[3]]
+        embeddings = [e for e in embeddings if e[0] not in orientation]
+        probs = torch.softmax(z.detach().float(), dim=-1)
+        labels = (probs / draws).argmax(-1)
+        u = cross_entropy_grad(probs, labels, per_token(y, 1.0)).to(z.dtype)          # a sum over tokens: each one's own
+        edges = [entry[2] for entry in weights + embeddings] + [edge for _, edge in biases]
+        grads = derivative(z, edges + [self.params[i] for i in diagonal], u, retain_graph=False, materialize_grads=False)
+        dtype = self.params[0].dtype                    # autocast's are shorter
+
+        def add(i, side, value, rows=0):
+            """The side of what comes out is a mean over the n tokens, that of what goes in one over its own rows."""
+            total = sides.setdefault((i, side), [torch.zeros_like(value), value.new_zeros(())])
+            total[0] += value
+            total[1] += rows
+        for (i, a, _, flip), delta in zip(weights, grads):
+            if delta is not None:
+                add(i, int(flip), self._gram(delta.to(dtype)))                          # delta (rows, out)
+                add(i, 1 - int(flip), self._gram(a.to(dtype)), len(a))
+        for (i, tokens, _), delta in zip(embeddings, grads[len(weights):]):
+            if delta is not None:
+                counts = torch.bincount(tokens.flatten(), minlength=len(self.params[i]))
+                add(i, 0, counts.to(dtype), tokens.numel())
+                add(i, 1, self._gram(delta.to(dtype).flatten(0, -2)))
+        for (i, _), delta in zip(biases, grads[len(weights) + len(embeddings):]):
+            if delta is not None and delta.shape[-1] == len(self.params[i]):
+                add(i, 0, self._gram(delta.to(dtype).flatten(0, -2)))
+                add(i, 1, delta.new_ones(1, dtype=dtype), 1)
+        return [torch.zeros_like(self.params[i]) if g is None else g for i, g in zip(diagonal, grads[len(edges):])]
 
     def decompose(self):
         """Eigenvalues and eigenvectors of the factors; with several processes each decomposes some of them, and all have the results."""
@@ -912,40 +1064,41 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
     return factor * (min(1.0, (done + 1) / warmup) if warmup else 1.0)
 
 
-def expand_once(model, theta, x, y, v, prox_linear, at_theta, traced=False):
-    """The local model of a micro-batch that is used once, at v, all parameters one part; theta, v: lists of tensors.
+def expand_once(model, theta, x, y, v, prox_linear, at_theta, double_backward=False, n=None):
+    """The local model of a micro-batch that is used once, at v, all parameters one part; theta, v: lists of tensors. Sums
+    over tokens are divided by n, by default their number.
 
         forward mode   z, J v in one pass               1/3 + 2/3 of a gradient by matrix multiplications
         backward       ∇m(v) = Jᵀ(u + H J v), or Jᵀ ∂L/∂z(z + J v) for prox-linear       2/3
 
     5/3 in all, where GGN and its first product take 7/3. Returns [L(θ), m(v) − L(θ), *∇m(v)], and with at_theta behind them
-    *g, the gradient at θ, for 2/3 more. traced: J v by double backward, for compilers that know no forward mode; the gradient
-    that it makes on its way is dead code there.
+    *g, the gradient at θ, for 2/3 more. double_backward: J v by that, for compilers, which know no forward mode (the gradient
+    that it makes on its way is dead code there), and for models that have no forward-mode rule.
     """
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
     theta = [p.detach().requires_grad_() for p in theta]
     with differentiable_attention(), torch.enable_grad():
-        if traced:
-            z = torch.func.functional_call(model, dict(zip(names, theta)), (x,))
+        if double_backward:
+            with placed(model, theta):
+                z = model(x)
             u = torch.zeros_like(z, requires_grad=True)
-            g = torch.autograd.grad(z, theta, u, create_graph=True, materialize_grads=True, allow_unused=True)
-            Jv = torch.autograd.grad(g, u, v, materialize_grads=True, retain_graph=True)[0]
+            g = derivative(z, theta, u, create_graph=True)
+            Jv = derivative(g, u, v)[0]
         else:
-            with forward_ad.dual_level():
-                duals = {n: forward_ad.make_dual(p, t) for n, p, t in zip(names, theta, v)}
-                z, Jv = forward_ad.unpack_dual(torch.func.functional_call(model, duals, (x,)))
+            with forward_ad.dual_level(), placed(model, map(forward_ad.make_dual, theta, v)):
+                z, Jv = forward_ad.unpack_dual(logits(model, x, y))
     with torch.no_grad():
-        Jv, n, flat = Jv.detach(), y.numel(), (-1, z.shape[-1])
-        probs, loss = torch.softmax(z, dim=-1), F.cross_entropy(z.reshape(flat), y.flatten())
-        u = cross_entropy_grad(probs, y, n)
+        n = (y != IGNORED).sum() if n is None else n
+        weight, loss = per_token(y, n), cross_entropy_sum(z, y) / n
+        Jv = torch.zeros_like(z) if Jv is None else Jv.detach()
+        probs = torch.softmax(z, dim=-1)
+        u = cross_entropy_grad(probs, y, weight)
         if prox_linear:
-            fall = F.cross_entropy((z + Jv).reshape(flat), y.flatten()) - loss
-            w = cross_entropy_grad(torch.softmax(z + Jv, dim=-1), y, n)
+            fall = cross_entropy_sum(z + Jv, y) / n - loss
+            w = cross_entropy_grad(torch.softmax(z + Jv, dim=-1), y, weight)
         else:
-            HJv = cross_entropy_hvp(probs, Jv, n)
+            HJv = cross_entropy_hvp(probs, Jv, weight)
             fall, w = (Jv * (u + 0.5 * HJv)).sum(), u + HJv
-    g = torch.autograd.grad(z, theta, w, retain_graph=at_theta, materialize_grads=True, allow_unused=True)
-    return [loss, fall, *g, *(torch.autograd.grad(z, theta, u, materialize_grads=True, allow_unused=True) if at_theta else ())]
+    return [loss, fall, *derivative(z, theta, w), *(derivative(z, theta, u) if at_theta else ())]
 
 
 class InnerSolver:
@@ -977,20 +1130,30 @@ class InnerSolver:
             raise ValueError(f"average must be a share of the inner steps, from 0 to 1, got {average}")
         self.model, self.rows, self.lr, self.clip, self.l2, self.reset = model, rows, lr, clip, l2, reset
         self.average, self.schedule, self.warmup = average, schedule, warmup
-        self.outer_steps, self.compile, self.programs = outer_steps, compile, {}
-        self.make = lambda copied: make_optimizer(optimizer, copied, lr, weight_decay, betas)
-        self.copy, self.outer, self.stale = copy.deepcopy(model), 0, False
-        self.optimizer = self.make(self.copy)
+        self.outer_steps, self.compile, self.programs, self.double_backward = outer_steps, compile, {}, False
+        self.settings = optimizer, model, lr, weight_decay, betas
+        self.ends = [nn.Parameter(p.detach().clone()) for p in trainable(model)]       # θ̂
+        self.outer, self.stale = 0, False
+        self._start()
+
+    def _start(self):
+        """An optimizer of θ̂, with fresh moments."""
+        with placed(self.model, self.ends):
+            self.optimizer = make_optimizer(*self.settings)
 
     def solve(self, parts, idx, targets, prox_linear, record, progress):
         """Loss of the batch and gradient at θ, the direction θ̂ − θ, and the decrease that the local model promises for it."""
-        refuse_randomness(self.model)
-        params, ends, batches = trainable(self.model), trainable(self.copy), pieces(idx, targets, self.rows)
+        targets, n = check_targets(idx, targets)
+        refuse_randomness(self.model, idx)
+        params, ends = trainable(self.model), self.ends
+        batches = [(x, y) for x, y in pieces(idx, targets, self.rows) if (y != IGNORED).any()]
         if self.outer == 0 or self.reset or self.stale:
             assign(ends, params)
-            self.optimizer, self.stale = self.make(self.copy), False
+            self._start()
+            self.stale = False
         first_late = len(batches) - math.ceil(len(batches) / 16)
-        n_late = sum(y.numel() for _, y in batches[first_late:])
+        counts = [int((y != IGNORED).sum()) for _, y in batches]
+        n_late = sum(counts[first_late:])
         loss, grad, decrease, theta = 0.0, 0.0, 0.0, flatten([p.detach() for p in params])
         averaged, mean = len(batches) - math.ceil(self.average * len(batches)), 0.0        # the first inner step in the mean
         local = self._expand if len(parts) == 1 else self._expand_parts
@@ -1001,9 +1164,9 @@ class InnerSolver:
             if late and k > averaged:                   # what the mean so far promises
                 fall, extra = (local(x, y, mean - theta, parts, prox_linear, False)[i] for i in (1, 4))
                 work += extra
-            loss = loss + value * (y.numel() / targets.numel())
+            loss = loss + value * (counts[k] / n)
             if late:
-                grad, decrease = grad + at_theta * (y.numel() / n_late), decrease + fall * (y.numel() / n_late)
+                grad, decrease = grad + at_theta * (counts[k] / n_late), decrease + fall * (counts[k] / n_late)
             norms = []
             for part, g in zip(parts, gradients):
                 g = g + self.l2 * select(v, params, part)
@@ -1026,15 +1189,21 @@ class InnerSolver:
 
     def _expand(self, x, y, v, parts, prox_linear, at_theta):
         """The local model of a micro-batch at v: L at θ, m(v) − L, ∇m(v) for each part, g or None, and the work."""
-        whole, (x, y) = len(y), share(x, y)
+        n = (y != IGNORED).sum()
+        x, y = share(x, y)
         params = trainable(self.model)
-        arguments, key = ([p.detach() for p in params], x, y, unflatten(v, params)), (x.shape, prox_linear, at_theta)
+        arguments, key = ([p.detach() for p in params], x, y, unflatten(v, params), n), (x.shape, prox_linear, at_theta)
 
-        def function(theta, x, y, v, traced=False):
-            return expand_once(self.model, theta, x, y, v, prox_linear, at_theta, traced)
-        if self.compile and key not in self.programs:
-            self.programs[key] = compiled_or_eager(function, *arguments)
-        loss, fall, *g = reduce(*(t * (len(y) / whole) for t in self.programs.get(key, function)(*arguments)))
+        def function(theta, x, y, v, n, double_backward=self.double_backward):
+            return expand_once(self.model, theta, x, y, v, prox_linear, at_theta, double_backward, n)
+        try:
+            if self.compile and key not in self.programs:
+                self.programs[key] = compiled_or_eager(function, *arguments)
+            found = self.programs.get(key, function)(*arguments)
+        except NotImplementedError:                     # an operation without a forward-mode rule
+            self.double_backward = True
+            found = function(*arguments, double_backward=True)
+        loss, fall, *g = reduce(*found)
         k = len(params)
         return loss, fall, [flatten(g[:k])], flatten(g[k:]) if at_theta else None, (7 if at_theta else 5) / 3
 
@@ -1060,10 +1229,10 @@ class InnerSolver:
         self.stale = True
 
     def state_dict(self):
-        return {"copy": [p.detach() for p in trainable(self.copy)], "optimizer": self.optimizer.state_dict(), "outer": self.outer, "stale": self.stale}
+        return {"copy": [p.detach() for p in self.ends], "optimizer": self.optimizer.state_dict(), "outer": self.outer, "stale": self.stale}
 
     def load_state_dict(self, state):
-        assign(trainable(self.copy), state["copy"])
+        assign(self.ends, state["copy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.outer, self.stale = state["outer"], state["stale"]
 
@@ -1120,6 +1289,8 @@ class GaussNewton:
             raise ValueError("the geodesic correction is a second CG solve; it does not go with an inner solver")
         if not all(0 < share <= 1 for share in (curvature_frac, precond_frac, search_frac)):
             raise ValueError("curvature_frac, precond_frac and search_frac must be in (0, 1]")
+        if not 0 < damping < math.inf:
+            raise ValueError(f"damping must be positive and finite, got {damping}")
         self.model, self.params = model, trainable(model)
         index = {id(p): i for i, p in enumerate(self.params)}
         self.parts = [[index.get(id(p), -1) for p in part] for part in parts] if parts else [list(range(len(self.params)))]
@@ -1149,6 +1320,14 @@ class GaussNewton:
         A loss, gradient or product that is not finite, an indefinite product, or a search without a decrease rejects the
         step: parameters stay bitwise as they were, λ is raised, and record["reason"] says why ("" when all went well).
         """
+        if [id(p) for p in trainable(self.model)] != [id(p) for p in self.params]:
+            raise ValueError("the model's trainable parameters are no longer those that this GaussNewton was made for "
+                             "(frozen or unfrozen since?): make a new one")
+        targets, _ = check_targets(idx, targets)
+        if search is not None:
+            search = search[0], check_targets(*search)[0]
+        if curvature is not None:
+            curvature = curvature[0], check_targets(*curvature)[0]
         theta = [p.detach().clone() for p in self.params]
         record = {"accepted": False, "reason": "", "damping": self.damping, "alpha": 0.0, "rho": None, "work": 0.0}
         try:
@@ -1210,10 +1389,11 @@ class GaussNewton:
         loss, grad = ggn.loss, ggn.grad
         if curvature is not None or rows < len(idx):    # the rows whose gradient G did not give
             rest = 0 if curvature is not None else rows
-            rest_loss, rest_grad = batch_grad(self.model, idx[rest:], targets[rest:], self.micro_batch)
-            weight = targets[rest:].numel() / targets.numel()
-            loss, grad = (1 - weight) * loss + weight * rest_loss, (1 - weight) * grad + weight * rest_grad
-            record["work"] += weight
+            weight = (targets[rest:] != IGNORED).sum().item() / (targets != IGNORED).sum().item()
+            if weight > 0:
+                rest_loss, rest_grad = batch_grad(self.model, idx[rest:], targets[rest:], self.micro_batch)
+                loss, grad = (1 - weight) * loss + weight * rest_loss, (1 - weight) * grad + weight * rest_grad
+            record["work"] += targets[rest:].numel() / targets.numel()
         record.update(pieces=len(ggn.data), pieces_kept=len(ggn.cache))
         return ggn, loss, grad
 
@@ -1298,7 +1478,7 @@ class GaussNewton:
             record["bend"] = 2 * (bend.norm() / d.norm()).item()
             bend = bend if record["bend"] <= 0.75 else None         # beyond it the series is not to be trusted (the same source)
         record.update(cg_iterations=iterations, products=ggn.products, cg_reason=trouble[0] if trouble else "+".join(sorted(set(reasons))))
-        record["work"] += ggn.work * ggn.n / targets.numel()
+        record["work"] += ggn.work * ggn.batch[1].numel() / targets.numel()
         return loss, grad, d, total, bend
 
     def _geodesic(self, ggn, d, solve, h=0.1):

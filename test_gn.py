@@ -3,6 +3,7 @@
 References are independent of the code under test: dense matrices from torch.func, plain loops, torch.optim, closed forms.
 """
 import contextlib
+import copy
 import functools
 import gc
 import gzip
@@ -13,6 +14,7 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -1595,6 +1597,244 @@ def test_baselines_refuse_nonsense():
     for bad in (dict(lr=-1.0), dict(betas=(1.0, 0.9)), dict(shampoo_beta=1), dict(eps=-1.0), dict(weight_decay=-1.0), dict(precondition_frequency=0)):
         with pytest.raises(ValueError):
             SOAP([nn.Parameter(torch.zeros(2, 2))], **bad)
+
+
+# ---- what torch promises of an optimizer ----
+
+"""Every name in BASELINES keeps what torch.optim promises:
+
+    add_param_group   its parameters are trained from the next step on, or it raises at once and changes nothing
+    copies            deepcopy and pickle, together with the model, go on as the original does, bit for bit
+    state_dict        through a file, weights only, into a fresh optimizer of a fresh model: bit for bit too
+    autocast          step() inside it has the bits of step() outside
+    dtypes            what the algebra cannot do is refused before the first step, with the remedy
+    lr_scheduler      all of them; the lr and the momentum that a group shows are what the next step uses
+    step, zero_grad   closures keep their autocast, hooks are called, what has no gradient is left alone
+"""
+
+FROZEN = "blocks.1"
+
+
+def optimizer_of(name, model):
+    """An optimizer to which the second block's parameters are added; then it is the whole model's."""
+    frozen = [p for n, p in model.named_parameters() if n.startswith(FROZEN)]
+    for p in frozen:
+        p.requires_grad_(False)
+    opt = make_optimizer(name, model, precondition_frequency=3)
+    baseline_steps(model, opt, [0])
+    for p in frozen:
+        p.requires_grad_(True)
+    opt.add_param_group(dict(params=frozen, weight_decay=0.25))
+    return opt
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_trains_an_added_group(name):
+    """All of it moves in the next step, at its own rate and decay, which is not a step at which eigenbases are due."""
+    model = gpt()
+    opt, frozen = optimizer_of(name, model), [p for n, p in model.named_parameters() if n.startswith(FROZEN)]
+    before = [p.detach().clone() for p in frozen]
+    baseline_steps(model, opt, [1])
+    assert all((p != b).all() for p, b in zip(frozen, before))
+    assert opt.param_groups[-1]["weight_decay"] == 0.25 and opt.param_groups[-1]["lr"] == DEFAULT_LR[name]
+    groups, before = len(opt.param_groups), theta_of(model)
+    with pytest.raises(ValueError):                     # it has them already
+        opt.add_param_group(dict(params=frozen))
+    opt.param_groups[-1]["lr"] = 0.0
+    baseline_steps(model, opt, [2])
+    moved = [torch.any(p.flatten() != b).item()
+             for p, b in zip(model.parameters(), before.split([p.numel() for p in model.parameters()]))]
+    assert moved == [not n.startswith(FROZEN) for n, _ in model.named_parameters()] and len(opt.param_groups) == groups
+
+
+def through_a_file(triple):
+    (model, opt, name), file = triple, io.BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
+    file.seek(0)
+    saved, model = torch.load(file, weights_only=True), gpt(seed=1)
+    opt = optimizer_of(name, model)
+    model.load_state_dict(saved["model"])
+    opt.load_state_dict(saved["opt"])
+    return model, opt
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda triple: pickle.loads(pickle.dumps(triple)), through_a_file],
+                         ids=["deepcopy", "pickle", "state_dict"])
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_copies_go_on_bit_for_bit(name, copied):
+    """Copied before and after an added group was used, under a scheduler: the original's next steps and the copy's have
+    the same bits, and neither moves the other."""
+    model = gpt()
+    opt = optimizer_of(name, model)
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5)
+    for seed in (1, 5):
+        twin, again, *_ = copied((model, opt, name))
+        start = theta_of(model)
+        baseline_steps(model, opt, range(seed, seed + 4))
+        assert torch.equal(theta_of(twin), start)
+        baseline_steps(twin, again, range(seed, seed + 4))
+        assert torch.equal(theta_of(twin), theta_of(model)) and not torch.equal(theta_of(twin), start)
+        assert [g["lr"] for g in again.param_groups] == [g["lr"] for g in opt.param_groups]
+
+
+class Unmoved(nn.Module):
+    """A model that computes the same inside autocast and outside, and says where it was called."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.seen = model, []
+
+    def forward(self, idx):
+        self.seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            return self.model(idx)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_steps_inside_autocast(name, dtype):
+    """With float32 parameters and the same gradients, step() and K-FAC's observe have the bits that they have outside;
+    the model is called under the caller's autocast, in observe and in a closure, and it is on afterwards."""
+    ends = []
+    for enabled in (False, True):
+        model = Unmoved(gpt().float())
+        opt = make_optimizer(name, model, precondition_frequency=2)
+
+        def closure():
+            opt.zero_grad()
+            loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+            with torch.autocast("cpu", enabled=False):
+                loss.backward()
+            return loss
+        for seed in range(4):
+            x, y = tokens(seed=seed)
+            with torch.autocast("cpu", dtype, enabled):
+                if hasattr(opt, "observe"):
+                    opt.observe(x, y)
+                opt.step(closure)
+                assert torch.is_autocast_enabled("cpu") == enabled and not model._forward_hooks
+        assert set(model.seen) == {enabled and dtype}
+        ends.append(theta_of(model))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_refuses_or_trains_short_dtypes(name, dtype):
+    """SOAP and K-FAC at construction, whatever group it is in, and in add_param_group, which leaves the groups as they
+    were; the others train in bfloat16. K-FAC refuses two dtypes, and parameters that are not its model's."""
+    def refused(function, told):
+        with pytest.raises(ValueError, match=told):
+            function()
+    if name not in ("soap", "kfac"):
+        model = gpt().bfloat16()
+        before = theta_of(model)
+        baseline_steps(model, make_optimizer(name, model), range(3))
+        assert not torch.equal(theta_of(model), before) and theta_of(model).isfinite().all()
+        return
+    model = gpt()
+    opt = make_optimizer(name, model)
+    groups = len(opt.param_groups)
+    refused(lambda: opt.add_param_group(dict(params=[nn.Parameter(torch.zeros(3, 2, dtype=dtype))])), f"{dtype}.*autocast")
+    if name == "kfac":
+        refused(lambda: opt.add_param_group(dict(params=nn.Parameter(torch.zeros(3).double()))), "its model")
+        model.head.float()
+        refused(lambda: make_optimizer(name, model), "one dtype")
+    assert len(opt.param_groups) == groups
+    model.norm.to(dtype)
+    refused(lambda: make_optimizer(name, model), f"{dtype}.*autocast")
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda opt, s: s.LambdaLR(opt, lambda step: 0.5 ** step),
+    "CosineAnnealingLR": lambda opt, s: s.CosineAnnealingLR(opt, 5),
+    "SequentialLR": lambda opt, s: s.SequentialLR(opt, [s.LinearLR(opt, 0.1, total_iters=2), s.ExponentialLR(opt, 0.9)], [2]),
+    "ReduceLROnPlateau": lambda opt, s: s.ReduceLROnPlateau(opt, patience=0),
+    "CyclicLR": lambda opt, s: s.CyclicLR(opt, 1e-3, 1e-2, 2, cycle_momentum=False),
+    "CyclicLR, momentum": lambda opt, s: s.CyclicLR(opt, 1e-3, 1e-2, 2),
+    "OneCycleLR": lambda opt, s: s.OneCycleLR(opt, 1e-2, total_steps=6, cycle_momentum=False),
+    "OneCycleLR, momentum": lambda opt, s: s.OneCycleLR(opt, 1e-2, total_steps=6),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_takes_every_scheduler(name, scheduler):
+    """The same steps as with the rates (and momenta, where it cycles them) that its groups show set by hand."""
+    scheduled, by_hand = gpt(), gpt()
+    opt, other = make_optimizer(name, scheduled), make_optimizer(name, by_hand)
+    schedule, shown = SCHEDULERS[scheduler](opt, torch.optim.lr_scheduler), []
+    for seed in range(5):
+        for group, source in zip(other.param_groups, opt.param_groups):
+            group.update({key: source[key] for key in ("lr", "momentum", "betas") if key in source})
+        shown.append([(group["lr"], group.get("momentum", group.get("betas"))) for group in opt.param_groups])
+        baseline_steps(scheduled, opt, [seed])
+        baseline_steps(by_hand, other, [seed])
+        schedule.step(*[1.0] * (scheduler == "ReduceLROnPlateau"))
+        assert torch.equal(theta_of(scheduled), theta_of(by_hand))
+    for group in zip(*shown):
+        assert len({lr for lr, _ in group}) > 1
+        assert (len({momentum for _, momentum in group}) > 1) == ("momentum" in scheduler)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_uses_the_rate_of_each_group(name):
+    """At rate 0 a group stays, and the others move."""
+    model = gpt()
+    opt = make_optimizer(name, model, weight_decay=0.0)
+    for still in range(len(opt.param_groups)):
+        before = {p: p.detach().clone() for p in model.parameters()}
+        for i, group in enumerate(opt.param_groups):
+            group["lr"] = 0.0 if i == still else 1e-2
+        baseline_steps(model, opt, [still])
+        for i, group in enumerate(opt.param_groups):
+            assert all(torch.equal(p, before[p]) == (i == still) for p in group["params"])
+
+
+def test_muon_momentum_is_the_beta1_of_its_adamw():
+    """As a scheduler would set it, in an added group too; there it is first what its betas say."""
+    ours, theirs = gpt(), gpt()
+    opt = make_optimizer("muon", ours, lr=0.02)
+    rest = [p for group in opt.param_groups[1:] for p in group["params"]]
+    names = {id(p): n for n, p in ours.named_parameters()}
+    adamw = torch.optim.AdamW([dict(theirs.named_parameters())[names[id(p)]] for p in rest], lr=0.02, betas=(0.6, 0.95))
+    for group in opt.param_groups[1:]:
+        group.update(momentum=0.6, weight_decay=1e-2)
+    for seed in range(3):
+        baseline_steps(ours, opt, [seed])
+        for p, like in zip(theirs.parameters(), ours.parameters()):
+            p.grad = like.grad.clone()
+        adamw.step()
+    assert all(torch.equal(p, dict(theirs.named_parameters())[names[id(p)]]) for p in rest)
+    opt.add_param_group(dict(params=nn.Parameter(torch.zeros(2)), betas=(0.3, 0.9)))
+    assert opt.param_groups[-1]["momentum"] == 0.3 and opt.param_groups[-1]["eps"] == 1e-8
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_closure_hooks_and_missing_gradients(name):
+    """step(closure) returns its loss, with hooks called once each, before and after; what has no gradient keeps its bits,
+    though it had one before, momentum and decay included; zero_grad sets all to None."""
+    model, calls = gpt(), []
+    opt = make_optimizer(name, model, weight_decay=0.1)
+    baseline_steps(model, opt, range(2))
+    opt.register_step_pre_hook(lambda *_: calls.append("before"))
+    opt.register_step_post_hook(lambda *_: calls.append("after"))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    if hasattr(opt, "observe"):
+        opt.observe(*tokens())
+
+    def closure():
+        calls.append("loss")
+        opt.zero_grad()
+        assert all(p.grad is None for p in model.parameters())
+        loss = F.cross_entropy(model(tokens()[0]).flatten(0, 1), tokens()[1].flatten())
+        loss.backward()
+        for n, p in model.named_parameters():
+            if n.startswith(FROZEN):
+                p.grad = None
+        return loss
+    assert opt.step(closure).item() > 0 and calls == ["before", "loss", "after"]
+    assert all(torch.equal(p, before[n]) == n.startswith(FROZEN) for n, p in model.named_parameters())
 
 
 # ---- trainer ----

@@ -1791,6 +1791,24 @@ def test_optimizer_uses_the_rate_of_each_group(name):
             assert all(torch.equal(p, before[p]) == (i == still) for p in group["params"])
 
 
+def test_kfac_baseline_clips_by_each_groups_own_rate():
+    """The clip makes lr^2 n^T F n, summed over the groups, kl_clip, whichever of them has the larger rate: n^T F n is n^T g
+    of the step without it, and the clip's factor squared beside."""
+    def squared_length(rates, kl_clip):
+        model = gpt()
+        opt, before = make_optimizer("kfac", model, weight_decay=0.0), [p.detach().clone() for p in model.parameters()]
+        opt.kl_clip = kl_clip
+        for group, lr in zip(opt.param_groups, rates):
+            group["lr"] = lr
+        rate = {p: group["lr"] for group in opt.param_groups for p in group["params"]}
+        baseline_steps(model, opt, [0])
+        return sum(rate[p] * ((b - p) * p.grad).sum().item() for p, b in zip(model.parameters(), before))
+    for rates in ((0.0, 3.0), (3.0, 0.1)):
+        whole = squared_length(rates, math.inf)
+        factor = squared_length(rates, 1e-2) / whole
+        assert factor < 0.5 and math.isclose(factor ** 2 * whole, 1e-2, rel_tol=1e-6)
+
+
 def test_muon_momentum_is_the_beta1_of_its_adamw():
     """As a scheduler would set it, in an added group too; there it is first what its betas say."""
     ours, theirs = gpt(), gpt()
@@ -1983,6 +2001,31 @@ def test_resume_equals_the_uninterrupted_run(go, flags, monkeypatch):
     for out in ("parts", "died"):
         assert log_of(out)[1] == rows
         assert all(same_state(checkpoint_of(out)[k], whole[k]) for k in ("model", "ema", "optimizer"))
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut in a row", "cut in the first line", "a row less", "zeros"])
+def test_resume_goes_on_with_what_is_whole_of_the_log(damage, go, capsys):
+    """One line says so; the whole rows before, those of the steps after, and no others, with a first line in any case;
+    --resume again, from the checkpoint before it too, repeats no row; the weights are the uninterrupted run's."""
+    flags = f"--opt adamw --eval_interval 1 --checkpoint_interval 1 {SMALL}"
+    assert go(f"{flags} --steps 2 --out_dir run") == 0 and go(f"{flags} --steps 4 --out_dir whole") == 0
+    (head, rows), log = log_of("whole"), Path("run/log.jsonl")
+    lines = log.read_bytes().splitlines(keepends=True)
+    left, kept = {"gone": (None, 0), "empty": (b"", 0), "cut in the first line": (lines[0][:-9], 0),
+                  "cut in a row": (b"".join(lines)[:-20], 2), "a row less": (b"".join(lines[:-1]), 2),
+                  "zeros": (b"".join(lines[:-1]) + bytes(300), 2)}[damage]
+    log.unlink() if left is None else log.write_bytes(left)
+    capsys.readouterr()
+    assert go("--resume --steps 3 --out_dir run") == 0
+    assert capsys.readouterr().out.count("note: run/log.jsonl lacks rows") == 1
+    shutil.copyfile("run/checkpoint.previous.pt", "run/checkpoint.pt")
+    for steps in (3, 4):
+        assert go(f"--resume --steps {steps} --out_dir run") == 0
+        assert ("note: " in capsys.readouterr().out) == (steps == 3 and kept < 3)
+        again, found = log_of("run")
+        assert found == [*rows[:kept], *rows[3:steps + 1]] and again["model"] == head["model"]
+    assert same_state(checkpoint_of("run")["model"], checkpoint_of("whole")["model"])
+    assert b"\0" not in log.read_bytes() and train.main(["--compare", "run"]) == 0
 
 
 def test_resume_of_a_run_without_a_step(go):
@@ -2538,6 +2581,27 @@ def test_compare_tells_what_each_run_took(tmp_path, monkeypatch, capsys):
     assert train.main("--compare a --plot loss.png".split()) == 2 and not Path("loss.png").exists()
 
 
+def test_compare_reads_a_log_that_was_cut_off(tmp_path, capsys):
+    """The log without its last, incomplete line, wherever it was cut; a damaged line before is told, and so is a log
+    without an evaluation."""
+    config = dict(opt="adamw", seed=0, batch_tokens=1000)
+    rows = [dict(step=i, tokens=i * 1000, val_loss=5.0 - i, grad_equivalents=i, seconds=2.0 * i) for i in range(4)]
+    lines, log = [json.dumps(line) + "\n" for line in [dict(config=config), *rows]], tmp_path / "log.jsonl"
+
+    def compared(text):
+        log.write_text(text)
+        status = train.main(["--compare", str(tmp_path), "--target_loss", "3"])
+        return status, capsys.readouterr()
+    whole = compared("".join(lines[:4]))
+    assert whole[0] == 0
+    for size in range(1, len(lines[4]) - 1):
+        assert compared("".join(lines[:4]) + lines[4][:size]) == whole
+    assert compared("".join(lines[:4]) + "\0" * 99) == whole
+    for text in (lines[0] + lines[1][:9] + "\n" + lines[2], lines[0], lines[0] + lines[1][:9], lines[0][:9], ""):
+        status, told = compared(text)
+        assert status == 2 and told.err.count("\n") == 1 and str(log) in told.err
+
+
 def test_chart_ticks_are_round():
     assert train.ticks(3, 700, True) == [5, 10, 20, 50, 100, 200, 500] and train.ticks(1, 1e6, True) == [10.0 ** i for i in range(7)]
     assert [round(t, 9) for t in train.ticks(1.28, 2.3, False)] == [1.4, 1.6, 1.8, 2.0, 2.2] and len(train.ticks(1.6, 1.6, False)) <= 1
@@ -2861,6 +2925,17 @@ def test_gzip_changes_nothing_but_the_size(tmp_path, kind):
     for raw in (whole[:5], whole[:len(whole) // 2], whole[:-1], whole[:-8], flipped(len(whole) // 2), flipped(-6), body.encode(), whole + b"rest"):
         path.write_bytes(raw)
         assert str(path) in error_of(path, cache_dir=tmp_path / "new") and left_in(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.txt", "t.md", "t.jsonl.gz", "t.json.gz", "t.txt.gz"])
+def test_byte_order_mark_changes_nothing(tmp_path, name):
+    """A file that begins with UTF-8's mark, as Windows programs write it, is the file without it, records or text; a
+    U+FEFF anywhere else stays."""
+    texts = [f"\ufeffdocument {i}: é\ufeff" * 5 for i in range(150)]
+    body = jsonl(texts) if ".json" in name else "\n".join(texts)[1:]
+    a, b = (prepare(write(tmp_path / folder / name, body.encode(encoding)), cache_dir=tmp_path / folder, block_size=8)
+            for folder, encoding in (("plain", "utf-8"), ("marked", "utf-8-sig")))
+    assert same(a, b) and text_of(b).count("\ufeff") == 150 * 10 - (".json" not in name)
 
 
 def test_split_by_document_is_by_content_alone(tmp_path, monkeypatch):

@@ -699,7 +699,7 @@ class KFAC:
         self.spectra = [None] * len(self.params)          # per parameter: S, as a matrix or in the parameter's shape
 
     def add(self, params):
-        """More parameters of the model. The next `update` gives them factors, and `decompose` is due after it."""
+        """More parameters of the model: the next `update` gives them factors, and `decompose` is due then."""
         self.params = self.params + params
         self.bases += [(None, None)] * len(params)
         self.values += [None] * len(params)

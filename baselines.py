@@ -11,9 +11,9 @@
         opt.step()
         opt.zero_grad()
 
-To add an optimizer: write it as an Optimizer (below: a torch.optim.Optimizer that defines `move`), give it a row in
-DEFAULT_LR and one in DEFAULTS, and add its branch to make_optimizer; the trainer and the tests find it in BASELINES.
-Use Combined if it suits only some of the parameters. Its step() must leave p.grad as it was.
+To add an optimizer: write it as an Optimizer (below: a torch.optim.Optimizer that defines `move`), give it a
+row in DEFAULT_LR and one in DEFAULTS, and add its branch to make_optimizer; the trainer and the tests find it
+in BASELINES. Use Combined if it suits only some of the parameters. Its step() must leave p.grad as it was.
 """
 import contextlib
 import math
@@ -173,7 +173,7 @@ def hidden_matrices(model):
 
 @contextlib.contextmanager
 def full_precision(device_type, model=None):
-    """Autocast is off inside, for a solver's own algebra; calls of `model` keep the autocast that is on outside."""
+    """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's."""
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     outside = torch.autocast(device_type, dtype, enabled)
 
@@ -194,7 +194,7 @@ def full_precision(device_type, model=None):
 
 
 class Optimizer(torch.optim.Optimizer):
-    """The contract of torch.optim for an optimizer that defines `move`, and `check` if it cannot train everything."""
+    """torch.optim's contract for what defines `move`, and `check` if it cannot train every parameter."""
 
     def move(self):
         """One step of all parameters that have a gradient; no autograd, no autocast."""
@@ -206,7 +206,8 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        with full_precision(next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")):
+        devices = (p.device.type for group in self.param_groups for p in group["params"])
+        with full_precision(next(devices, "cpu")):
             self.move()
         return loss
 
@@ -219,23 +220,22 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def __getstate__(self):
-        # For copies and pickles torch keeps its own three attributes. Ours are those that are not private and not the
-        # `step` that a learning-rate scheduler wraps.
-        own = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "step"}
-        return {**super().__getstate__(), **own}
+        # For copies and pickles. torch would keep three attributes, we keep all but the private ones and
+        # the `step` that a learning-rate scheduler puts here.
+        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
 
 
 def check_dtypes(method, params):
     for p in params:
         if p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{method} needs parameters in float32 or float64, and one is {p.dtype}: keep them in "
-                             "float32 and call the model under torch.autocast")
+            raise ValueError(f"{method} needs parameters in float32 or float64, and one is {p.dtype}: "
+                             "keep them in float32 and call the model under torch.autocast")
 
 
 class Combined(Optimizer):
-    """Optimizers over disjoint parameters as one. Its param_groups are theirs in order, and its state is theirs; a group
-    that is added later is the last one's. The `momentum` of every group is what schedulers cycle: an AdamW takes it for
-    its beta1, whatever its betas say."""
+    """Optimizers over disjoint parameters as one. Its param_groups are theirs in order, and its state is
+    theirs; a group that is added later is the last one's. The `momentum` of every group is what schedulers
+    cycle: an AdamW takes it for its beta1, whatever its betas say."""
 
     parts = ()
 
@@ -244,7 +244,7 @@ class Combined(Optimizer):
         self.parts = parts
 
     def add_param_group(self, group):
-        if self.parts:                                  # there are none in __init__: its groups are theirs and complete
+        if self.parts:                                  # none in __init__, whose groups are complete
             group = {**self.parts[-1].defaults, **group}
         if "betas" in group:
             group.setdefault("momentum", group["betas"][0])
@@ -398,7 +398,7 @@ class KFACOptimizer(Optimizer):
         everything = self.kfac.params + params
         check_dtypes("K-FAC", everything)
         if len({p.dtype for p in everything}) > 1:
-            raise ValueError("K-FAC needs all parameters in one dtype, float32 or float64, and they have both")
+            raise ValueError("K-FAC needs all parameters in one dtype, and they are in float32 and float64")
         if not set(params) <= {p for p in self.kfac.model.parameters() if p.requires_grad}:
             raise ValueError("K-FAC trains parameters of its model that require a gradient, and no others")
 
@@ -411,7 +411,7 @@ class KFACOptimizer(Optimizer):
         """Factors from a share of the batch; returns the work in gradients of the whole batch."""
         kfac, rows = self.kfac, math.ceil(self.curvature_frac * len(inputs))
         decay = min(1 - 1 / (self.steps + 1), self.stat_decay)          # as the paper starts its average
-        joined = len(kfac.factors) < len(kfac.params)                   # some parameters have no factors so far
+        joined = len(kfac.factors) < len(kfac.params)                   # some parameters are new
         with full_precision(kfac.params[0].device.type, kfac.model):
             kfac.update(inputs[:rows], targets[:rows], micro_batch, self.generator, decay)
             if self.steps % self.frequency == 0 or joined:
@@ -421,13 +421,13 @@ class KFACOptimizer(Optimizer):
     def move(self):
         params = self.kfac.params
         if len(self.kfac.factors) < len(params):
-            raise RuntimeError("call observe(inputs, targets) before the step: K-FAC has no factors for some parameters")
+            raise RuntimeError("call observe(inputs, targets) before the step: K-FAC has no factors for it")
         g = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in params])
         n = self.kfac.apply(g, lambda S: 1 / S, spectra=self.kfac.tikhonov(self.gamma))
         natural = dict(zip(params, n.split([p.numel() for p in params])))
         moved = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         kl = float(sum(group["lr"] ** 2 * natural[p].dot(p.grad.reshape(-1)) for group, p in moved))
-        n *= min(1.0, math.sqrt(self.kl_clip / max(kl, 1e-30)))         # and with it natural, whose parts are views
+        n *= min(1.0, math.sqrt(self.kl_clip / max(kl, 1e-30)))         # natural holds views of it
         for group, p in moved:
             M = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
             M.mul_(group["momentum"]).add_(natural[p].view_as(p))

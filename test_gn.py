@@ -1603,7 +1603,7 @@ def test_baselines_refuse_nonsense():
 
 """Every name in BASELINES keeps what torch.optim promises:
 
-    add_param_group   its parameters are trained from the next step on, or it raises at once and changes nothing
+    add_param_group   its parameters are trained from the next step on; or it raises, and changes nothing
     copies            deepcopy and pickle, together with the model, go on as the original does, bit for bit
     state_dict        through a file, weights only, into a fresh optimizer of a fresh model: bit for bit too
     autocast          step() inside it has the bits of step() outside
@@ -1630,7 +1630,8 @@ def optimizer_of(name, model):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_optimizer_trains_an_added_group(name):
-    """All of it moves in the next step, at its own rate and decay, which is not a step at which eigenbases are due."""
+    """All of it moves in the next step, at its own rate and decay, which is not a step at which eigenbases
+    are due."""
     model = gpt()
     opt, frozen = optimizer_of(name, model), [p for n, p in model.named_parameters() if n.startswith(FROZEN)]
     before = [p.detach().clone() for p in frozen]
@@ -1644,7 +1645,8 @@ def test_optimizer_trains_an_added_group(name):
     baseline_steps(model, opt, [2])
     moved = [torch.any(p.flatten() != b).item()
              for p, b in zip(model.parameters(), before.split([p.numel() for p in model.parameters()]))]
-    assert moved == [not n.startswith(FROZEN) for n, _ in model.named_parameters()] and len(opt.param_groups) == groups
+    assert moved == [not n.startswith(FROZEN) for n, _ in model.named_parameters()]
+    assert len(opt.param_groups) == groups
 
 
 def through_a_file(triple):
@@ -1658,12 +1660,12 @@ def through_a_file(triple):
     return model, opt
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda triple: pickle.loads(pickle.dumps(triple)), through_a_file],
-                         ids=["deepcopy", "pickle", "state_dict"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda triple: pickle.loads(pickle.dumps(triple)),
+                                    through_a_file], ids=["deepcopy", "pickle", "state_dict"])
 @pytest.mark.parametrize("name", BASELINES)
 def test_optimizer_copies_go_on_bit_for_bit(name, copied):
-    """Copied before and after an added group was used, under a scheduler: the original's next steps and the copy's have
-    the same bits, and neither moves the other."""
+    """Copied before and after an added group was used, under a scheduler: the original's next steps and the
+    copy's have the same bits, and neither moves the other."""
     model = gpt()
     opt = optimizer_of(name, model)
     torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5)
@@ -1693,8 +1695,9 @@ class Unmoved(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", BASELINES)
 def test_optimizer_steps_inside_autocast(name, dtype):
-    """With float32 parameters and the same gradients, step() and K-FAC's observe have the bits that they have outside;
-    the model is called under the caller's autocast, in observe and in a closure, and it is on afterwards."""
+    """With float32 parameters and the same gradients, step() and K-FAC's observe have the bits that they have
+    outside; the model is called under the caller's autocast, in observe and in a closure, and it is on
+    afterwards."""
     ends = []
     for enabled in (False, True):
         model = Unmoved(gpt().float())
@@ -1721,8 +1724,9 @@ def test_optimizer_steps_inside_autocast(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", BASELINES)
 def test_optimizer_refuses_or_trains_short_dtypes(name, dtype):
-    """SOAP and K-FAC at construction, whatever group it is in, and in add_param_group, which leaves the groups as they
-    were; the others train in bfloat16. K-FAC refuses two dtypes, and parameters that are not its model's."""
+    """SOAP and K-FAC at construction, whatever group it is in, and in add_param_group, which leaves the
+    groups as they were; the others train in bfloat16. K-FAC refuses two dtypes, and parameters that are not
+    its model's."""
     def refused(function, told):
         with pytest.raises(ValueError, match=told):
             function()
@@ -1735,7 +1739,8 @@ def test_optimizer_refuses_or_trains_short_dtypes(name, dtype):
     model = gpt()
     opt = make_optimizer(name, model)
     groups = len(opt.param_groups)
-    refused(lambda: opt.add_param_group(dict(params=[nn.Parameter(torch.zeros(3, 2, dtype=dtype))])), f"{dtype}.*autocast")
+    short = nn.Parameter(torch.zeros(3, 2, dtype=dtype))
+    refused(lambda: opt.add_param_group(dict(params=[short])), f"{dtype}.*autocast")
     if name == "kfac":
         refused(lambda: opt.add_param_group(dict(params=nn.Parameter(torch.zeros(3).double()))), "its model")
         model.head.float()
@@ -1748,7 +1753,7 @@ def test_optimizer_refuses_or_trains_short_dtypes(name, dtype):
 SCHEDULERS = {
     "LambdaLR": lambda opt, s: s.LambdaLR(opt, lambda step: 0.5 ** step),
     "CosineAnnealingLR": lambda opt, s: s.CosineAnnealingLR(opt, 5),
-    "SequentialLR": lambda opt, s: s.SequentialLR(opt, [s.LinearLR(opt, 0.1, total_iters=2), s.ExponentialLR(opt, 0.9)], [2]),
+    "SequentialLR": lambda opt, s: s.SequentialLR(opt, [s.LinearLR(opt), s.ExponentialLR(opt, 0.9)], [2]),
     "ReduceLROnPlateau": lambda opt, s: s.ReduceLROnPlateau(opt, patience=0),
     "CyclicLR": lambda opt, s: s.CyclicLR(opt, 1e-3, 1e-2, 2, cycle_momentum=False),
     "CyclicLR, momentum": lambda opt, s: s.CyclicLR(opt, 1e-3, 1e-2, 2),
@@ -1760,7 +1765,8 @@ SCHEDULERS = {
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("name", BASELINES)
 def test_optimizer_takes_every_scheduler(name, scheduler):
-    """The same steps as with the rates (and momenta, where it cycles them) that its groups show set by hand."""
+    """The same steps as with the rates (and momenta, where it cycles them) that its groups show set by
+    hand."""
     scheduled, by_hand = gpt(), gpt()
     opt, other = make_optimizer(name, scheduled), make_optimizer(name, by_hand)
     schedule, shown = SCHEDULERS[scheduler](opt, torch.optim.lr_scheduler), []
@@ -1792,12 +1798,12 @@ def test_optimizer_uses_the_rate_of_each_group(name):
 
 
 def test_kfac_baseline_clips_by_each_groups_own_rate():
-    """The clip makes lr^2 n^T F n, summed over the groups, kl_clip, whichever of them has the larger rate: n^T F n is n^T g
-    of the step without it, and the clip's factor squared beside."""
+    """The clip makes lr^2 n^T F n, summed over the groups, kl_clip, whichever of them has the larger rate:
+    n^T F n is n^T g of the step without it, and the clip's factor squared beside."""
     def squared_length(rates, kl_clip):
         model = gpt()
-        opt, before = make_optimizer("kfac", model, weight_decay=0.0), [p.detach().clone() for p in model.parameters()]
-        opt.kl_clip = kl_clip
+        opt = make_optimizer("kfac", model, weight_decay=0.0)
+        opt.kl_clip, before = kl_clip, [p.detach().clone() for p in model.parameters()]
         for group, lr in zip(opt.param_groups, rates):
             group["lr"] = lr
         rate = {p: group["lr"] for group in opt.param_groups for p in group["params"]}
@@ -1815,7 +1821,8 @@ def test_muon_momentum_is_the_beta1_of_its_adamw():
     opt = make_optimizer("muon", ours, lr=0.02)
     rest = [p for group in opt.param_groups[1:] for p in group["params"]]
     names = {id(p): n for n, p in ours.named_parameters()}
-    adamw = torch.optim.AdamW([dict(theirs.named_parameters())[names[id(p)]] for p in rest], lr=0.02, betas=(0.6, 0.95))
+    same = [dict(theirs.named_parameters())[names[id(p)]] for p in rest]
+    adamw = torch.optim.AdamW(same, lr=0.02, betas=(0.6, 0.95))
     for group in opt.param_groups[1:]:
         group.update(momentum=0.6, weight_decay=1e-2)
     for seed in range(3):
@@ -1823,15 +1830,15 @@ def test_muon_momentum_is_the_beta1_of_its_adamw():
         for p, like in zip(theirs.parameters(), ours.parameters()):
             p.grad = like.grad.clone()
         adamw.step()
-    assert all(torch.equal(p, dict(theirs.named_parameters())[names[id(p)]]) for p in rest)
+    assert all(map(torch.equal, rest, same))
     opt.add_param_group(dict(params=nn.Parameter(torch.zeros(2)), betas=(0.3, 0.9)))
     assert opt.param_groups[-1]["momentum"] == 0.3 and opt.param_groups[-1]["eps"] == 1e-8
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_optimizer_closure_hooks_and_missing_gradients(name):
-    """step(closure) returns its loss, with hooks called once each, before and after; what has no gradient keeps its bits,
-    though it had one before, momentum and decay included; zero_grad sets all to None."""
+    """step(closure) returns its loss, with hooks called once each, before and after; what has no gradient
+    keeps its bits, though it had one before, momentum and decay included; zero_grad sets all to None."""
     model, calls = gpt(), []
     opt = make_optimizer(name, model, weight_decay=0.1)
     baseline_steps(model, opt, range(2))
@@ -2003,10 +2010,12 @@ def test_resume_equals_the_uninterrupted_run(go, flags, monkeypatch):
         assert all(same_state(checkpoint_of(out)[k], whole[k]) for k in ("model", "ema", "optimizer"))
 
 
-@pytest.mark.parametrize("damage", ["gone", "empty", "cut in a row", "cut in the first line", "a row less", "zeros"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut in a row", "cut in the first line", "a row less",
+                                    "zeros"])
 def test_resume_goes_on_with_what_is_whole_of_the_log(damage, go, capsys):
-    """One line says so; the whole rows before, those of the steps after, and no others, with a first line in any case;
-    --resume again, from the checkpoint before it too, repeats no row; the weights are the uninterrupted run's."""
+    """One line says so; the whole rows before, those of the steps after, and no others, with a first line in
+    any case; --resume again, from the checkpoint before it too, repeats no row; the weights are the
+    uninterrupted run's."""
     flags = f"--opt adamw --eval_interval 1 --checkpoint_interval 1 {SMALL}"
     assert go(f"{flags} --steps 2 --out_dir run") == 0 and go(f"{flags} --steps 4 --out_dir whole") == 0
     (head, rows), log = log_of("whole"), Path("run/log.jsonl")
@@ -2582,10 +2591,10 @@ def test_compare_tells_what_each_run_took(tmp_path, monkeypatch, capsys):
 
 
 def test_compare_reads_a_log_that_was_cut_off(tmp_path, capsys):
-    """The log without its last, incomplete line, wherever it was cut; a damaged line before is told, and so is a log
-    without an evaluation."""
+    """The log without its last, incomplete line, wherever it was cut; a damaged line before is told, and so
+    is a log without an evaluation."""
     config = dict(opt="adamw", seed=0, batch_tokens=1000)
-    rows = [dict(step=i, tokens=i * 1000, val_loss=5.0 - i, grad_equivalents=i, seconds=2.0 * i) for i in range(4)]
+    rows = [dict(step=i, tokens=i, val_loss=5.0 - i, grad_equivalents=i, seconds=2.0 * i) for i in range(4)]
     lines, log = [json.dumps(line) + "\n" for line in [dict(config=config), *rows]], tmp_path / "log.jsonl"
 
     def compared(text):
@@ -2597,7 +2606,8 @@ def test_compare_reads_a_log_that_was_cut_off(tmp_path, capsys):
     for size in range(1, len(lines[4]) - 1):
         assert compared("".join(lines[:4]) + lines[4][:size]) == whole
     assert compared("".join(lines[:4]) + "\0" * 99) == whole
-    for text in (lines[0] + lines[1][:9] + "\n" + lines[2], lines[0], lines[0] + lines[1][:9], lines[0][:9], ""):
+    head, cut = lines[0], lines[1][:9]
+    for text in (head + cut + "\n" + lines[2], head, head + cut, head[:9], ""):
         status, told = compared(text)
         assert status == 2 and told.err.count("\n") == 1 and str(log) in told.err
 
@@ -2927,14 +2937,14 @@ def test_gzip_changes_nothing_but_the_size(tmp_path, kind):
         assert str(path) in error_of(path, cache_dir=tmp_path / "new") and left_in(tmp_path / "new") == []
 
 
-@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.txt", "t.md", "t.jsonl.gz", "t.json.gz", "t.txt.gz"])
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.txt", "t.jsonl.gz", "t.json.gz", "t.txt.gz"])
 def test_byte_order_mark_changes_nothing(tmp_path, name):
-    """A file that begins with UTF-8's mark, as Windows programs write it, is the file without it, records or text; a
-    U+FEFF anywhere else stays."""
+    """A file that begins with UTF-8's mark, as Windows programs write it, is the file without it, records or
+    text; a U+FEFF anywhere else stays."""
     texts = [f"\ufeffdocument {i}: é\ufeff" * 5 for i in range(150)]
     body = jsonl(texts) if ".json" in name else "\n".join(texts)[1:]
-    a, b = (prepare(write(tmp_path / folder / name, body.encode(encoding)), cache_dir=tmp_path / folder, block_size=8)
-            for folder, encoding in (("plain", "utf-8"), ("marked", "utf-8-sig")))
+    a, b = (prepare(write(tmp_path / code / name, body.encode(code)), cache_dir=tmp_path / code, block_size=8)
+            for code in ("utf-8", "utf-8-sig"))
     assert same(a, b) and text_of(b).count("\ufeff") == 150 * 10 - (".json" not in name)
 
 

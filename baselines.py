@@ -11,10 +11,11 @@
         opt.step()
         opt.zero_grad()
 
-To add an optimizer: write it as a torch.optim.Optimizer (param_groups, step, state_dict), give it a row in DEFAULT_LR
-and one in DEFAULTS, and add its branch to make_optimizer; the trainer and the tests find it in BASELINES.
-Use Combined if it suits only some of the parameters. Its step() must leave p.grad as it was.
+To add an optimizer: write it as an Optimizer (below: a torch.optim.Optimizer that defines `move`), give it a
+row in DEFAULT_LR and one in DEFAULTS, and add its branch to make_optimizer; the trainer and the tests find it
+in BASELINES. Use Combined if it suits only some of the parameters. Its step() must leave p.grad as it was.
 """
+import contextlib
 import math
 import warnings
 from itertools import islice
@@ -170,24 +171,97 @@ def hidden_matrices(model):
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer]
 
 
-class Combined(torch.optim.Optimizer):
-    """Optimizers over disjoint parameters as one. Its param_groups are theirs in order, and its state is theirs."""
+@contextlib.contextmanager
+def full_precision(device_type, model=None):
+    """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's."""
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    outside = torch.autocast(device_type, dtype, enabled)
 
-    def __init__(self, parts):
-        self.parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})
+    def enter(*_):
+        outside.__enter__()
+
+    def leave(*_):
+        outside.__exit__(None, None, None)
+    hooks = []
+    if model is not None:
+        hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Optimizer(torch.optim.Optimizer):
+    """torch.optim's contract for what defines `move`, and `check` if it cannot train every parameter."""
+
+    def move(self):
+        """One step of all parameters that have a gradient; no autograd, no autocast."""
+        raise NotImplementedError
+
+    def check(self, params):
+        """Raises ValueError if this optimizer cannot train params, a list."""
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        groups = iter(self.param_groups)
-        for part in self.parts:  # linked at every step, since load_state_dict puts new objects in their place
-            part.param_groups, part.state = list(islice(groups, len(part.param_groups))), self.state
-            part.step()
+        devices = (p.device.type for group in self.param_groups for p in group["params"])
+        with full_precision(next(devices, "cpu")):
+            self.move()
         return loss
 
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        try:
+            self.check(self.param_groups[-1]["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
-class SOAP(torch.optim.Optimizer):
+    def __getstate__(self):
+        # For copies and pickles. torch would keep three attributes, we keep all but the private ones and
+        # the `step` that a learning-rate scheduler puts here.
+        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
+
+
+def check_dtypes(method, params):
+    for p in params:
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{method} needs parameters in float32 or float64, and one is {p.dtype}: "
+                             "keep them in float32 and call the model under torch.autocast")
+
+
+class Combined(Optimizer):
+    """Optimizers over disjoint parameters as one. Its param_groups are theirs in order, and its state is
+    theirs; a group that is added later is the last one's. The `momentum` of every group is what schedulers
+    cycle: an AdamW takes it for its beta1, whatever its betas say."""
+
+    parts = ()
+
+    def __init__(self, parts):
+        super().__init__([group for part in parts for group in part.param_groups], dict(momentum=0.9))
+        self.parts = parts
+
+    def add_param_group(self, group):
+        if self.parts:                                  # none in __init__, whose groups are complete
+            group = {**self.parts[-1].defaults, **group}
+        if "betas" in group:
+            group.setdefault("momentum", group["betas"][0])
+        super().add_param_group(group)
+
+    def move(self):
+        groups = iter(self.param_groups)
+        for part in self.parts:  # linked at every step, since load_state_dict puts new objects in their place
+            count = None if part is self.parts[-1] else len(part.param_groups)
+            part.param_groups, part.state = list(islice(groups, count)), self.state
+            for group in part.param_groups:
+                if "betas" in group:
+                    group["betas"] = (group["momentum"], *group["betas"][1:])
+            part.step()
+
+
+class SOAP(Optimizer):
     """Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, algorithm 3). For a matrix of gradient G (m, n):
 
         G' = Q_L^T G Q_R                                  the gradient in the basis
@@ -221,14 +295,14 @@ class SOAP(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, shampoo_beta=shampoo_beta, eps=eps, weight_decay=weight_decay,
                                       precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim))
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
+    def check(self, params):
+        check_dtypes("SOAP", params)
+
+    def move(self):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, p.grad, self.state[p], group)
-        return loss
 
     def _update(self, p, G, s, group):
         (b1, b2), b3, lr = group["betas"], group["shampoo_beta"], group["lr"]
@@ -300,12 +374,12 @@ def power_iteration(C, Q):
     return torch.linalg.qr(CQ[:, order]).Q, order
 
 
-class KFACOptimizer(torch.optim.Optimizer):
+class KFACOptimizer(Optimizer):
     """Natural gradient with Kronecker factors (Martens & Grosse 2015) and momentum, its step clipped in KL:
 
         L, R = running averages of E[delta delta^T], E[a a^T], labels sampled from the model    `observe`, each step
         n = [(L + gamma/pi) (x) (R + gamma pi)]^-1 g                       factored Tikhonov damping, gamma = sqrt(damping)
-        n = n min(1, sqrt(kl_clip / (lr^2 n^T g)))                         Ba et al. 2017 (arXiv 1708.05144)
+        n = n min(1, sqrt(kl_clip / sum of lr^2 n^T g over the groups))    Ba et al. 2017 (arXiv 1708.05144)
         M = momentum M + n;   W = W - lr wd W - lr M
 
     The factors are the preconditioner's own code (gauss_newton.KFAC). Call `observe(inputs, targets)` before each step.
@@ -315,37 +389,50 @@ class KFACOptimizer(torch.optim.Optimizer):
     def __init__(self, model, params, lr=3e-2, momentum=0.9, damping=1e-3, kl_clip=1e-2, stat_decay=0.95, precondition_frequency=10,
                  curvature_frac=0.25, seed=0):
         from gauss_newton import KFAC                       # here, since gauss_newton itself imports this file
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=0.0))
         self.kfac, self.gamma, self.kl_clip, self.stat_decay = KFAC(model), damping ** 0.5, kl_clip, stat_decay
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=0.0))
         self.frequency, self.curvature_frac, self.steps = precondition_frequency, curvature_frac, 0
         self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(seed)
 
+    def check(self, params):
+        everything = self.kfac.params + params
+        check_dtypes("K-FAC", everything)
+        if len({p.dtype for p in everything}) > 1:
+            raise ValueError("K-FAC needs all parameters in one dtype, and they are in float32 and float64")
+        if not set(params) <= {p for p in self.kfac.model.parameters() if p.requires_grad}:
+            raise ValueError("K-FAC trains parameters of its model that require a gradient, and no others")
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        known = set(self.kfac.params)
+        self.kfac.add([p for p in self.param_groups[-1]["params"] if p not in known])
+
     def observe(self, inputs, targets, micro_batch=None):
         """Factors from a share of the batch; returns the work in gradients of the whole batch."""
-        rows = math.ceil(self.curvature_frac * len(inputs))
+        kfac, rows = self.kfac, math.ceil(self.curvature_frac * len(inputs))
         decay = min(1 - 1 / (self.steps + 1), self.stat_decay)          # as the paper starts its average
-        self.kfac.update(inputs[:rows], targets[:rows], micro_batch, self.generator, decay)
-        if self.steps % self.frequency == 0:
-            self.kfac.decompose()
+        joined = len(kfac.factors) < len(kfac.params)                   # some parameters are new
+        with full_precision(kfac.params[0].device.type, kfac.model):
+            kfac.update(inputs[:rows], targets[:rows], micro_batch, self.generator, decay)
+            if self.steps % self.frequency == 0 or joined:
+                kfac.decompose()
         return 2 / 3 * rows / len(inputs)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        if not self.kfac.factors:
-            raise RuntimeError("call observe(inputs, targets) before the first step: K-FAC has no factors yet")
-        params, lr = self.kfac.params, self.param_groups[0]["lr"]
+    def move(self):
+        params = self.kfac.params
+        if len(self.kfac.factors) < len(params):
+            raise RuntimeError("call observe(inputs, targets) before the step: K-FAC has no factors for it")
         g = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in params])
         n = self.kfac.apply(g, lambda S: 1 / S, spectra=self.kfac.tikhonov(self.gamma))
-        n *= min(1.0, math.sqrt(self.kl_clip / max(lr ** 2 * n.dot(g).item(), 1e-30)))
         natural = dict(zip(params, n.split([p.numel() for p in params])))
-        for group in self.param_groups:
-            for p in group["params"]:
-                M = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                M.mul_(group["momentum"]).add_(natural[p].view_as(p))
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(M, alpha=group["lr"])
+        moved = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        kl = float(sum(group["lr"] ** 2 * natural[p].dot(p.grad.reshape(-1)) for group, p in moved))
+        n *= min(1.0, math.sqrt(self.kl_clip / max(kl, 1e-30)))         # natural holds views of it
+        for group, p in moved:
+            M = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            M.mul_(group["momentum"]).add_(natural[p].view_as(p))
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(M, alpha=group["lr"])
         self.steps += 1
-        return loss
 
     def state_dict(self):
         return {**super().state_dict(), "kfac": self.kfac.state_dict(), "steps": self.steps, "generator": self.generator.get_state()}

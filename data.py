@@ -46,7 +46,7 @@ try:
 except ImportError:      # Windows
     fcntl = None
 
-FORMAT = 2               # of the prepared folder; raise it whenever the same text would give other tokens
+FORMAT = 3               # of the prepared folder; raise it whenever the same text would give other tokens
 VAL_FRACTION = 0.05
 FEW_DOCUMENTS = 100      # if there are fewer text files, the unit of the split is a piece of one
 PIECE = (256, 4096)      # characters, least and most; in between 1 % of the text
@@ -179,8 +179,9 @@ def records(path):
 
 @contextlib.contextmanager
 def open_text(path):
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace", newline="") as f:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:     # utf-8-sig: without the mark that Windows programs put in front
+        with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as f:
             yield f
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise DataError(f"{path} is damaged or no gzip file: delete it or get it again ({e})") from e

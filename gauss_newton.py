@@ -840,6 +840,13 @@ class KFAC:
         self.values = [None] * len(self.params)           # per parameter: (Λ_L, Λ_R), or (diagonal,)
         self.spectra = [None] * len(self.params)          # per parameter: S, as a matrix or in the parameter's shape
 
+    def add(self, params):
+        """More parameters of the model: the next `update` gives them factors, and `decompose` is due then."""
+        self.params = self.params + params
+        self.bases += [(None, None)] * len(params)
+        self.values += [None] * len(params)
+        self.spectra += [None] * len(params)
+
     def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
         """Factors from a batch (labels are sampled; targets say which tokens count), averaged with the earlier ones by
         `decay`; then `decompose` makes them ready for use."""

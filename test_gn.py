@@ -3,6 +3,7 @@
 References are independent of the code under test: dense matrices from torch.func, plain loops, torch.optim, closed forms.
 """
 import contextlib
+import copy
 import functools
 import gc
 import gzip
@@ -13,6 +14,7 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -1597,6 +1599,269 @@ def test_baselines_refuse_nonsense():
             SOAP([nn.Parameter(torch.zeros(2, 2))], **bad)
 
 
+# ---- what torch promises of an optimizer ----
+
+"""Every name in BASELINES keeps what torch.optim promises:
+
+    add_param_group   its parameters are trained from the next step on; or it raises, and changes nothing
+    copies            deepcopy and pickle, together with the model, go on as the original does, bit for bit
+    state_dict        through a file, weights only, into a fresh optimizer of a fresh model: bit for bit too
+    autocast          step() inside it has the bits of step() outside
+    dtypes            what the algebra cannot do is refused before the first step, with the remedy
+    lr_scheduler      all of them; the lr and the momentum that a group shows are what the next step uses
+    step, zero_grad   closures keep their autocast, hooks are called, what has no gradient is left alone
+"""
+
+FROZEN = "blocks.1"
+
+
+def optimizer_of(name, model):
+    """An optimizer to which the second block's parameters are added; then it is the whole model's."""
+    frozen = [p for n, p in model.named_parameters() if n.startswith(FROZEN)]
+    for p in frozen:
+        p.requires_grad_(False)
+    opt = make_optimizer(name, model, precondition_frequency=3)
+    baseline_steps(model, opt, [0])
+    for p in frozen:
+        p.requires_grad_(True)
+    opt.add_param_group(dict(params=frozen, weight_decay=0.25))
+    return opt
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_trains_an_added_group(name):
+    """All of it moves in the next step, at its own rate and decay, which is not a step at which eigenbases
+    are due."""
+    model = gpt()
+    opt, frozen = optimizer_of(name, model), [p for n, p in model.named_parameters() if n.startswith(FROZEN)]
+    before = [p.detach().clone() for p in frozen]
+    baseline_steps(model, opt, [1])
+    assert all((p != b).all() for p, b in zip(frozen, before))
+    assert opt.param_groups[-1]["weight_decay"] == 0.25 and opt.param_groups[-1]["lr"] == DEFAULT_LR[name]
+    groups, before = len(opt.param_groups), theta_of(model)
+    with pytest.raises(ValueError):                     # it has them already
+        opt.add_param_group(dict(params=frozen))
+    opt.param_groups[-1]["lr"] = 0.0
+    baseline_steps(model, opt, [2])
+    moved = [torch.any(p.flatten() != b).item()
+             for p, b in zip(model.parameters(), before.split([p.numel() for p in model.parameters()]))]
+    assert moved == [not n.startswith(FROZEN) for n, _ in model.named_parameters()]
+    assert len(opt.param_groups) == groups
+
+
+def through_a_file(triple):
+    (model, opt, name), file = triple, io.BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
+    file.seek(0)
+    saved, model = torch.load(file, weights_only=True), gpt(seed=1)
+    opt = optimizer_of(name, model)
+    model.load_state_dict(saved["model"])
+    opt.load_state_dict(saved["opt"])
+    return model, opt
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda triple: pickle.loads(pickle.dumps(triple)),
+                                    through_a_file], ids=["deepcopy", "pickle", "state_dict"])
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_copies_go_on_bit_for_bit(name, copied):
+    """Copied before and after an added group was used, under a scheduler: the original's next steps and the
+    copy's have the same bits, and neither moves the other."""
+    model = gpt()
+    opt = optimizer_of(name, model)
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5)
+    for seed in (1, 5):
+        twin, again, *_ = copied((model, opt, name))
+        start = theta_of(model)
+        baseline_steps(model, opt, range(seed, seed + 4))
+        assert torch.equal(theta_of(twin), start)
+        baseline_steps(twin, again, range(seed, seed + 4))
+        assert torch.equal(theta_of(twin), theta_of(model)) and not torch.equal(theta_of(twin), start)
+        assert [g["lr"] for g in again.param_groups] == [g["lr"] for g in opt.param_groups]
+
+
+class Unmoved(nn.Module):
+    """A model that computes the same inside autocast and outside, and says where it was called."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.seen = model, []
+
+    def forward(self, idx):
+        self.seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        with torch.autocast("cpu", enabled=False):
+            return self.model(idx)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_steps_inside_autocast(name, dtype):
+    """With float32 parameters and the same gradients, step() and K-FAC's observe have the bits that they have
+    outside; the model is called under the caller's autocast, in observe and in a closure, and it is on
+    afterwards."""
+    ends = []
+    for enabled in (False, True):
+        model = Unmoved(gpt().float())
+        opt = make_optimizer(name, model, precondition_frequency=2)
+
+        def closure():
+            opt.zero_grad()
+            loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+            with torch.autocast("cpu", enabled=False):
+                loss.backward()
+            return loss
+        for seed in range(4):
+            x, y = tokens(seed=seed)
+            with torch.autocast("cpu", dtype, enabled):
+                if hasattr(opt, "observe"):
+                    opt.observe(x, y)
+                opt.step(closure)
+                assert torch.is_autocast_enabled("cpu") == enabled and not model._forward_hooks
+        assert set(model.seen) == {enabled and dtype}
+        ends.append(theta_of(model))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_refuses_or_trains_short_dtypes(name, dtype):
+    """SOAP and K-FAC at construction, whatever group it is in, and in add_param_group, which leaves the
+    groups as they were; the others train in bfloat16. K-FAC refuses two dtypes, and parameters that are not
+    its model's."""
+    def refused(function, told):
+        with pytest.raises(ValueError, match=told):
+            function()
+    if name not in ("soap", "kfac"):
+        model = gpt().bfloat16()
+        before = theta_of(model)
+        baseline_steps(model, make_optimizer(name, model), range(3))
+        assert not torch.equal(theta_of(model), before) and theta_of(model).isfinite().all()
+        return
+    model = gpt()
+    opt = make_optimizer(name, model)
+    groups = len(opt.param_groups)
+    short = nn.Parameter(torch.zeros(3, 2, dtype=dtype))
+    refused(lambda: opt.add_param_group(dict(params=[short])), f"{dtype}.*autocast")
+    if name == "kfac":
+        refused(lambda: opt.add_param_group(dict(params=nn.Parameter(torch.zeros(3).double()))), "its model")
+        model.head.float()
+        refused(lambda: make_optimizer(name, model), "one dtype")
+    assert len(opt.param_groups) == groups
+    model.norm.to(dtype)
+    refused(lambda: make_optimizer(name, model), f"{dtype}.*autocast")
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda opt, s: s.LambdaLR(opt, lambda step: 0.5 ** step),
+    "CosineAnnealingLR": lambda opt, s: s.CosineAnnealingLR(opt, 5),
+    "SequentialLR": lambda opt, s: s.SequentialLR(opt, [s.LinearLR(opt), s.ExponentialLR(opt, 0.9)], [2]),
+    "ReduceLROnPlateau": lambda opt, s: s.ReduceLROnPlateau(opt, patience=0),
+    "CyclicLR": lambda opt, s: s.CyclicLR(opt, 1e-3, 1e-2, 2, cycle_momentum=False),
+    "CyclicLR, momentum": lambda opt, s: s.CyclicLR(opt, 1e-3, 1e-2, 2),
+    "OneCycleLR": lambda opt, s: s.OneCycleLR(opt, 1e-2, total_steps=6, cycle_momentum=False),
+    "OneCycleLR, momentum": lambda opt, s: s.OneCycleLR(opt, 1e-2, total_steps=6),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_takes_every_scheduler(name, scheduler):
+    """The same steps as with the rates (and momenta, where it cycles them) that its groups show set by
+    hand."""
+    scheduled, by_hand = gpt(), gpt()
+    opt, other = make_optimizer(name, scheduled), make_optimizer(name, by_hand)
+    schedule, shown = SCHEDULERS[scheduler](opt, torch.optim.lr_scheduler), []
+    for seed in range(5):
+        for group, source in zip(other.param_groups, opt.param_groups):
+            group.update({key: source[key] for key in ("lr", "momentum", "betas") if key in source})
+        shown.append([(group["lr"], group.get("momentum", group.get("betas"))) for group in opt.param_groups])
+        baseline_steps(scheduled, opt, [seed])
+        baseline_steps(by_hand, other, [seed])
+        schedule.step(*[1.0] * (scheduler == "ReduceLROnPlateau"))
+        assert torch.equal(theta_of(scheduled), theta_of(by_hand))
+    for group in zip(*shown):
+        assert len({lr for lr, _ in group}) > 1
+        assert (len({momentum for _, momentum in group}) > 1) == ("momentum" in scheduler)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_uses_the_rate_of_each_group(name):
+    """At rate 0 a group stays, and the others move."""
+    model = gpt()
+    opt = make_optimizer(name, model, weight_decay=0.0)
+    for still in range(len(opt.param_groups)):
+        before = {p: p.detach().clone() for p in model.parameters()}
+        for i, group in enumerate(opt.param_groups):
+            group["lr"] = 0.0 if i == still else 1e-2
+        baseline_steps(model, opt, [still])
+        for i, group in enumerate(opt.param_groups):
+            assert all(torch.equal(p, before[p]) == (i == still) for p in group["params"])
+
+
+def test_kfac_baseline_clips_by_each_groups_own_rate():
+    """The clip makes lr^2 n^T F n, summed over the groups, kl_clip, whichever of them has the larger rate:
+    n^T F n is n^T g of the step without it, and the clip's factor squared beside."""
+    def squared_length(rates, kl_clip):
+        model = gpt()
+        opt = make_optimizer("kfac", model, weight_decay=0.0)
+        opt.kl_clip, before = kl_clip, [p.detach().clone() for p in model.parameters()]
+        for group, lr in zip(opt.param_groups, rates):
+            group["lr"] = lr
+        rate = {p: group["lr"] for group in opt.param_groups for p in group["params"]}
+        baseline_steps(model, opt, [0])
+        return sum(rate[p] * ((b - p) * p.grad).sum().item() for p, b in zip(model.parameters(), before))
+    for rates in ((0.0, 3.0), (3.0, 0.1)):
+        whole = squared_length(rates, math.inf)
+        factor = squared_length(rates, 1e-2) / whole
+        assert factor < 0.5 and math.isclose(factor ** 2 * whole, 1e-2, rel_tol=1e-6)
+
+
+def test_muon_momentum_is_the_beta1_of_its_adamw():
+    """As a scheduler would set it, in an added group too; there it is first what its betas say."""
+    ours, theirs = gpt(), gpt()
+    opt = make_optimizer("muon", ours, lr=0.02)
+    rest = [p for group in opt.param_groups[1:] for p in group["params"]]
+    names = {id(p): n for n, p in ours.named_parameters()}
+    same = [dict(theirs.named_parameters())[names[id(p)]] for p in rest]
+    adamw = torch.optim.AdamW(same, lr=0.02, betas=(0.6, 0.95))
+    for group in opt.param_groups[1:]:
+        group.update(momentum=0.6, weight_decay=1e-2)
+    for seed in range(3):
+        baseline_steps(ours, opt, [seed])
+        for p, like in zip(theirs.parameters(), ours.parameters()):
+            p.grad = like.grad.clone()
+        adamw.step()
+    assert all(map(torch.equal, rest, same))
+    opt.add_param_group(dict(params=nn.Parameter(torch.zeros(2)), betas=(0.3, 0.9)))
+    assert opt.param_groups[-1]["momentum"] == 0.3 and opt.param_groups[-1]["eps"] == 1e-8
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_optimizer_closure_hooks_and_missing_gradients(name):
+    """step(closure) returns its loss, with hooks called once each, before and after; what has no gradient
+    keeps its bits, though it had one before, momentum and decay included; zero_grad sets all to None."""
+    model, calls = gpt(), []
+    opt = make_optimizer(name, model, weight_decay=0.1)
+    baseline_steps(model, opt, range(2))
+    opt.register_step_pre_hook(lambda *_: calls.append("before"))
+    opt.register_step_post_hook(lambda *_: calls.append("after"))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    if hasattr(opt, "observe"):
+        opt.observe(*tokens())
+
+    def closure():
+        calls.append("loss")
+        opt.zero_grad()
+        assert all(p.grad is None for p in model.parameters())
+        loss = F.cross_entropy(model(tokens()[0]).flatten(0, 1), tokens()[1].flatten())
+        loss.backward()
+        for n, p in model.named_parameters():
+            if n.startswith(FROZEN):
+                p.grad = None
+        return loss
+    assert opt.step(closure).item() > 0 and calls == ["before", "loss", "after"]
+    assert all(torch.equal(p, before[n]) == n.startswith(FROZEN) for n, p in model.named_parameters())
+
+
 # ---- trainer ----
 
 SMALL = "--n_layer 1 --n_embd 32 --block_size 32 --batch_tokens 2048 --eval_tokens 2048 --cg_iters 5"
@@ -1743,6 +2008,33 @@ def test_resume_equals_the_uninterrupted_run(go, flags, monkeypatch):
     for out in ("parts", "died"):
         assert log_of(out)[1] == rows
         assert all(same_state(checkpoint_of(out)[k], whole[k]) for k in ("model", "ema", "optimizer"))
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut in a row", "cut in the first line", "a row less",
+                                    "zeros"])
+def test_resume_goes_on_with_what_is_whole_of_the_log(damage, go, capsys):
+    """One line says so; the whole rows before, those of the steps after, and no others, with a first line in
+    any case; --resume again, from the checkpoint before it too, repeats no row; the weights are the
+    uninterrupted run's."""
+    flags = f"--opt adamw --eval_interval 1 --checkpoint_interval 1 {SMALL}"
+    assert go(f"{flags} --steps 2 --out_dir run") == 0 and go(f"{flags} --steps 4 --out_dir whole") == 0
+    (head, rows), log = log_of("whole"), Path("run/log.jsonl")
+    lines = log.read_bytes().splitlines(keepends=True)
+    left, kept = {"gone": (None, 0), "empty": (b"", 0), "cut in the first line": (lines[0][:-9], 0),
+                  "cut in a row": (b"".join(lines)[:-20], 2), "a row less": (b"".join(lines[:-1]), 2),
+                  "zeros": (b"".join(lines[:-1]) + bytes(300), 2)}[damage]
+    log.unlink() if left is None else log.write_bytes(left)
+    capsys.readouterr()
+    assert go("--resume --steps 3 --out_dir run") == 0
+    assert capsys.readouterr().out.count("note: run/log.jsonl lacks rows") == 1
+    shutil.copyfile("run/checkpoint.previous.pt", "run/checkpoint.pt")
+    for steps in (3, 4):
+        assert go(f"--resume --steps {steps} --out_dir run") == 0
+        assert ("note: " in capsys.readouterr().out) == (steps == 3 and kept < 3)
+        again, found = log_of("run")
+        assert found == [*rows[:kept], *rows[3:steps + 1]] and again["model"] == head["model"]
+    assert same_state(checkpoint_of("run")["model"], checkpoint_of("whole")["model"])
+    assert b"\0" not in log.read_bytes() and train.main(["--compare", "run"]) == 0
 
 
 def test_resume_of_a_run_without_a_step(go):
@@ -2298,6 +2590,28 @@ def test_compare_tells_what_each_run_took(tmp_path, monkeypatch, capsys):
     assert train.main("--compare a --plot loss.png".split()) == 2 and not Path("loss.png").exists()
 
 
+def test_compare_reads_a_log_that_was_cut_off(tmp_path, capsys):
+    """The log without its last, incomplete line, wherever it was cut; a damaged line before is told, and so
+    is a log without an evaluation."""
+    config = dict(opt="adamw", seed=0, batch_tokens=1000)
+    rows = [dict(step=i, tokens=i, val_loss=5.0 - i, grad_equivalents=i, seconds=2.0 * i) for i in range(4)]
+    lines, log = [json.dumps(line) + "\n" for line in [dict(config=config), *rows]], tmp_path / "log.jsonl"
+
+    def compared(text):
+        log.write_text(text)
+        status = train.main(["--compare", str(tmp_path), "--target_loss", "3"])
+        return status, capsys.readouterr()
+    whole = compared("".join(lines[:4]))
+    assert whole[0] == 0
+    for size in range(1, len(lines[4]) - 1):
+        assert compared("".join(lines[:4]) + lines[4][:size]) == whole
+    assert compared("".join(lines[:4]) + "\0" * 99) == whole
+    head, cut = lines[0], lines[1][:9]
+    for text in (head + cut + "\n" + lines[2], head, head + cut, head[:9], ""):
+        status, told = compared(text)
+        assert status == 2 and told.err.count("\n") == 1 and str(log) in told.err
+
+
 def test_chart_ticks_are_round():
     assert train.ticks(3, 700, True) == [5, 10, 20, 50, 100, 200, 500] and train.ticks(1, 1e6, True) == [10.0 ** i for i in range(7)]
     assert [round(t, 9) for t in train.ticks(1.28, 2.3, False)] == [1.4, 1.6, 1.8, 2.0, 2.2] and len(train.ticks(1.6, 1.6, False)) <= 1
@@ -2621,6 +2935,17 @@ def test_gzip_changes_nothing_but_the_size(tmp_path, kind):
     for raw in (whole[:5], whole[:len(whole) // 2], whole[:-1], whole[:-8], flipped(len(whole) // 2), flipped(-6), body.encode(), whole + b"rest"):
         path.write_bytes(raw)
         assert str(path) in error_of(path, cache_dir=tmp_path / "new") and left_in(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.txt", "t.jsonl.gz", "t.json.gz", "t.txt.gz"])
+def test_byte_order_mark_changes_nothing(tmp_path, name):
+    """A file that begins with UTF-8's mark, as Windows programs write it, is the file without it, records or
+    text; a U+FEFF anywhere else stays."""
+    texts = [f"\ufeffdocument {i}: é\ufeff" * 5 for i in range(150)]
+    body = jsonl(texts) if ".json" in name else "\n".join(texts)[1:]
+    a, b = (prepare(write(tmp_path / code / name, body.encode(code)), cache_dir=tmp_path / code, block_size=8)
+            for code in ("utf-8", "utf-8-sig"))
+    assert same(a, b) and text_of(b).count("\ufeff") == 150 * 10 - (".json" not in name)
 
 
 def test_split_by_document_is_by_content_alone(tmp_path, monkeypatch):

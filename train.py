@@ -295,7 +295,7 @@ def stored_settings(args, given):
 
 
 # of a checkpoint; raise it whenever an older program could not read a newer one, or the other way round
-FORMAT = 2
+FORMAT = 3
 
 
 def load_checkpoint(path):
@@ -711,7 +711,7 @@ def run(args, given, checkpoint):
     ema = [p.detach().clone() for p in params] if args.ema else None
     val = [t.to(args.device) for t in val_batch(data.val, block_size, args.eval_tokens)]
     check_shares(args, batch_rows, len(val[0]))
-    progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "grad_equivalents": 0.0, "seconds": 0.0, "log_bytes": 0,
+    progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "grad_equivalents": 0.0, "seconds": 0.0,
                 "val_loss": None, "evaluated": 0}
     if checkpoint:
         stepper.load_state_dict(checkpoint["optimizer"])
@@ -751,13 +751,12 @@ def run(args, given, checkpoint):
             save_checkpoint(path, config=vars(args), model_config=vars(model.config), model=model.state_dict(),
                             optimizer=state, ema=ema, progress=progress)
 
-    with open(out / "log.jsonl" if rank == 0 else os.devnull,
-              "r+" if checkpoint else "w") as log, stop_on_signal() as signals:
-        if checkpoint:
-            if rank == 0:
-                log.truncate(progress["log_bytes"])
-                log.seek(0, os.SEEK_END)
-            say(f"resuming {out} after step {progress['step']}")
+    logged = out / "log.jsonl" if rank == 0 else Path(os.devnull)
+    kept, last = lines_until(logged, progress["step"]) if checkpoint else (0, None)
+    with open(logged, "r+" if kept else "w") as log, stop_on_signal() as signals:
+        if kept:
+            log.truncate(kept)
+            log.seek(0, os.SEEK_END)
         else:
             header = {"config": vars(args), "parameters": n_params, "torch": torch.__version__,
                       "python": platform.python_version(), "device": name, "threads": torch.get_num_threads(),
@@ -765,11 +764,16 @@ def run(args, given, checkpoint):
                       "command": shlex.join(["python", "train.py",
                                              *(sys.argv[1:] if args.argv is None else args.argv)])}
             log.write(json.dumps(header) + "\n")
+        if checkpoint:
+            say(f"resuming {out} after step {progress['step']}")
+            if last != progress["step"]:
+                say(f"note: {logged} lacks rows up to this step; it goes on after what is whole in it")
+        else:
             progress["val_loss"] = evaluate()
             bar.clear()
             say(f"step 0/{args.steps} | val {progress['val_loss']:.3f}")
             write_row(log, {"step": 0, "tokens": 0, "distinct_tokens": 0, "train_loss": None,
-                            "val_loss": progress["val_loss"], "seconds": 0.0, "grad_equivalents": 0.0}, progress)
+                            "val_loss": progress["val_loss"], "seconds": 0.0, "grad_equivalents": 0.0})
             save()
         status, stopping, began, first, layers = 0, False, time.time(), progress["step"], model.layers()
         reached = (args.target_loss is not None and progress["val_loss"] is not None
@@ -816,7 +820,7 @@ def run(args, given, checkpoint):
                    "train_loss": record.pop("loss", None), "val_loss": val_loss, "seconds": progress["seconds"],
                    "step_seconds": seconds, "grad_equivalents": progress["grad_equivalents"], **record,
                    "peak_memory_mb": peak_memory_mb(device)}
-            write_row(log, row, progress)
+            write_row(log, row)
             remaining = (time.time() - began) / (step - first) * (args.steps - step)
             say(step_line(row, args.steps, args.batch_tokens, remaining))
             if step % args.checkpoint_interval == 0 or step == args.steps or reached or given_up or stopping:
@@ -830,7 +834,19 @@ def run(args, given, checkpoint):
     return status
 
 
-def write_row(log, row, progress):
+def lines_until(path, step):
+    """How many bytes of a log are whole lines up to this step's, and the step of the last of them."""
+    size, last = 0, None
+    with suppress(FileNotFoundError, ValueError):       # ValueError: a line that was cut off
+        for line in path.read_bytes().splitlines(keepends=True):
+            row = json.loads(line)
+            if row.get("step", 0) > step or not line.endswith(b"\n"):
+                break
+            size, last = size + len(line), row.get("step")
+    return size, last
+
+
+def write_row(log, row):
     """One JSON line, on disk before the next step; what is not finite is null, as JSON has no other word for it."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     try:
@@ -838,7 +854,6 @@ def write_row(log, row, progress):
         log.flush()
     except OSError as e:
         raise OSError(f"cannot write {log.name} ({e.strerror}); its last checkpoint is whole") from e
-    progress["log_bytes"] = log.tell()
 
 
 def finish(args, model, data, progress, reached, stopped, path):
@@ -872,10 +887,17 @@ def read_run(folder):
     """(configuration line, rows, those of them that were evaluated) of a run's log.jsonl."""
     path = Path(folder) / "log.jsonl"
     try:
-        head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return head, rows, [r for r in rows if r["val_loss"] is not None]
+        *lines, last = path.read_text().splitlines()
+        lines = [json.loads(line) for line in lines]
+        with suppress(ValueError):                      # cut off, where the run was killed
+            lines.append(json.loads(last))
+        head, *rows = lines
+        evaluated = [r for r in rows if r["val_loss"] is not None]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UsageError(f"{path} cannot be read as a run's log ({type(e).__name__})") from e
+    if not evaluated:
+        raise UsageError(f"{path} holds no evaluation yet")
+    return head, rows, evaluated
 
 
 def mean_and_error(values):

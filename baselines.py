@@ -183,7 +183,7 @@ def full_precision(device_type, model=None):
     def leave(*_):
         outside.__exit__(None, None, None)
     hooks = []
-    if model is not None:
+    if model is not None and enabled:
         hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
     try:
         with torch.autocast(device_type, enabled=False):

@@ -32,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from baselines import make_optimizer, owners, ranks, reduce, reduce_number, share
+from baselines import full_precision, make_optimizer, owners, ranks, reduce, reduce_number, share
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Vectors over parameters, and the loss in the logits
@@ -152,11 +152,12 @@ def check_logits(z, y):
                          f"({IGNORED} marks targets to leave out)")
 
 
-def logits(model, x, y):
-    """z = model(x) (..., V), checked against the targets."""
+def logits(model, x, y=None):
+    """z = model(x) (..., V), in float32 at least; checked against the targets, if they are given."""
     z = model(x)
-    check_logits(z, y)
-    return z
+    if y is not None:
+        check_logits(z, y)
+    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
 
 
 def evaluate(model, x, y):
@@ -406,7 +407,7 @@ class Program:
             theta = [p.detach().requires_grad_() for p in theta]
             one = per_token(y, 1.0)                                           # / n is left to the piece
             with differentiable_attention(), torch.enable_grad(), placed(model, theta):
-                z = model(x)
+                z = logits(model, x)
                 probs = torch.softmax(z.detach(), dim=-1)
                 u = cross_entropy_grad(probs, y, one).requires_grad_()
                 g = derivative(z, theta, u, create_graph=True)
@@ -414,7 +415,7 @@ class Program:
                 Gv = derivative(z, theta, cross_entropy_hvp(P, Jv, one))
                 return z.detach(), probs, *[t.detach() for t in g], Jv, *Gv, *derivative(z, theta, w)
         with torch.no_grad():
-            z, k = model(x), len(params)
+            z, k = logits(model, x), len(params)
         graph = trace(everything, [p.detach() for p in params], x, y, [torch.zeros_like(p) for p in params], z, z.clone())
         inputs, outputs = [node for node in graph.graph.nodes if node.op == "placeholder"], graph.graph.output_node().args[0]
         once, v, (P, w) = inputs[:k + 2], inputs[k + 2:-2], inputs[-2:]
@@ -853,11 +854,11 @@ class KFAC:
         targets, n = check_targets(idx, targets)
         (mine,), rows = share(range(len(idx))), len(idx)
         with torch.enable_grad():
-            z = self.model(idx[:2])
+            z = logits(self.model, idx[:2])
         check_logits(z, targets[:2])
         classes, maps = z.shape[-1], linear_maps(z, self.params)
         factored = {entry[0] for kind in maps for entry in kind}
-        diagonal = [i for i in range(len(self.params)) if i not in factored]
+        diagonal = [i for i, p in enumerate(self.params) if i not in factored and p.requires_grad]
         sides = {}                                      # (parameter, side) -> its sum over rows, and what that is divided by
         squares = {i: torch.zeros_like(self.params[i]) for i in diagonal}
         del z, maps
@@ -1086,7 +1087,7 @@ def expand_once(model, theta, x, y, v, prox_linear, at_theta, double_backward=Fa
     with differentiable_attention(), torch.enable_grad():
         if double_backward:
             with placed(model, theta):
-                z = model(x)
+                z = logits(model, x)
             u = torch.zeros_like(z, requires_grad=True)
             g = derivative(z, theta, u, create_graph=True)
             Jv = derivative(g, u, v)[0]
@@ -1326,7 +1327,12 @@ class GaussNewton:
         curvature, search    (idx, targets) of other data for G and for the line search; default: the batch itself.
         A loss, gradient or product that is not finite, an indefinite product, or a search without a decrease rejects the
         step: parameters stay bitwise as they were, λ is raised, and record["reason"] says why ("" when all went well).
+        Inside torch.autocast the model alone works in short numbers.
         """
+        with full_precision(self.params[0].device.type, self.model):
+            return self._step(idx, targets, curvature, search)
+
+    def _step(self, idx, targets, curvature, search):
         if [id(p) for p in trainable(self.model)] != [id(p) for p in self.params]:
             raise ValueError("the model's trainable parameters are no longer those that this GaussNewton was made for "
                              "(frozen or unfrozen since?): make a new one")

@@ -173,9 +173,10 @@ def hidden_matrices(model):
 
 @contextlib.contextmanager
 def full_precision(device_type, model=None):
-    """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's."""
+    """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of short weights is
+    off too: inside a context it would outlive a change of the weights."""
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    outside = torch.autocast(device_type, dtype, enabled)
+    outside = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
 
     def enter(*_):
         outside.__enter__()
@@ -186,7 +187,7 @@ def full_precision(device_type, model=None):
     if model is not None and enabled:
         hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
     try:
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(device_type, enabled=False, cache_enabled=False):
             yield
     finally:
         for hook in hooks:

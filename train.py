@@ -49,7 +49,7 @@ except ImportError:      # Windows
 
 from baselines import BASELINES, DEFAULT_LR, lr_schedule, make_optimizer, ranks, reduce_number
 from data import TOKENIZERS, DataError, get_batch, prepare, val_batch
-from gauss_newton import (GGN, KFAC, SCHEDULES, GaussNewton, InnerSolver, Program, assign, batch_grad, batch_loss, cg,
+from gauss_newton import (GGN, KFAC, SCHEDULES, ConjugateGradients, GaussNewton, InnerSolver, assign, batch_grad, batch_loss, cg,
                           flatten, line_search, select, trainable, unflatten)
 from model import GPT, PRESETS, GPTConfig
 
@@ -426,17 +426,17 @@ class FirstOrder:
 def make_stepper(model, args, progress):
     if args.opt in BASELINES:
         return FirstOrder(model, args)
-    same = ("damping", "damping_metric", "precond", "precond_interval", "precond_frac", "cg_iters", "cg_tol", "cg_rtol",
-            "warm_start", "curvature_frac", "line_search", "search_candidates", "search_frac", "local_model",
-            "newton_steps", "geodesic", "power", "micro_batch", "cache_gb", "compile", "seed")
-    inner = None
-    if args.solver != "cg":
-        inner = InnerSolver(model, args.solver, args.inner_tokens // model.config.block_size, args.inner_lr,
-                            args.inner_weight_decay, clip=args.inner_clip, l2=args.inner_l2,
-                            average=args.inner_average, schedule=args.inner_schedule, warmup=args.inner_warmup,
-                            outer_steps=args.steps, reset=args.inner_reset, compile=args.compile)
-    return GaussNewton(model, parts=model.layers() if args.opt == "layerwise_gn" else None, inner=inner,
-                       progress=progress, **{k: getattr(args, k) for k in same})
+    settings = dict(local_model=args.local_model)
+    if args.solver == "cg":
+        for key in ("newton_steps", "cg_iters", "damping", "precond", "curvature_frac", "micro_batch", "cache_gb", "seed"):
+            settings[key] = getattr(args, key)
+        solver = ConjugateGradients(model, **settings)
+    else:
+        solver = InnerSolver(model, args.solver, args.inner_tokens // model.config.block_size, args.inner_lr,
+                             schedule=args.inner_schedule, warmup=args.inner_warmup, outer_steps=args.steps,
+                             reset=args.inner_reset, compile=args.compile, **settings)
+    parts = model.layers() if args.opt == "layerwise_gn" else None
+    return GaussNewton(model, solver, parts, args.line_search, args.search_frac, args.micro_batch, progress)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,150 @@
+"""What a product and the rest of a step cost, in gradients of the same model and batch.
+
+    python results/bench.py                             # one thread, fp32, here: some minutes
+    python results/bench.py --device cuda --dtype bf16
+    python results/bench.py --rounds 2 --small          # a look
+
+A gradient is forward, loss and backward, with fused attention. All ways are timed in each round, so that a
+slow moment of the machine meets all of them. Printed are median and quartiles of the ratio to a gradient within a
+round, and the result's error against float64. curvlinops and BackPACK are timed in fp32 where installed.
+"""
+import argparse
+import copy
+import platform
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from baselines import KFAC, flatten, make_optimizer, trainable, unflatten
+from gauss_newton import GGN, GaussNewton, InnerSolver, batch_grad, batch_loss, cg, expand_once, select
+from model import GPT, PRESETS, GPTConfig
+
+SIZES = [  # sequences, model
+    (16, GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=512)),
+    (8, GPTConfig(n_layer=6, n_head=8, n_embd=256, block_size=256, vocab_size=2048))]
+
+
+def ours(model, x, y, v):
+    """{what: function}; a name up to its comma says which exact result it must have."""
+    params = trainable(model)
+    index = {p: i for i, p in enumerate(params)}
+    layers = [[index[p] for p in layer] for layer in model.layers()]
+    ggn = GGN(model, x, y)
+    kfac = KFAC(model)
+    quarter = x[:len(x) // 4], y[:len(y) // 4]
+    kfac.update(*quarter)
+    kfac.decompose()
+    local = model, params, x, y, unflatten(v, params), False, False
+    return {
+        "gradient": lambda: batch_grad(model, x, y)[1],
+        "product": lambda: ggn.matvec(v),
+        "gradient, with all that products need": lambda: GGN(model, x, y).grad,
+        "local gradient, on a batch used once": lambda: flatten(expand_once(*local)[2:]),
+        "layerwise products": lambda: [ggn.matvec(select(v, params, part), part) for part in layers],
+        "line-search candidate": lambda: batch_loss(model, x, y),
+        "K-FAC factors, a quarter of the sequences": lambda: kfac.update(*quarter),
+        "K-FAC application": lambda: kfac.apply(v, lambda s: 1 / (s + 1e-3)),
+        "vectors of a CG iteration": lambda: cg(lambda p: p, v, max_iter=1)}
+
+
+def curvlinops(model, x, y, v):
+    from curvlinops import GGNLinearOperator
+    params = trainable(model)
+    flat = nn.Sequential(model, nn.Flatten(0, 1))          # it wants (N, classes)
+    operator = GGNLinearOperator(flat, nn.CrossEntropyLoss(), params, [(x, y.flatten())], num_data=y.numel(),
+                                 check_deterministic=False, batch_size_fn=torch.numel)
+
+    def product():
+        with sdpa_kernel(SDPBackend.MATH):                 # fused kernels have no second derivative
+            return flatten(operator @ unflatten(v, params))
+    return {"product, curvlinops": product}
+
+
+def backpack(model, x, y, v):
+    from backpack.hessianfree.ggnvp import ggn_vector_product
+    flat = nn.Sequential(model, nn.Flatten(0, 1))
+    with sdpa_kernel(SDPBackend.MATH):
+        output = flat(x)
+        loss = nn.CrossEntropyLoss()(output, y.flatten())
+    v = unflatten(v, trainable(model))
+    return {"product, BackPACK": lambda: flatten(ggn_vector_product(loss, output, flat, v))}
+
+
+def whole_steps(model, x, y):
+    """{what: a step}, line search included; each starts where the one before it ended."""
+    params = trainable(model)
+    soap = make_optimizer("soap", model)
+
+    def soap_step():
+        for p, g in zip(params, unflatten(batch_grad(model, x, y, 128)[1], params)):
+            p.grad = g
+        soap.step()
+    eager, fast = [GaussNewton(model, InnerSolver(model, "muon", compile=compiled), search_frac=1 / 16)
+                   for compiled in (False, True)]
+    return {"step of SOAP": soap_step,
+            "step of full GN, inner Muon": lambda: eager.step(x, y),
+            "step of full GN, inner Muon, compiled": lambda: fast.step(x, y)}
+
+
+def report(ways, rounds, exact, device):
+    """Time the ways, after one round to warm up; print each one's ratio to the first."""
+    times = {what: [] for what in ways}
+    errors = {}
+    for _ in range(rounds + 1):
+        for what, function in ways.items():
+            start = time.perf_counter()
+            result = function()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times[what].append(time.perf_counter() - start)
+            want = exact.get(what.split(",")[0])
+            if want is not None:
+                errors[what] = f"  error {(result.double() - want).norm() / want.norm():.0e}"
+    first, base = next(iter(times.items()))
+    for what, seconds in times.items():
+        low, middle, high = quantiles([a / b for a, b in zip(seconds[1:], base[1:])], method="inclusive")
+        print(f"  {what:45}{middle:7.3f}  ({low:.3f} - {high:.3f}){errors.get(what, '')}", flush=True)
+    print(f"  (one {first}: {1000 * min(base):.1f} ms at best)")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--rounds", type=int, default=9, help="two at least")
+    parser.add_argument("--small", action="store_true", help="the smaller model alone, no whole steps")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(platform.machine(), args.device, args.dtype, "torch", torch.__version__, args.rounds, "rounds")
+    for rows, config in SIZES[:1] if args.small else SIZES:
+        print(f"\n{config}, {rows} sequences")
+        model = GPT(config).to(args.device)
+        x, y = torch.randint(config.vocab_size, (2, rows, config.block_size), device=args.device)
+        reference = GGN(copy.deepcopy(model).double(), x, y)
+        v = torch.randn(len(reference.grad), device=args.device)
+        product = reference.matvec(v.double())
+        exact = {"gradient": reference.grad, "product": product, "local gradient": reference.grad + product}
+        model.bf16 = args.dtype == "bf16"
+        ways = ours(model, x, y, v)
+        for peer in (curvlinops, backpack) if args.dtype == "fp32" else ():
+            with suppress(ImportError):
+                ways.update(peer(model, x, y, v))
+        report(ways, args.rounds, exact, args.device)
+    if not args.small:
+        model = GPT(GPTConfig(vocab_size=256, **PRESETS["tiny"])).to(args.device)
+        model.bf16 = args.dtype == "bf16"
+        x = torch.randint(256, (2048, model.config.block_size), device=args.device)
+        print(f"\nwhole steps of the tiny preset, {x.numel():,} tokens")
+        report(whole_steps(model, x, (5 * x + 1) % 256), args.rounds, {}, args.device)
+
+
+if __name__ == "__main__":
+    main()

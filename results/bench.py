@@ -5,8 +5,9 @@
     python results/bench.py --rounds 2 --small          # a look
 
 A gradient is forward, loss and backward, with fused attention. All ways are timed in each round, so that a
-slow moment of the machine meets all of them. Printed are median and quartiles of the ratio to a gradient within a
-round, and the result's error against float64. curvlinops and BackPACK are timed in fp32 where installed.
+slow moment of the machine meets all of them. Printed are median and quartiles of the ratio to a gradient, and
+the error against float64. curvlinops and BackPACK are timed in fp32, where they are installed. What a whole
+step takes is in the log of any run (step_seconds).
 """
 import argparse
 import copy
@@ -22,13 +23,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from baselines import KFAC, flatten, make_optimizer, trainable, unflatten
-from gauss_newton import GGN, GaussNewton, InnerSolver, batch_grad, batch_loss, cg, expand_once, select
-from model import GPT, PRESETS, GPTConfig
+from baselines import KFAC, flatten, trainable, unflatten
+from gauss_newton import GGN, batch_grad, batch_loss, cg, expand_once, select
+from model import GPT, GPTConfig
 
-SIZES = [  # sequences, model
-    (16, GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=512)),
-    (8, GPTConfig(n_layer=6, n_head=8, n_embd=256, block_size=256, vocab_size=2048))]
+SMALL = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=512)
+LARGER = GPTConfig(n_layer=6, n_head=8, n_embd=256, block_size=256, vocab_size=2048)
+TOKENS = 2048            # of a batch
 
 
 def ours(model, x, y, v):
@@ -77,22 +78,6 @@ def backpack(model, x, y, v):
     return {"product, BackPACK": lambda: flatten(ggn_vector_product(loss, output, flat, v))}
 
 
-def whole_steps(model, x, y):
-    """{what: a step}, line search included; each starts where the one before it ended."""
-    params = trainable(model)
-    soap = make_optimizer("soap", model)
-
-    def soap_step():
-        for p, g in zip(params, unflatten(batch_grad(model, x, y, 128)[1], params)):
-            p.grad = g
-        soap.step()
-    eager, fast = [GaussNewton(model, InnerSolver(model, "muon", compile=compiled), search_frac=1 / 16)
-                   for compiled in (False, True)]
-    return {"step of SOAP": soap_step,
-            "step of full GN, inner Muon": lambda: eager.step(x, y),
-            "step of full GN, inner Muon, compiled": lambda: fast.step(x, y)}
-
-
 def report(ways, rounds, exact, device):
     """Time the ways, after one round to warm up; print each one's ratio to the first."""
     times = {what: [] for what in ways}
@@ -109,7 +94,8 @@ def report(ways, rounds, exact, device):
                 errors[what] = f"  error {(result.double() - want).norm() / want.norm():.0e}"
     first, base = next(iter(times.items()))
     for what, seconds in times.items():
-        low, middle, high = quantiles([a / b for a, b in zip(seconds[1:], base[1:])], method="inclusive")
+        ratios = [a / b for a, b in zip(seconds, base)]
+        low, middle, high = quantiles(ratios[1:], method="inclusive")
         print(f"  {what:45}{middle:7.3f}  ({low:.3f} - {high:.3f}){errors.get(what, '')}", flush=True)
     print(f"  (one {first}: {1000 * min(base):.1f} ms at best)")
 
@@ -119,15 +105,16 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rounds", type=int, default=9, help="two at least")
-    parser.add_argument("--small", action="store_true", help="the smaller model alone, no whole steps")
+    parser.add_argument("--small", action="store_true", help="the smaller model alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(platform.machine(), args.device, args.dtype, "torch", torch.__version__, args.rounds, "rounds")
-    for rows, config in SIZES[:1] if args.small else SIZES:
-        print(f"\n{config}, {rows} sequences")
+    print(platform.machine(), args.device, args.dtype, "torch", torch.__version__)
+    for config in [SMALL] if args.small else [SMALL, LARGER]:
+        print(f"\n{config}, {TOKENS:,} tokens")
         model = GPT(config).to(args.device)
-        x, y = torch.randint(config.vocab_size, (2, rows, config.block_size), device=args.device)
+        shape = 2, TOKENS // config.block_size, config.block_size
+        x, y = torch.randint(config.vocab_size, shape, device=args.device)
         reference = GGN(copy.deepcopy(model).double(), x, y)
         v = torch.randn(len(reference.grad), device=args.device)
         product = reference.matvec(v.double())
@@ -138,12 +125,6 @@ def main():
             with suppress(ImportError):
                 ways.update(peer(model, x, y, v))
         report(ways, args.rounds, exact, args.device)
-    if not args.small:
-        model = GPT(GPTConfig(vocab_size=256, **PRESETS["tiny"])).to(args.device)
-        model.bf16 = args.dtype == "bf16"
-        x = torch.randint(256, (2048, model.config.block_size), device=args.device)
-        print(f"\nwhole steps of the tiny preset, {x.numel():,} tokens")
-        report(whole_steps(model, x, (5 * x + 1) % 256), args.rounds, {}, args.device)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def draw(axis, lines, colours, label, **style):
 def plain_numbers(axis):
     """1, 2, 5, 10, ... on a logarithmic axis."""
     axis.get_major_locator().set_params(subs=(1, 2, 5))
-    axis.set_major_formatter("{x:g}")
+    axis.set_major_formatter("{x:,.0f}")
     axis.set_minor_formatter("")
 
 
@@ -72,9 +72,8 @@ def study(records, folder):
     save(figure, folder / "loss.svg")
 
     figure, axis = subplots(figsize=(6.5, 4))
-    curves = {method: [[(size / 1024, steps[size]) for size in steps]] for method, steps in
-              best_steps(records).items()}
-    draw(axis, curves, colours, "tokens a step, in thousands (1,024)", marker="o")
+    curves = {method: [list(steps.items())] for method, steps in best_steps(records).items()}
+    draw(axis, curves, colours, "tokens a step", marker="o")
     axis.set(yscale="log", ylabel="steps to 1.60")
     plain_numbers(axis.yaxis)
     axis.legend()

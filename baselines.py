@@ -1,4 +1,5 @@
-"""The optimizers Gauss-Newton is compared with: AdamW, Adam, SGD, Muon, SOAP, K-FAC, and the learning-rate schedules.
+"""The optimizers Gauss-Newton is compared with: AdamW, Adam, SGD, Muon, SOAP, K-FAC; learning-rate schedules; and what
+Gauss-Newton shares with them: vectors over parameters, work shared by processes, the loss, Kronecker factors.
 
     opt = make_optimizer("soap", model)                     # any nn.Module; lr=None takes DEFAULT_LR
     base = [group["lr"] for group in opt.param_groups]
@@ -15,16 +16,18 @@ To add an optimizer: write it as an Optimizer (below: a torch.optim.Optimizer th
 row in DEFAULT_LR and one in DEFAULTS, and add its branch to make_optimizer; the trainer and the tests find it
 in BASELINES. Use Combined if it suits only some of the parameters. Its step() must leave p.grad as it was.
 """
-import contextlib
 import math
 import warnings
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 
-DEFAULT_LR = {  # peak rates: the best of 2 to 6 each for preset tiny on Python source at 16k tokens a step; retune elsewhere
+# peak rates: the best of 2 to 6 each for preset tiny on Python source at 16k tokens a step; retune elsewhere
+DEFAULT_LR = {
     "adamw": 1e-2,
     "adam": 1e-2,
     "sgd": 3e-1,
@@ -38,30 +41,25 @@ DEFAULTS = {  # everything else, as each method's reference has it
     "sgd": dict(momentum=0.9, weight_decay=0.0),            # Sutskever et al. 2013, Nesterov's form
     "muon": dict(momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1),  # Jordan 2024; decay and scale: arXiv 2502.16982
     "soap": dict(betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=10),  # arXiv 2409.11321
-    "kfac": dict(momentum=0.9, weight_decay=0.0, precondition_frequency=10),         # arXiv 1503.05671; KL clipping: 1708.05144
+    # arXiv 1503.05671; KL clipping: 1708.05144
+    "kfac": dict(momentum=0.9, weight_decay=0.0, precondition_frequency=10),
 }
 BASELINES = tuple(DEFAULTS)
 
 
 def make_optimizer(name, model, lr=None, weight_decay=None, betas=None, momentum=None, precondition_frequency=None):
-    """One of BASELINES for a model's trainable parameters. None takes the default; what a method does not use it ignores.
+    """One of BASELINES for a model's trainable parameters. None takes the default; what a method does not use it
+    ignores.
 
-    weight_decay reaches matrices (ndim >= 2) only, never norms and biases. It is decoupled, p -= lr * weight_decay * p,
-    but for adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to the AdamW beside it."""
+    weight_decay reaches matrices (ndim >= 2) only, never norms and biases. It is decoupled, p -= lr * weight_decay *
+    p, but for adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to the AdamW beside it."""
     if name not in DEFAULTS:
         raise ValueError(f"unknown optimizer {name!r}; choose from {', '.join(BASELINES)}")
     lr = DEFAULT_LR[name] if lr is None else lr
-    given = dict(weight_decay=weight_decay, betas=betas, momentum=momentum, precondition_frequency=precondition_frequency)
+    given = dict(weight_decay=weight_decay, betas=betas, momentum=momentum,
+                 precondition_frequency=precondition_frequency)
     o = {**DEFAULTS[name], **{k: v for k, v in given.items() if v is not None}}
-
-    if ranks()[1] > 1 and name != "kfac":                                   # which divides its own work
-        return Divided(one_process(name, model, lr, o))
-    return one_process(name, model, lr, o)
-
-
-def one_process(name, model, lr, o):
-    """make_optimizer for a process that steps every parameter itself; o: all other settings."""
-    params = [p for p in model.parameters() if p.requires_grad]            # a tied matrix comes once
+    params = [p for p in model.parameters() if p.requires_grad]         # a tied matrix comes once
 
     def decayed(params):
         return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=o["weight_decay"]),
@@ -74,18 +72,80 @@ def one_process(name, model, lr, o):
     if name == "sgd":
         return torch.optim.SGD(decayed(params), lr=lr, momentum=o["momentum"], nesterov=o["momentum"] > 0)
     if name == "soap":
-        return SOAP(decayed(params), lr=lr, betas=o["betas"], precondition_frequency=o["precondition_frequency"])
+        return SOAP(decayed(params), lr=lr, betas=o["betas"],
+                    precondition_frequency=o["precondition_frequency"])
     if name == "kfac":
-        return KFACOptimizer(model, decayed(params), lr, o["momentum"], precondition_frequency=o["precondition_frequency"])
-    if name == "muon":  # match_rms_adamw: steps of AdamW's size, 0.2 sqrt(max(m, n)) U V^T, so that one rate suits both
-        hidden = hidden_matrices(model)
-        rest = [p for p in params if p not in set(hidden)]
-        muon = torch.optim.Muon([dict(params=hidden)], lr=lr, momentum=o["momentum"], weight_decay=o["weight_decay"],
-                                adjust_lr_fn="match_rms_adamw")
-        return Combined([muon, torch.optim.AdamW(decayed(rest), lr=lr, betas=o["betas"])])
+        return KFACOptimizer(model, decayed(params), lr, o["momentum"],
+                             precondition_frequency=o["precondition_frequency"])
+    # Muon with match_rms_adamw: steps of AdamW's size, 0.2 sqrt(max(m, n)) U V^T, so that one rate suits both
+    hidden = hidden_matrices(model)
+    rest = [p for p in params if p not in set(hidden)]
+    muon = torch.optim.Muon([dict(params=hidden)], lr=lr, momentum=o["momentum"],
+                            weight_decay=o["weight_decay"], adjust_lr_fn="match_rms_adamw")
+    return Combined([muon, torch.optim.AdamW(decayed(rest), lr=lr, betas=o["betas"])])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_frac=0.2, min_ratio=0.0):
+    """The factor in [0, 1] for the base rate at `step`, which counts from 0.
+
+    Warmup is linear, (step + 1) / warmup_steps, so that no step is lost. Then "constant" stays at 1; "cosine" falls to
+    min_ratio at step == total_steps (Loshchilov & Hutter 2017); "wsd", warmup-stable-decay (arXiv 2404.06395), holds 1
+    and falls linearly to min_ratio over the last decay_frac of total_steps."""
+    if schedule not in ("constant", "cosine", "wsd"):
+        raise ValueError(f"unknown schedule {schedule!r}; choose from constant, cosine, wsd")
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+    left = max(0, total_steps - step) / max(1.0, decay_frac * total_steps)
+    return min_ratio + (1 - min_ratio) * min(1.0, left)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Vectors over parameters
+
+
+def trainable(model):
+    """The parameters that a step moves, tied ones once, in the order of model.parameters(). Raises ValueError where there
+    are none, or where they do not make one float32 or float64 vector."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("the model has no trainable parameters")
+    dtypes = {p.dtype for p in params}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        raise ValueError("trainable parameters must all be float32, or all float64, and these are "
+                         f"{' and '.join(sorted(str(t) for t in dtypes))}; for products in bfloat16 open "
+                         "torch.autocast inside the model's forward")
+    return params
+
+
+def flatten(tensors):
+    """Tensors of any shapes -> one vector."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def unflatten(vector, like):
+    """One vector -> views of it with the shapes of the tensors in `like`."""
+    return [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in like]), like)]
+
+
+@torch.no_grad()
+def assign(params, values):
+    """Put tensors into parameters, bit for bit."""
+    for p, v in zip(params, values):
+        p.copy_(v)
+
+
+def pieces(idx, targets, micro_batch):
+    """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole batch)."""
+    step = micro_batch or len(idx)
+    return [(idx[i:i + step], targets[i:i + step]) for i in range(0, len(idx), step)]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Many processes (torchrun): each has all parameters and a share of every batch's rows
 
 
@@ -118,60 +178,71 @@ def reduce_number(x):
     return reduce(torch.tensor(float(x), dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu"))[0].item()
 
 
-def owners(costs):
-    """The process that each job is for: the dearest first, to the one with least to do."""
-    load, owner = [0] * ranks()[1], [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owner[i] = min(range(len(load)), key=load.__getitem__)
-        load[owner[i]] += costs[i]
-    return owner
+# ------------------------------------------------------------------------------------------------------------
+# The loss: mean cross-entropy in nats per token
 
 
-class Divided:
-    """An optimizer whose parameters are divided over the processes: each steps its own and keeps state for these alone, and sends
-    them to the others. Every process needs all gradients. `state_dict` gathers: all processes call it together, and what they
-    get is one process's, to be loaded into any number of them."""
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        owner = owners([p.numel() * (sum(p.shape) if p.ndim == 2 else 1) for p in self.params])
-        self.mine = [o == ranks()[0] for o in owner]
-
-    @property
-    def param_groups(self):
-        return self.optimizer.param_groups
-
-    @torch.no_grad()
-    def step(self):
-        grads = [p.grad for p in self.params]
-        for p, mine in zip(self.params, self.mine):
-            p.grad = p.grad if mine else None
-        self.optimizer.step()
-        new = reduce(*(p if mine else torch.zeros_like(p) for p, mine in zip(self.params, self.mine)))
-        for p, value, grad in zip(self.params, new, grads):
-            p.copy_(value)
-            p.grad = grad
-
-    def state_dict(self):
-        state, found = self.optimizer.state_dict(), [None] * ranks()[1]
-        dist.all_gather_object(found, {i: s for i, s in state["state"].items() if self.mine[i]})
-        return {**state, "state": {i: s for i, s in sorted(item for part in found for item in part.items())}}
-
-    def load_state_dict(self, state):
-        self.optimizer.load_state_dict({**state, "state": {i: s for i, s in state["state"].items() if self.mine[i]}})
+IGNORED = -100          # the target of tokens that are left out of loss and count, as in torch.nn.functional.cross_entropy
 
 
-def hidden_matrices(model):
-    """The trainable 2-D parameters that are neither an embedding nor the output head, which is `model.head` or else the
-    last nn.Linear. A matrix tied to either is out too. Muon's orthogonal steps are meant for these only (Jordan 2024)."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    head = model.head if isinstance(getattr(model, "head", None), nn.Linear) else linears[-1] if linears else None
-    outer = {p for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
-    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer]
+def check_targets(idx, targets):
+    """The targets as int64, and how many count. Raises ValueError for what are not classes for these inputs."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets must be class numbers (int64), not {targets.dtype}: soft targets are not supported")
+    if len(idx) != len(targets):
+        raise ValueError(f"inputs have {len(idx)} rows and targets {len(targets)}")
+    targets = targets.long()
+    n = int((targets != IGNORED).sum())
+    if n == 0:
+        raise ValueError(f"the batch is empty: it has {len(idx)} rows and no target that counts")
+    return targets, n
 
 
-@contextlib.contextmanager
+def check_logits(z, y):
+    """Raises ValueError unless z are logits (..., V) for the targets y (...)."""
+    if not torch.is_tensor(z):
+        raise ValueError(f"""the model must return logits, and it returns a {type(z).__name__}; wrap it:
+    class Logits(torch.nn.Module):
+        def __init__(self, model): super().__init__(); self.model = model
+        def forward(self, x): return self.model(x){".logits" if hasattr(z, "logits") else "[0]"}""")
+    if z.shape[:-1] != y.shape:
+        raise ValueError(f"logits of shape {tuple(z.shape)} do not fit targets of shape {tuple(y.shape)}: "
+                         "there must be one row of logits, over all classes, for each target")
+    low, high = (int(t) for t in torch.aminmax(torch.where(y == IGNORED, 0, y)))
+    if low < 0 or high >= z.shape[-1]:
+        raise ValueError(f"targets reach from {low} to {high}, and the model has classes 0 .. {z.shape[-1] - 1} "
+                         f"({IGNORED} marks targets to leave out)")
+
+
+def logits(model, x, y=None):
+    """z = model(x) (..., V), in float32 at least; checked against the targets, if they are given."""
+    z = model(x)
+    if y is not None:
+        check_logits(z, y)
+    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+
+
+def per_token(targets, n):
+    """What each token's loss is divided by, (...,) -> (..., 1): n, or infinity for those that are left out."""
+    return torch.where(targets == IGNORED, math.inf, n).unsqueeze(-1)
+
+
+def cross_entropy_sum(z, targets):
+    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED)
+
+
+def cross_entropy_grad(probs, targets, n):
+    """∂L/∂z = (p − onehot(y)) / n.  probs (..., V), targets (...), n a number or `per_token` -> (..., V)."""
+    u = probs.clone()
+    u.scatter_add_(-1, targets.clamp_min(0).unsqueeze(-1), torch.full_like(u[..., :1], -1.0))
+    return u.div_(n)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimizers that torch does not have
+
+
+@contextmanager
 def full_precision(device_type, model=None):
     """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of short weights is
     off too: inside a context it would outlive a change of the weights."""
@@ -262,6 +333,15 @@ class Combined(Optimizer):
             part.step()
 
 
+def hidden_matrices(model):
+    """The trainable 2-D parameters that are neither an embedding nor the output head, which is `model.head` or else the
+    last nn.Linear. A matrix tied to either is out too. Muon's orthogonal steps are meant for these only (Jordan 2024)."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    head = model.head if isinstance(getattr(model, "head", None), nn.Linear) else linears[-1] if linears else None
+    outer = {p for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer]
+
+
 class SOAP(Optimizer):
     """Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, algorithm 3). For a matrix of gradient G (m, n):
 
@@ -311,7 +391,7 @@ class SOAP(Optimizer):
         if first := not s:
             on = [d <= group["max_precond_dim"] for d in G.shape] if G.ndim == 2 else [False, False]
             cov = [None if c is None else c * (1 - b3) for c in covariances(G, on)]          # L (m, m), R (n, n)
-            basis = [None if c is None else eigenvectors(c) for c in cov]                    # Q_L, Q_R
+            basis = [None if c is None else eigh(c)[1] for c in cov]                    # Q_L, Q_R
             s.update(step=0, M=torch.zeros_like(p), V=torch.zeros_like(p), cov=cov, basis=basis)
         s["step"] += 1
         M, V, cov, basis = s["M"], s["V"], s["cov"], s["basis"]
@@ -341,16 +421,6 @@ class SOAP(Optimizer):
             s["M"], s["V"] = to_basis(M, basis), V
 
 
-def eigenvectors(C):
-    """Of a symmetric C (d, d), found in float64: in float32 LAPACK can return NaN, without a word, where entries underflow. Where
-    it fails, the identity, with a warning: SOAP is Adam on that side until its next power iteration."""
-    try:
-        return torch.linalg.eigh(C.double()).eigenvectors.to(C.dtype)
-    except torch.linalg.LinAlgError as e:
-        warnings.warn(f"SOAP starts from the identity on one side: {str(e).splitlines()[0]}")
-        return torch.eye(len(C), dtype=C.dtype, device=C.device)
-
-
 def covariances(G, on):
     """G G^T (m, m) and G^T G (n, n), each only where it is on, since a side may be a vocabulary."""
     return G @ G.T if on[0] else None, G.T @ G if on[1] else None
@@ -375,94 +445,276 @@ def power_iteration(C, Q):
     return torch.linalg.qr(CQ[:, order]).Q, order
 
 
+def eigh(C):
+    """Eigenvalues, not negative, and eigenvectors of a symmetric C (d, d), found in float64: in float32 LAPACK can
+    return NaN, without a word, where entries underflow. Where it fails, the diagonal and the identity, with a
+    warning."""
+    try:
+        values, vectors = torch.linalg.eigh(C.double())
+    except torch.linalg.LinAlgError as e:
+        warnings.warn(f"{FAILED}: {str(e).splitlines()[0]}")
+        return C.diagonal().clamp_min(0), torch.eye(len(C), dtype=C.dtype, device=C.device)
+    return values.clamp_min(0).to(C.dtype), vectors.to(C.dtype)
+
+
+FAILED = "an eigendecomposition failed, and the matrix's diagonal takes its place"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Kronecker factors
+
+
+def linear_maps(z, params):
+    """What multiplies a parameter in the graph of z, found by a walk through it, whatever modules made it. A list of
+    (i, edge, side, inputs): parameter i; where the derivative by the map's output s arrives, for
+    torch.autograd.grad; the side of the parameter that s has; and what goes in:
+
+        s = a Wᵀ, as in nn.Linear    side 0    a (rows, in)
+        s = a W, W (in, out)         side 1    a (rows, in)
+        s = W[tokens]                side 1    tokens, int64
+        s = ... + b                  side 0    None
+
+    Products of more than two dimensions (einsum, convolutions, recurrent layers) are not among them.
+    """
+    index = {id(p): i for i, p in enumerate(params)}
+    weights, embeddings, biases, seen, stack = [], [], [], set(), [z.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name, inputs = node.name(), [function for function, _ in node.next_functions]
+        edge = torch.autograd.graph.GradientEdge(node, 0)
+        stack += inputs
+        if name in ("MmBackward0", "AddmmBackward0"):           # a W, or b + a W
+            i, transposed = origin(inputs[-1], index)
+            if i is not None:
+                a = node._saved_self if name == "MmBackward0" else node._saved_mat1
+                weights.append((i, edge, 0 if transposed else 1, a.detach()))
+        if name == "EmbeddingBackward0":
+            i, _ = origin(inputs[0], index)
+            if i is not None:
+                embeddings.append((i, edge, 1, node._saved_indices))
+        if name in ("AddBackward0", "AddmmBackward0"):
+            added = [origin(function, index)[0] for function in inputs]
+            biases += [(i, edge, 0, None) for i in added if i is not None and params[i].dim() == 1]
+    # A weight shared by an embedding and a linear map takes the map's factors.
+    mapped = {i for i, *_ in weights}
+    return weights + [e for e in embeddings if e[0] not in mapped] + biases
+
+
+def origin(node, index):
+    """The index of the parameter that a node of the graph hands on, or None; and whether it comes transposed."""
+    flips = 0
+    while node is not None and node.name() in ("TBackward0", "TransposeBackward0", "PermuteBackward0", "ToCopyBackward0"):
+        flips += node.name() != "ToCopyBackward0"               # which is a cast, by autocast
+        node = node.next_functions[0][0]
+    return index.get(id(getattr(node, "variable", None))), flips % 2 == 1
+
+
+class KFAC:
+    """The Gauss-Newton matrix as a Kronecker product per weight (Martens & Grosse 2015), in its eigenbasis.
+
+    For a linear map s = W a the block of W (out, in) is approximated by L ⊗ R, with L = E[δ δᵀ], R = E[a aᵀ], the
+    expectations over tokens and over labels sampled from the model, and δ = ∂(loss of one sequence)/∂s. With
+    L = Q_L Λ_L Q_Lᵀ, R = Q_R Λ_R Q_Rᵀ, and S = λ_L λ_Rᵀ (out, in) the products of their eigenvalues,
+
+        (L ⊗ R + λI)⁻¹ V = Q_L [ (Q_Lᵀ V Q_R) / (S + λ) ] Q_Rᵀ,                   the damping exact.
+
+    A weight kept as (in, out) has the two the other way round. Embedding (tokens, width): L is diagonal, the
+    frequency of each token, and R = E[δ δᵀ]. A bias: R = 1. A side above `max_side`: diagonal. All other parameters
+    (norms, say): a diagonal, the mean square of the gradient with sampled labels.
+    """
+
+    def __init__(self, model, max_side=4096):
+        self.model, self.max_side, self.params = model, max_side, trainable(model)
+        self.repaired = ""      # what went wrong in the last update or decomposition, and was mended
+        self.factors = {}       # index of a parameter -> its sides [L, R], or [diagonal] in the parameter's shape
+        self.eigen = {}         # the same as [(eigenvalues, eigenvectors or None for the identity), ...]
+
+    def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
+        """Factors from a batch (labels are sampled; targets say which tokens count), averaged with the earlier ones
+        by `decay`; then `decompose` makes them ready for use."""
+        targets, n = check_targets(idx, targets)
+        rows, (mine,) = len(idx), share(range(len(idx)))
+        with torch.enable_grad():
+            z = logits(self.model, idx[:2])
+        check_logits(z, targets[:2])
+        factored = {i for i, *_ in linear_maps(z, self.params)}
+        squares = {i: torch.zeros_like(p) for i, p in enumerate(self.params) if i not in factored}
+        sums = {}                           # (parameter, side) -> [its sum over rows, number of rows, 0 for n]
+        for first in range(0, rows, micro_batch or rows):
+            last = min(first + (micro_batch or rows), rows)
+            # argmax p / e with exponential e has the distribution p. All processes draw for all rows, so that
+            # labels do not depend on who has them.
+            draws = torch.empty(targets[first:last].numel(), z.shape[-1], device=idx.device)
+            draws = draws.exponential_(generator=generator).view(last - first, *targets.shape[1:], -1)
+            start, end = max(first, mine.start), min(last, mine.stop)
+            grads = [torch.zeros_like(square) for square in squares.values()]
+            if start < end:
+                grads = self._add(sums, idx[start:end], targets[start:end], draws[start - first:end - first], squares)
+            # Labels of different tokens are independent: the square of a sum has the mean of the sum of squares.
+            for square, g in zip(squares.values(), reduce(*grads)):
+                square += g * g
+        flat = reduce(*(t for pair in sums.values() for t in pair))
+        means = {key: total / torch.where(count > 0, count, n) for key, total, count in zip(sums, flat[::2], flat[1::2])}
+        self.repaired = ""
+        for i, p in enumerate(self.params):
+            new = [means[i, 0], means[i, 1]] if (i, 0) in means else [squares.get(i, torch.zeros_like(p)) / n]
+            self._average(i, new, decay)
+
+    def _average(self, i, new, decay):
+        old = self.factors.get(i)
+        if not all(side.isfinite().all() for side in new):
+            self.repaired = "K-FAC factors not finite"
+            new = old or [torch.zeros_like(side) for side in new]
+        if old is not None and decay > 0:
+            new = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
+        self.factors[i] = new
+
+    def _add(self, sums, x, y, draws, diagonal):
+        """Add some rows to the factors' sums; returns the gradients of the parameters that have no factors."""
+        with torch.enable_grad():
+            z = logits(self.model, x)
+        form = {}                           # of several uses of a parameter, those like the first count
+        maps = [m for m in linear_maps(z, self.params) if form.setdefault(m[0], m[2]) == m[2]]
+        probs = torch.softmax(z.detach().float(), dim=-1)
+        labels = (probs / draws).argmax(-1)
+        u = cross_entropy_grad(probs, labels, per_token(y, 1.0)).to(z.dtype)    # a sum over tokens: each one's own
+        inputs = [edge for _, edge, _, _ in maps] + [self.params[i] for i in diagonal if self.params[i].requires_grad]
+        grads = torch.autograd.grad(z, inputs, u, allow_unused=True)
+
+        for (i, _, side, a), delta in zip(maps, grads):
+            if delta is None:
+                continue
+            delta = delta.to(self.params[i].dtype).flatten(0, -2)               # (rows, out); autocast's is short
+            if a is None:
+                inside, count = delta.new_ones(1), 1
+            elif a.is_floating_point():
+                inside, count = self._gram(a.to(delta.dtype)), len(a)
+            else:
+                inside, count = torch.bincount(a.flatten(), minlength=len(self.params[i])).to(delta.dtype), a.numel()
+            # What comes out is summed over positions and averaged over tokens, what goes in is averaged over both.
+            for key, value, number in (((i, side), self._gram(delta), 0), ((i, 1 - side), inside, count)):
+                total = sums.setdefault(key, [torch.zeros_like(value), value.new_zeros(())])
+                total[0] += value
+                total[1] += number
+        rest = dict(zip((i for i in diagonal if self.params[i].requires_grad), grads[len(maps):]))
+        return [torch.zeros_like(self.params[i]) if rest.get(i) is None else rest[i] for i in diagonal]
+
+    def _gram(self, m):
+        """mᵀm (side, side), or its diagonal where the side is too large to decompose."""
+        return m.T @ m if m.shape[1] <= self.max_side else (m * m).sum(0)
+
+    def decompose(self):
+        """Eigenvalues and eigenvectors of the factors."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for i, sides in self.factors.items():
+                full = len(sides) == 2
+                self.eigen[i] = [eigh(side) if full and side.ndim == 2 else (side, None) for side in sides]
+        if any(FAILED in str(w.message) for w in caught):
+            self.repaired = FAILED
+
+    def tikhonov(self, gamma):
+        """`eigen` with factored damping (Martens & Grosse, section 6.3): Λ_L + γ/π and Λ_R + γπ with
+        π² = mean(Λ_R) / mean(Λ_L)."""
+        damped = {}
+        for i, sides in self.eigen.items():
+            if len(sides) == 1:
+                damped[i] = [(sides[0][0] + gamma ** 2, None)]
+                continue
+            (left, QL), (right, QR) = sides
+            pi = ((right.mean() + 1e-30) / (left.mean() + 1e-30)).sqrt()
+            damped[i] = [(left + gamma / pi, QL), (right + gamma * pi, QR)]
+        return damped
+
+    def apply(self, v, function, part=None, eigen=None):
+        """function(K) v, the function taken on the eigenvalues; v flat (P,), or over the parameters in `part`.
+
+            K = Q S Qᵀ,   function(K) V = Q_L [ function(S) ∘ (Q_Lᵀ V Q_R) ] Q_Rᵀ
+        """
+        part = range(len(self.params)) if part is None else part
+        out = []
+        for i, t in zip(part, unflatten(v, [self.params[i] for i in part])):
+            values, bases = zip(*(eigen or self.eigen)[i])
+            if len(values) == 1:
+                out.append(t * function(values[0]))
+                continue
+            S = torch.outer(*values)
+            t = to_basis(t.reshape(S.shape), bases)
+            out.append(from_basis(t * function(S), bases))
+        return flatten(out)
+
+    def state_dict(self):
+        return {"factors": self.factors, "eigen": self.eigen}
+
+    def load_state_dict(self, state):
+        device = self.params[0].device
+        self.factors = {i: [side.to(device) for side in sides] for i, sides in state["factors"].items()}
+        self.eigen = {i: [(values.to(device), None if Q is None else Q.to(device)) for values, Q in sides]
+                      for i, sides in state["eigen"].items()}
+
+
 class KFACOptimizer(Optimizer):
     """Natural gradient with Kronecker factors (Martens & Grosse 2015) and momentum, its step clipped in KL:
 
-        L, R = running averages of E[delta delta^T], E[a a^T], labels sampled from the model    `observe`, each step
-        n = [(L + gamma/pi) (x) (R + gamma pi)]^-1 g                       factored Tikhonov damping, gamma = sqrt(damping)
-        n = n min(1, sqrt(kl_clip / sum of lr^2 n^T g over the groups))    Ba et al. 2017 (arXiv 1708.05144)
+        L, R = running averages of E[delta delta^T], E[a a^T], labels sampled from the model   `observe`, each step
+        n = [(L + gamma/pi) (x) (R + gamma pi)]^-1 g                    factored Tikhonov damping, gamma = sqrt(damping)
+        n = n min(1, sqrt(kl_clip / sum of lr^2 n^T g over the groups)) Ba et al. 2017 (arXiv 1708.05144)
         M = momentum M + n;   W = W - lr wd W - lr M
 
-    The factors are the preconditioner's own code (gauss_newton.KFAC). Call `observe(inputs, targets)` before each step.
-    Differs from the 2015 paper in: 1. damping is fixed, not adapted. 2. momentum is fixed, not solved for by the quadratic.
-    3. factors come from the first `curvature_frac` of each batch's rows, eigenbases anew every precondition_frequency steps."""
+    Call `observe(inputs, targets)` before each step. Differs from the 2015 paper in: 1. damping is fixed, not adapted.
+    2. momentum is fixed, not solved for by the quadratic. 3. factors come from the first `curvature_frac` of each
+    batch's rows, eigenbases anew every precondition_frequency steps."""
 
-    def __init__(self, model, params, lr=3e-2, momentum=0.9, damping=1e-3, kl_clip=1e-2, stat_decay=0.95, precondition_frequency=10,
-                 curvature_frac=0.25, seed=0):
-        from gauss_newton import KFAC                       # here, since gauss_newton itself imports this file
-        self.kfac, self.gamma, self.kl_clip, self.stat_decay = KFAC(model), damping ** 0.5, kl_clip, stat_decay
+    def __init__(self, model, params, lr=3e-2, momentum=0.9, damping=1e-3, kl_clip=1e-2, stat_decay=0.95,
+                 precondition_frequency=10, curvature_frac=0.25, seed=0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=0.0))
+        self.kfac, self.gamma, self.kl_clip, self.stat_decay = KFAC(model), damping ** 0.5, kl_clip, stat_decay
         self.frequency, self.curvature_frac, self.steps = precondition_frequency, curvature_frac, 0
         self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(seed)
 
     def check(self, params):
-        everything = self.kfac.params + params
-        check_dtypes("K-FAC", everything)
-        if len({p.dtype for p in everything}) > 1:
-            raise ValueError("K-FAC needs all parameters in one dtype, and they are in float32 and float64")
-        if not set(params) <= {p for p in self.kfac.model.parameters() if p.requires_grad}:
-            raise ValueError("K-FAC trains parameters of its model that require a gradient, and no others")
+        check_dtypes("K-FAC", params)
 
     def add_param_group(self, group):
+        if hasattr(self, "kfac"):
+            raise ValueError("K-FAC has factors for the parameters it was made with: make a new optimizer for others")
         super().add_param_group(group)
-        known = set(self.kfac.params)
-        self.kfac.add([p for p in self.param_groups[-1]["params"] if p not in known])
 
     def observe(self, inputs, targets, micro_batch=None):
         """Factors from a share of the batch; returns the work in gradients of the whole batch."""
-        kfac, rows = self.kfac, math.ceil(self.curvature_frac * len(inputs))
+        rows = math.ceil(self.curvature_frac * len(inputs))
         decay = min(1 - 1 / (self.steps + 1), self.stat_decay)          # as the paper starts its average
-        joined = len(kfac.factors) < len(kfac.params)                   # some parameters are new
-        with full_precision(kfac.params[0].device.type, kfac.model):
-            kfac.update(inputs[:rows], targets[:rows], micro_batch, self.generator, decay)
-            if self.steps % self.frequency == 0 or joined:
-                kfac.decompose()
+        with full_precision(self.kfac.params[0].device.type, self.kfac.model):
+            self.kfac.update(inputs[:rows], targets[:rows], micro_batch, self.generator, decay)
+            if self.steps % self.frequency == 0:
+                self.kfac.decompose()
         return 2 / 3 * rows / len(inputs)
 
     def move(self):
         params = self.kfac.params
-        if len(self.kfac.factors) < len(params):
-            raise RuntimeError("call observe(inputs, targets) before the step: K-FAC has no factors for it")
-        g = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in params])
-        n = self.kfac.apply(g, lambda S: 1 / S, spectra=self.kfac.tikhonov(self.gamma))
-        natural = dict(zip(params, n.split([p.numel() for p in params])))
+        if not self.kfac.eigen:
+            raise RuntimeError("call observe(inputs, targets) before the first step: K-FAC has no factors yet")
+        g = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+        n = self.kfac.apply(g, lambda S: 1 / S, eigen=self.kfac.tikhonov(self.gamma))
+        natural = dict(zip(params, unflatten(n, params)))
         moved = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        kl = float(sum(group["lr"] ** 2 * natural[p].dot(p.grad.reshape(-1)) for group, p in moved))
+        kl = float(sum(group["lr"] ** 2 * (natural[p] * p.grad).sum() for group, p in moved))
         n *= min(1.0, math.sqrt(self.kl_clip / max(kl, 1e-30)))         # natural holds views of it
         for group, p in moved:
             M = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            M.mul_(group["momentum"]).add_(natural[p].view_as(p))
+            M.mul_(group["momentum"]).add_(natural[p])
             p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(M, alpha=group["lr"])
         self.steps += 1
 
     def state_dict(self):
-        return {**super().state_dict(), "kfac": self.kfac.state_dict(), "steps": self.steps, "generator": self.generator.get_state()}
+        return {**super().state_dict(), "kfac": self.kfac.state_dict(), "steps": self.steps,
+                "generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
         super().load_state_dict({k: state[k] for k in ("state", "param_groups")})
         self.kfac.load_state_dict(state["kfac"])
         self.steps = state["steps"]
         self.generator.set_state(state["generator"].cpu())
-
-
-def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_frac=0.2, min_ratio=0.0):
-    """The factor in [0, 1] for the base rate at `step`, which counts from 0.
-
-    Warmup is linear, (step + 1) / warmup_steps, so that no step is lost. Then "constant" stays at 1; "cosine" falls to
-    min_ratio at step == total_steps (Loshchilov & Hutter 2017); "wsd", warmup-stable-decay (arXiv 2404.06395), holds 1
-    and falls linearly to min_ratio over the last decay_frac of total_steps."""
-    if schedule not in ("constant", "cosine", "wsd"):
-        raise ValueError(f"unknown schedule {schedule!r}; choose from constant, cosine, wsd")
-    if step < 0 or total_steps < 1 or warmup_steps < 0:
-        raise ValueError(f"need step >= 0, total_steps >= 1, warmup_steps >= 0, got {step}, {total_steps}, {warmup_steps}")
-    if not 0 <= decay_frac <= 1 or not 0 <= min_ratio <= 1:
-        raise ValueError(f"decay_frac ({decay_frac}) and min_ratio ({min_ratio}) must lie in [0, 1]")
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    if schedule == "cosine":
-        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done))
-    left = max(0, total_steps - step) / max(1.0, decay_frac * total_steps)
-    return min_ratio + (1 - min_ratio) * min(1.0, left)

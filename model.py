@@ -4,17 +4,23 @@
     x = x + Attn(RMSNorm(x));  x = x + SwiGLU(RMSNorm(x))   n_layer times
     logits = RMSNorm(x) W_head^T
 
+Below it is attention with the derivatives that Gauss-Newton takes, for this model and others.
+
 Sizes, epsilon and initialisation follow "The Potential of Second-Order Optimization for LLMs" (arXiv 2510.09378).
 
     from model import GPT, GPTConfig, PRESETS
     model = GPT(GPTConfig(vocab_size=256, **PRESETS["tiny"]))
     logits = model(idx)                                     # (B, T) int64 -> (B, T, vocab_size)
 """
+import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 PRESETS = {  # everything but vocab_size, which the tokenizer decides
     "tiny": dict(n_layer=2, n_head=4, n_embd=64, block_size=64),       # 164k parameters with bytes
@@ -43,7 +49,8 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
         if (self.n_embd // self.n_head) % 2:
-            raise ValueError(f"rotary positions need an even head size, got n_embd / n_head = {self.n_embd // self.n_head}")
+            raise ValueError("rotary positions need an even head size, got n_embd / n_head = "
+                             f"{self.n_embd // self.n_head}")
 
 
 def rotate(x, cos, sin):
@@ -65,8 +72,8 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = (w(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
                    for w in (self.wq, self.wk, self.wv))
-        # Fused for training and evaluation; the Gauss-Newton code switches the same call to its differentiable
-        # backend, since the fused kernels have no second derivative.
+        # Fused for training and evaluation; `differentiable_attention` replaces the same call where derivatives
+        # are taken that the fused kernels lack.
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         return self.wo(y.transpose(1, 2).reshape(B, T, C))
 
@@ -135,15 +142,17 @@ class GPT(nn.Module):
             x = self.embed(idx)                                                 # (B, T, C)
         except IndexError as e:      # on a CPU; a GPU stops with an assertion of its own
             low, high = (int(i) for i in torch.aminmax(idx))
-            raise ValueError(f"token ids reach from {low} to {high}, outside 0 .. {vocab - 1} (vocab_size {vocab})") from e
+            raise ValueError(f"token ids reach from {low} to {high}, outside 0 .. {vocab - 1} "
+                             f"(vocab_size {vocab})") from e
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
         return self.head(self.norm(x))                                          # (B, T, vocab_size)
 
     def layers(self):
         """The partition of layerwise Gauss-Newton (paper, section on layerwise GN): a list of lists of parameters,
-        {embedding}, each block (the final norm with the last one), {head}. A tied matrix is counted with the embedding."""
-        parts = [list(self.embed.parameters()), *(list(b.parameters()) for b in self.blocks), list(self.head.parameters())]
+        {embedding}, each block (the final norm with the last one), {head}. A tied matrix is counted with the
+        embedding."""
+        parts = [list(module.parameters()) for module in (self.embed, *self.blocks, self.head)]
         parts[-2] += list(self.norm.parameters())
         return parts[:-1] if self.config.tie_weights else parts
 
@@ -155,3 +164,115 @@ class GPT(nn.Module):
             probs = F.softmax(logits / max(temperature, 1e-6), dim=-1)
             idx = torch.cat((idx, torch.multinomial(probs, 1, generator=generator)), dim=1)
         return idx
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention with the derivatives that Gauss-Newton takes
+
+
+@contextmanager
+def differentiable_attention():
+    """While open, every scaled_dot_product_attention, in this model or another, is _Attention; what that does not
+    cover (a mask, grouped queries, nn.MultiheadAttention) takes the backend of differentiable operations."""
+    with sdpa_kernel(SDPBackend.MATH), _AttentionMode():
+        yield
+
+
+class _AttentionMode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            function = attention
+        return function(*args, **(kwargs or {}))
+
+
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """torch's scaled_dot_product_attention, by _Attention where it can be."""
+    q, k, v = query, key, value
+    alike = q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and q.dtype == k.dtype == v.dtype  # else torch may broadcast
+    if attn_mask is not None or dropout_p or enable_gqa or not alike:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                                              enable_gqa=enable_gqa)
+    if torch.is_autocast_enabled(q.device.type):        # which would have done it further down
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    return _Attention.apply(q, k, v, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+class _Attention(torch.autograd.Function):
+    """o = P v, P = softmax(s q kᵀ + mask), (..., T, head size), with P kept and every derivative written out:
+
+        Jᵀ    v̄ = Pᵀ w,   T = P ∘ (W − rowsum(P ∘ W)),  W = w vᵀ,   q̄ = s T k,   k̄ = s Tᵀ q
+        J     o' = t v + P v',   t = P ∘ (D − rowsum(P ∘ D)),   D = s (q' kᵀ + q k'ᵀ)
+
+    The fused kernels have no derivative of their backward nor a forward-mode one, and each of their calls makes P
+    anew. The graph of the backward is to be differentiated by the cotangent w alone, in which it is linear, so that
+    its transpose is J; what depends on q, k and v in it counts as constant.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, scale):
+        P = probabilities(q, k, causal, scale)
+        ctx.causal, ctx.scale = causal, scale
+        ctx.save_for_backward(q, k, v, *P)
+        ctx.save_for_forward(q, k, v, *P)
+        rows = [p @ v[..., :seen, :] for p, (_, _, seen) in zip(P, blocks(q.shape[-2], causal))]
+        return torch.cat(rows, -2)
+
+    @staticmethod
+    def backward(ctx, w):
+        return *_AttentionBackward.apply(w, ctx.causal, ctx.scale, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def jvp(ctx, dq, dk, dv, *_):
+        return apply_jacobian(dq, dk, dv, ctx.causal, ctx.scale, *ctx.saved_tensors)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, causal, scale, *saved):
+        ctx.save_for_backward(*saved)
+        ctx.causal, ctx.scale = causal, scale
+        return apply_transpose(w, causal, scale, *saved)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        constants = [None] * (2 + len(ctx.saved_tensors))
+        return apply_jacobian(dq, dk, dv, ctx.causal, ctx.scale, *ctx.saved_tensors), *constants
+
+
+def blocks(T, causal):
+    """Rows of P from, to, and the keys that they see, to: in four blocks, causal attention has 5/8 of the square."""
+    size = max(64, -(-T // 4)) if causal else T
+    ends = [(i, min(i + size, T)) for i in range(0, T, size)]
+    return [(start, end, end if causal else None) for start, end in ends]
+
+
+def probabilities(q, k, causal, scale):
+    """P, block by block."""
+    P = []
+    for i, j, seen in blocks(q.shape[-2], causal):
+        scores = (q[..., i:j, :] * scale) @ k[..., :seen, :].transpose(-1, -2)
+        if causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(i + 1)
+            scores.masked_fill_(future, -math.inf)
+        P.append(torch.softmax(scores, -1).to(scores.dtype))            # autocast on a GPU gives float32
+    return P
+
+
+def apply_jacobian(dq, dk, dv, causal, scale, q, k, v, *P):
+    out, left, right = [], torch.cat((dq, q), -1), torch.cat((k, dk), -1).transpose(-1, -2)
+    for p, (i, j, seen) in zip(P, blocks(q.shape[-2], causal)):
+        D = (left[..., i:j, :] @ right[..., :seen]).mul_(scale)         # q' kᵀ + q k'ᵀ as one product
+        t = torch.ops.aten._softmax_backward_data(D, p, -1, p.dtype)
+        out.append(t @ v[..., :seen, :] + p @ dv[..., :seen, :])
+    return torch.cat(out, -2)
+
+
+def apply_transpose(w, causal, scale, q, k, v, *P):
+    dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
+    for p, (i, j, seen) in zip(P, blocks(q.shape[-2], causal)):
+        W = (w[..., i:j, :] * scale) @ v[..., :seen, :].transpose(-1, -2)
+        t = torch.ops.aten._softmax_backward_data(W, p, -1, p.dtype)
+        dq.append(t @ k[..., :seen, :])
+        dk[..., :seen, :] += t.transpose(-1, -2) @ q[..., i:j, :]
+        dv[..., :seen, :] += p.transpose(-1, -2) @ w[..., i:j, :]
+    return torch.cat(dq, -2), dk, dv

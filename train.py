@@ -164,8 +164,6 @@ def build_parser():
     flag("--line_search", ("armijo", "grid", "none"), "armijo", "along each step: backtracking, the best of all "
          "candidates, or none")
     flag("--line_search_data", ("same", "fresh"), "same", "search on the batch or on fresh tokens")
-    flag("--compile", bool, False, "compile products and inner steps: half a minute to some minutes at the "
-         "start, for long runs (needs a C++ compiler)")
 
     flag = p.heading("Gauss-Newton with --solver cg", "cg")
     flag("--damping", positive, 0.3, "λ at the start, adapted by Levenberg-Marquardt from then on")
@@ -183,6 +181,8 @@ def build_parser():
     flag("--inner_warmup", natural, 0, "inner steps of linear warmup")
     flag("--inner_reset", bool, False, "start each inner solve at the parameters with fresh moments, not where "
          "the last one ended")
+    flag("--compile", bool, False, "compile inner steps (full_gn): half a minute to some minutes at the start, for "
+         "long runs (needs a C++ compiler)")
 
     flag = p.heading("baselines", "baseline")
     rates = ", ".join(f"{name} {lr:g}" for name, lr in DEFAULT_LR.items())
@@ -284,8 +284,7 @@ def make_stepper(model, args, progress):
         return FirstOrder(model, args)
     if args.kind == "cg":
         solver = ConjugateGradients(model, args.local_model, args.newton_steps, args.cg_iters, args.damping,
-                                    args.precond, args.curvature_frac, micro_batch=args.micro_batch,
-                                    compile=args.compile, seed=args.seed)
+                                    args.precond, args.curvature_frac, args.micro_batch, seed=args.seed)
     else:
         rows = in_blocks(args, "inner_tokens", model.config.block_size)
         solver = InnerSolver(model, args.solver, rows, args.inner_lr, args.local_model, args.inner_schedule,

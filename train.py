@@ -41,10 +41,11 @@ try:
 except ImportError:      # Windows
     resource = None
 
-from baselines import (BASELINES, DEFAULT_LR, assign, batch_grad, batch_loss, flatten, lr_schedule,
-                       make_optimizer, ranks, reduce_number, trainable, unflatten)
+from baselines import (BASELINES, DEFAULT_LR, assign, flatten, lr_schedule, make_optimizer, ranks, reduce_number,
+                       trainable, unflatten)
 from data import TOKENIZERS, DataError, get_batch, prepare, val_batch
-from gauss_newton import SCHEDULES, ConjugateGradients, GaussNewton, InnerSolver
+from gauss_newton import (SCHEDULES, ConjugateGradients, GaussNewton, InnerSolver, batch_grad, batch_loss,
+                          first_line)
 from model import GPT, PRESETS, GPTConfig
 
 GN = ("full_gn", "layerwise_gn")
@@ -112,7 +113,7 @@ def device(text):
     try:
         torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError) as e:
-        raise argparse.ArgumentTypeError(f"{text} cannot be used: {str(e).splitlines()[0]}") from e
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {first_line(e)}") from e
     return text
 
 
@@ -133,8 +134,8 @@ def build_parser():
     flag("--micro_batch", count, None, "sequences worked on at a time; changes memory and speed, not results "
          "(default: about 8192 tokens, more on a GPU)")
     flag("--seed", seed, 0, "of initialisation, batches and sampled labels")
-    flag("--target_loss", not_negative, None, "stop at the first evaluation at or below this validation loss, "
-         "in nats per token")
+    flag("--target_loss", not_negative, 0.0, "stop at the first evaluation at or below this validation loss, in nats "
+         "per token; 0 = never")
     flag("--init_from", str, None, "checkpoint (or its run's folder) whose weights to start from")
     flag("--device", device, "auto", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
     flag("--dtype", ("fp32", "tf32", "bf16"), "fp32", "tf32: shorter mantissas in matrix products on GPUs; bf16: "
@@ -255,19 +256,33 @@ def build_model(args, vocab_size):
 
 
 def load_weights(model, checkpoint):
-    theirs, ours = checkpoint["model_config"], vars(model.config)
+    theirs = checkpoint["model_config"]
+    ours = vars(model.config)
     differ = [f"{k} {theirs.get(k)} there and {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]
     if differ:
         raise UsageError(f"the checkpoint's model is another one: {', '.join(differ)}")
     model.load_state_dict(checkpoint["model"])
 
 
-def in_blocks(args, name, block_size):
-    """A number of tokens in sequences."""
-    tokens = getattr(args, name)
-    if tokens % block_size:
-        raise UsageError(f"--{name} {tokens} is not a multiple of the block size {block_size}")
-    return tokens // block_size
+def check_sizes(args, block_size, val_rows):
+    """Raises UsageError where tokens are not whole blocks, or a process would have nothing of what all share."""
+    used = ["batch_tokens", "inner_tokens"] if args.kind == "inner" else ["batch_tokens"]
+    for name in used:
+        if getattr(args, name) % block_size:
+            raise UsageError(f"--{name} {getattr(args, name)} is not a multiple of the block size {block_size}")
+    rows = args.batch_tokens // block_size
+    shared = [rows, val_rows]
+    if args.kind == "inner":
+        inner = args.inner_tokens // block_size
+        shared += [inner, rows % inner or inner, rows * SEARCH_FRAC["inner"]]
+    elif args.kind == "cg":                             # K-FAC's factors are from a quarter of these
+        shared.append(rows * args.curvature_frac / 4)
+    elif args.opt == "kfac":
+        shared.append(rows / 4)
+    fewest, processes = math.ceil(min(shared)), ranks()[1]
+    if fewest < processes:
+        raise UsageError(f"{processes} processes cannot share {fewest} sequence{'s' * (fewest > 1)}: give more "
+                         "--batch_tokens, --eval_tokens, --inner_tokens or --curvature_frac")
 
 
 def default_micro_batch(config, device):
@@ -286,7 +301,7 @@ def make_stepper(model, args, progress):
         solver = ConjugateGradients(model, args.local_model, args.newton_steps, args.cg_iters, args.damping,
                                     args.precond, args.curvature_frac, args.micro_batch, seed=args.seed)
     else:
-        rows = in_blocks(args, "inner_tokens", model.config.block_size)
+        rows = args.inner_tokens // model.config.block_size
         solver = InnerSolver(model, args.solver, rows, args.inner_lr, args.local_model, args.inner_schedule,
                              args.inner_warmup, args.steps, args.inner_reset, args.compile)
     parts = model.layers() if args.opt == "layerwise_gn" else None
@@ -298,11 +313,14 @@ class FirstOrder:
     """A baseline behind the interface of GaussNewton: gradient, clipping, schedule, one optimizer step."""
 
     def __init__(self, model, args):
-        self.model, self.params, self.args = model, trainable(model), args
+        self.model = model
+        self.args = args
+        self.params = trainable(model)
         self.optimizer = make_optimizer(args.opt, model, args.lr, args.weight_decay, args.betas, args.momentum,
                                         args.precondition_frequency)
         self.base = [group["lr"] for group in self.optimizer.param_groups]
-        self.steps, self.rejections = 0, 0
+        self.steps = 0
+        self.rejections = 0
 
     def step(self, idx, targets):
         args, optimizer, params = self.args, self.optimizer, self.params
@@ -317,15 +335,15 @@ class FirstOrder:
                   "lr": self.base[0] * factor, "alpha": 1.0, "work": 1.0}
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return record
-        if hasattr(optimizer, "observe"):               # kfac: curvature from this batch
+        if args.opt == "kfac":                          # curvature from this batch
             record["work"] += optimizer.observe(idx, targets, args.micro_batch)
             record["repaired"] = optimizer.kfac.repaired or None
         clipped = grad * (args.clip / norm) if args.clip and norm > args.clip else grad
         for p, g in zip(params, unflatten(clipped, params)):
             p.grad = g
-        before = flatten([p.detach() for p in params])
+        before = flatten(params).detach()
         optimizer.step()
-        d = flatten([p.detach() for p in params]) - before
+        d = flatten(params).detach() - before
         length = d.norm().item()
         if not math.isfinite(length):
             assign(params, unflatten(before, params))
@@ -340,7 +358,8 @@ class FirstOrder:
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps, self.rejections = state["steps"], state["rejections"]
+        self.steps = state["steps"]
+        self.rejections = state["rejections"]
 
 
 def open_out_dir(args):
@@ -389,45 +408,44 @@ class Run:
 
     def __init__(self, args, checkpoint):
         """checkpoint: where to go on, or None. Refuses what cannot be used before there is a folder."""
-        self.args, self.bar, self.asked, self.stopped = args, Bar(), False, False
-        first_alone(self.load_data)
-        if ranks()[0] > 0:                              # now that it is prepared
-            self.load_data()
-        self.model = model = build_model(args, self.data.vocab_size)
-        source = checkpoint or args.init_from and load_checkpoint(args.init_from)
-        if source:
-            load_weights(model, source)
-        model.to(args.device)
-        self.params = trainable(model)
-        self.averaged = copy.deepcopy(model) if args.ema else model
-        block_size = model.config.block_size
-        self.rows = in_blocks(args, "batch_tokens", block_size)
-        fresh = args.line_search != "none" and args.line_search_data == "fresh"
-        self.search_rows = fresh * math.ceil(SEARCH_FRAC[args.kind] * self.rows)
-        self.val = [t.to(args.device) for t in val_batch(self.data.val, block_size, args.eval_tokens)]
-        check_shares(args, self.rows, len(self.val[0]))
-        args.micro_batch = args.micro_batch or default_micro_batch(model.config, args.device)
-        try:
-            self.stepper = make_stepper(model, args, self.bar)
-        except ValueError as e:                         # settings that do not go together
-            raise UsageError(str(e)) from e
+        self.args = args
         self.progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "grad_equivalents": 0.0, "seconds": 0.0}
         self.losses = {}                                # step: validation loss, where it was evaluated
-        if checkpoint:
-            self.stepper.load_state_dict(checkpoint["optimizer"])
-            self.progress, self.losses = checkpoint["progress"], checkpoint["losses"]
-        if checkpoint and args.ema:
-            self.averaged.load_state_dict(checkpoint["ema"])
-        self.out = first_alone(open_out_dir, args)
-
-    def load_data(self):
-        args = self.args
+        self.began = time.time()                        # the step
+        self.asked = False                              # to stop, by a signal
+        self.stopped = False                            # once all processes know
         block_size = args.block_size or PRESETS[args.model]["block_size"]
-        self.data = prepare(args.data, args.tokenizer, args.data_dir, block_size, self.bar.megabytes, args.shards)
+        self.data = prepare(args.data, args.tokenizer, args.data_dir, block_size, partial(self.bar, "data"),
+                            args.shards)                # by one process at a time
+        self.val = [t.to(args.device) for t in val_batch(self.data.val, block_size, args.eval_tokens)]
+        self.model = build_model(args, self.data.vocab_size)
+        check_sizes(args, block_size, len(self.val[0]))
+        if checkpoint or args.init_from:
+            load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
+        self.model.to(args.device)
+        self.averaged = copy.deepcopy(self.model) if args.ema else self.model
+        self.rows = args.batch_tokens // block_size
+        fresh = args.line_search != "none" and args.line_search_data == "fresh"
+        self.search_rows = math.ceil(SEARCH_FRAC[args.kind] * self.rows) if fresh else 0
+        args.micro_batch = args.micro_batch or default_micro_batch(self.model.config, args.device)
+        try:
+            self.stepper = make_stepper(self.model, args, self.bar)
+        except ValueError as e:                         # settings that do not go together
+            raise UsageError(str(e)) from e
+        if checkpoint:
+            self.restore(checkpoint)
+        self.out = by_first(open_out_dir, args)
+
+    def restore(self, checkpoint):
+        self.stepper.load_state_dict(checkpoint["optimizer"])
+        self.progress = checkpoint["progress"]
+        self.losses = checkpoint["losses"]
+        if self.args.ema:
+            self.averaged.load_state_dict(checkpoint["ema"])
 
     def introduce(self, given):
         args, data = self.args, self.data
-        say(f"{args.opt} | {args.model} GPT, {sum(p.numel() for p in self.params):,} parameters | "
+        say(f"{args.opt} | {args.model} GPT, {sum(p.numel() for p in self.stepper.params):,} parameters | "
             f"{device_name(args.device)}, torch {torch.__version__} | seed {args.seed}")
         say(f"data: {args.data}, {data.meta['documents']:,} documents, {len(data.train):,} training and "
             f"{len(data.val):,} validation tokens ({args.tokenizer}), sha256 {data.meta['sha256'][:12]}")
@@ -439,7 +457,7 @@ class Run:
 
     def header(self, command):
         """The log's first line: all that it takes to make the run again."""
-        return {"config": vars(self.args), "parameters": sum(p.numel() for p in self.params),
+        return {"config": vars(self.args), "parameters": sum(p.numel() for p in self.stepper.params),
                 "torch": torch.__version__, "python": platform.python_version(), "commit": git_commit(),
                 "device": device_name(self.args.device), "threads": torch.get_num_threads(),
                 "model": vars(self.model.config), "data": self.data.meta, "command": command}
@@ -453,13 +471,12 @@ class Run:
 
     def train(self, log):
         """To the last step, the target loss, a signal, or too many rejections; returns the exit status."""
-        args, progress = self.args, self.progress
-        while progress["step"] < args.steps and not self.reached() and not self.stopped:
-            self.bar.begin(f"step {progress['step'] + 1}/{args.steps}")
+        args = self.args
+        while self.progress["step"] < args.steps and not self.reached() and not self.stopped:
             row = self.step()
             write_row(log, row)
             say(step_line(row, args))
-            if progress["step"] % args.checkpoint_interval == 0 or self.ending() or self.reached():
+            if self.ending() or self.reached() or row["step"] % args.checkpoint_interval == 0:
                 self.save()
             if self.given_up():
                 say(f"stopped: {MAX_REJECTIONS} steps in a row were rejected, the last because of: "
@@ -469,22 +486,23 @@ class Run:
 
     def step(self):
         """One step and, where it is due, an evaluation; returns its row of the log."""
-        args, progress, start = self.args, self.progress, time.time()
-        before = {p: p.detach().clone() for p in self.params}
+        args, progress, params = self.args, self.progress, self.stepper.params
+        self.began = time.time()
+        before = {p: p.detach().clone() for p in params}
         batch = self.batch(0, self.rows)
-        extra = {"search": self.batch(2, self.search_rows)} if self.search_rows else {}
-        record = {**STEP_FIELDS, **self.stepper.step(*batch, **extra)}
+        fresh = {"search": self.batch(2, self.search_rows)} if self.search_rows else {}
+        record = {**STEP_FIELDS, **self.stepper.step(*batch, **fresh)}
         if args.ema:
             average = [p.detach() for p in trainable(self.averaged)]
-            torch._foreach_lerp_(average, [p.detach() for p in self.params], 1 - args.ema)
-        seconds = time.time() - start
+            torch._foreach_lerp_(average, [p.detach() for p in params], 1 - args.ema)
+        seconds = time.time() - self.began
         progress["step"] += 1
         progress["tokens"] += args.batch_tokens
         progress["distinct_tokens"] += (self.rows + self.search_rows) * self.model.config.block_size
         progress["grad_equivalents"] += record.pop("work")
         progress["seconds"] += seconds
         self.stopped = bool(reduce_number(self.asked))
-        due = progress["step"] % args.eval_interval == 0 or self.ending()
+        due = self.ending() or progress["step"] % args.eval_interval == 0
         val_loss = self.evaluate() if due else None
         if record["accepted"]:
             self.describe(record, before, batch)
@@ -499,7 +517,8 @@ class Run:
             moved = flatten([p.detach() - before[p] for p in layer])
             record["layer_norms"].append(moved.norm().item())
         step = self.progress["step"]
-        old, new = self.losses.get(step - 1), self.losses.get(step)
+        old = self.losses.get(step - 1)
+        new = self.losses.get(step)
         if self.search_rows:
             record["actual_fresh"] = record["search_loss"] - record["search_loss0"]
         elif old is not None and new is not None and not self.args.ema:
@@ -525,7 +544,7 @@ class Run:
         return self.losses[max(self.losses)]
 
     def reached(self):
-        return self.args.target_loss is not None and self.last_loss() <= self.args.target_loss
+        return self.last_loss() <= self.args.target_loss
 
     def given_up(self):
         return self.stepper.rejections >= MAX_REJECTIONS
@@ -541,7 +560,7 @@ class Run:
         say("\nstopping after this step, with a checkpoint (once more: at once, from the last one)")
 
     def save(self):
-        check_equal(self.params, self.progress["step"])
+        check_equal(self.model, self.progress["step"])
         if ranks()[0] == 0:
             save_checkpoint(self.out / "checkpoint.pt", config=vars(self.args), model=self.model.state_dict(),
                             model_config=vars(self.model.config), optimizer=self.stepper.state_dict(),
@@ -550,19 +569,30 @@ class Run:
 
     def finish(self):
         """The closing lines: what was reached and at what cost, where it lies, some text of the model's own."""
-        args, progress, encoding = self.args, self.progress, self.data.encoding
-        target = ""
-        if args.target_loss is not None:
-            target = f"target {args.target_loss:g} {'' if self.reached() else 'not '}reached: "
+        args, progress = self.args, self.progress
+        target = f"target {args.target_loss:g} {'' if self.reached() else 'not '}reached: " if args.target_loss else ""
         say(f"{target}val {self.last_loss():.4f} after {progress['step']} steps, {progress['tokens']:,} tokens, "
             f"{progress['grad_equivalents']:.0f} gradient-equivalents, {duration(progress['seconds'])}")
         how = f"; go on with: python train.py --resume --out_dir {self.out}" if self.stopped else ""
         say(f"records: {self.out}/log.jsonl and checkpoint.pt{how}")
         if args.sample and not self.stopped and ranks()[0] == 0:
-            start = torch.tensor([encoding.encode_ordinary("\n")], device=args.device)
-            generator = torch.Generator(device=args.device).manual_seed(args.seed)
-            tokens = self.model.generate(start, args.sample, generator=generator)[0].tolist()
-            say(f"\n{args.sample} tokens from the model:\n" + encoding.decode(tokens).strip("\n"))
+            say(f"\n{args.sample} tokens from the model:\n{self.sample()}")
+
+    def sample(self):
+        encoding = self.data.encoding
+        begin = torch.tensor([encoding.encode_ordinary("\n")], device=self.args.device)
+        generator = torch.Generator(device=self.args.device).manual_seed(self.args.seed)
+        tokens = self.model.generate(begin, self.args.sample, generator=generator)
+        return encoding.decode(tokens[0].tolist()).strip("\n")
+
+    def bar(self, what, done=0, total=0):
+        """Where a long step stands, on one line of a terminal that the next line replaces."""
+        text = f"{self.progress['step']}/{self.args.steps} steps | {what}"
+        if done and total:
+            left = (time.time() - self.began) * (total - done) / done
+            text += f" [{'#' * (20 * done // total):.<20}] {done}/{total} | eta {duration(left)}"
+        if sys.stdout.isatty() and ranks()[0] == 0:
+            print(clear(sys.stdout) + text, end="", flush=True)
 
 
 def start(args, given, checkpoint, command):
@@ -631,28 +661,6 @@ def duration(seconds):
     return f"{s // 60}m{s % 60:02d}s" if s < 6000 else f"{s // 3600}h{s % 3600 // 60:02d}m"
 
 
-class Bar:
-    """Where a long step stands, on one line of a terminal that the next line replaces."""
-
-    def __init__(self):
-        self.begin("")
-
-    def begin(self, head):
-        self.head, self.start = head, time.time()
-
-    def __call__(self, what, done=0, total=0):
-        text = f"{self.head} | {what}"
-        if total:
-            text += f" [{'#' * (20 * done // total):.<20}] {done}/{total}"
-        if done:
-            text += f" | eta {duration((time.time() - self.start) * (total - done) / done)}"
-        if sys.stdout.isatty() and ranks()[0] == 0:
-            print(clear(sys.stdout) + text, end="", flush=True)
-
-    def megabytes(self, done, total):
-        self("data, MB", done >> 20, (total or 0) >> 20)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The log and checkpoints
 
@@ -693,7 +701,7 @@ def load_checkpoint(path):
         raise UsageError(f"there is no checkpoint at {path}") from e
     except Exception as e:
         raise UsageError(f"{path} is damaged or no checkpoint of format {FORMAT} ({type(e).__name__}: "
-                         f"{str(e).splitlines()[0]}); the one before it is checkpoint.previous.pt") from e
+                         f"{first_line(e)}); the one before it is checkpoint.previous.pt") from e
     return checkpoint
 
 
@@ -708,7 +716,7 @@ def save_checkpoint(path, **content):
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:                # torch's writer turns the one into the other
         temp.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({str(e).splitlines()[0]})") from e
+        raise OSError(f"cannot write {path} ({first_line(e)})") from e
     if path.exists():
         previous.unlink(missing_ok=True)
         try:
@@ -736,41 +744,25 @@ def process_group(args):
     dist.destroy_process_group()
 
 
-def first_alone(function, *arguments):
-    """What touches the disk: the result of function(*arguments), which process 0 calls while the others wait.
-    What it cannot do there is every process's UsageError."""
-    told = [None, None]
+def by_first(function, *arguments):
+    """The result of function(*arguments), which process 0 alone calls, in all of them; so is its UsageError."""
+    told = [None]
     if ranks()[0] == 0:
         try:
-            told[0] = function(*arguments)
-        except (UsageError, DataError) as e:
-            told[1] = str(e)
+            told = [function(*arguments)]
+        except UsageError as e:
+            told = [e]
     if ranks()[1] > 1:
         dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise UsageError(told[1])
+    if isinstance(told[0], UsageError):
+        raise told[0]
     return told[0]
 
 
-def check_shares(args, rows, val_rows):
-    """Raises UsageError where a process would have nothing of the smallest piece that is shared."""
-    pieces = [rows, val_rows]
-    if args.kind == "inner":
-        inner = args.inner_tokens * rows // args.batch_tokens
-        pieces += [inner, rows % inner or inner, math.ceil(SEARCH_FRAC["inner"] * rows)]
-    elif args.kind == "cg":                             # K-FAC reads a quarter of these
-        pieces.append(math.ceil(args.curvature_frac * rows / 4))
-    elif args.opt == "kfac":
-        pieces.append(math.ceil(rows / 4))
-    if min(pieces) < ranks()[1]:
-        raise UsageError(f"{ranks()[1]} processes cannot share {min(pieces)} sequence(s): give more --batch_tokens, "
-                         "--eval_tokens, --inner_tokens or --curvature_frac")
-
-
-def check_equal(params, step):
+def check_equal(model, step):
     """Raises RuntimeError where the processes' parameters differ in a bit: what they replicate has come apart."""
     if ranks()[1] > 1:
-        checksum = zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for p in params))
+        checksum = zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters()))
         if reduce_number(checksum) != ranks()[1] * checksum:
             raise RuntimeError(f"after step {step} the processes' parameters are not the same; the last checkpoint "
                                "is whole")
@@ -819,27 +811,32 @@ def main(argv=None):
     """Returns the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot be used, 130 for
     a second Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    together, checkpoint = dist.is_torchelastic_launched(), None
+    process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
     try:
         args, given = resolve(argv)
+        checkpoint = None
         if args.resume:
             args, checkpoint = stored_settings(args, given)
         with process_group(args):
             return start(args, given, checkpoint, shlex.join(["python", "train.py", *argv]))
     except (UsageError, DataError) as e:
-        status, told = 2, str(e)
-        if together and os.environ["RANK"] != "0":      # all of them found it
-            return 2
+        if process in ("", "0"):                        # all of them found it
+            complain(e)
+        return 2
     except (OSError, torch.OutOfMemoryError) as e:      # a full disk, too large a --micro_batch
-        status, told = 1, f"{str(e).splitlines()[0]}; the last checkpoint is whole"
+        complain(f"{first_line(e)}; the last checkpoint is whole")
     except RuntimeError as e:                           # another process is gone, or has come apart from this one
-        if not together:
+        if not process:
             raise
-        status, told = 1, f"process {os.environ['RANK']}: {str(e).strip().splitlines()[0]}"
+        complain(f"process {process}: {first_line(e)}")
     except KeyboardInterrupt:
-        status, told = 130, "interrupted; the last checkpoint is whole"
-    print(f"{clear(sys.stderr)}train.py: error: {told}", file=sys.stderr)
-    return status
+        complain("interrupted; the last checkpoint is whole")
+        return 130
+    return 1
+
+
+def complain(message):
+    print(f"{clear(sys.stderr)}train.py: error: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

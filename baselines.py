@@ -1,5 +1,6 @@
-"""The optimizers Gauss-Newton is compared with: AdamW, Adam, SGD, Muon, SOAP, K-FAC; learning-rate schedules; and what
-Gauss-Newton shares with them: vectors over parameters, work shared by processes, the loss, Kronecker factors.
+"""The optimizers Gauss-Newton is compared with: AdamW, Adam, SGD, Muon, SOAP, K-FAC; learning-rate schedules;
+and what Gauss-Newton shares with them: vectors over parameters, work shared by processes, the loss, Kronecker
+factors.
 
     opt = make_optimizer("soap", model)                     # any nn.Module; lr=None takes DEFAULT_LR
     base = [group["lr"] for group in opt.param_groups]
@@ -16,6 +17,7 @@ To add an optimizer: write it as an Optimizer (below: a torch.optim.Optimizer th
 row in DEFAULT_LR and one in DEFAULTS, and add its branch to make_optimizer; the trainer and the tests find it
 in BASELINES. Use Combined if it suits only some of the parameters. Its step() must leave p.grad as it was.
 """
+
 import math
 import warnings
 from contextlib import contextmanager
@@ -27,19 +29,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # peak rates: the best of 2 to 6 each for preset tiny on Python source at 16k tokens a step; retune elsewhere
-DEFAULT_LR = {
-    "adamw": 1e-2,
-    "adam": 1e-2,
-    "sgd": 3e-1,
-    "muon": 3e-2,
-    "soap": 1e-2,
-    "kfac": 3e-2,
-}
+DEFAULT_LR = {"adamw": 1e-2, "adam": 1e-2, "sgd": 3e-1, "muon": 3e-2, "soap": 1e-2, "kfac": 3e-2}
 DEFAULTS = {  # everything else, as each method's reference has it
-    "adamw": dict(betas=(0.9, 0.95), weight_decay=0.1),     # GPT-3: arXiv 2005.14165, appendix B
-    "adam": dict(betas=(0.9, 0.999), weight_decay=0.0),     # arXiv 1412.6980, algorithm 1
-    "sgd": dict(momentum=0.9, weight_decay=0.0),            # Sutskever et al. 2013, Nesterov's form
-    "muon": dict(momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1),  # Jordan 2024; decay and scale: arXiv 2502.16982
+    "adamw": dict(betas=(0.9, 0.95), weight_decay=0.1),  # GPT-3: arXiv 2005.14165, appendix B
+    "adam": dict(betas=(0.9, 0.999), weight_decay=0.0),  # arXiv 1412.6980, algorithm 1
+    "sgd": dict(momentum=0.9, weight_decay=0.0),  # Sutskever et al. 2013, Nesterov's form
+    "muon": dict(
+        momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1
+    ),  # Jordan 2024; decay and scale: arXiv 2502.16982
     "soap": dict(betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=10),  # arXiv 2409.11321
     # arXiv 1503.05671; KL clipping: 1708.05144
     "kfac": dict(momentum=0.9, weight_decay=0.0, precondition_frequency=10),
@@ -47,23 +44,33 @@ DEFAULTS = {  # everything else, as each method's reference has it
 BASELINES = tuple(DEFAULTS)
 
 
-def make_optimizer(name, model, lr=None, weight_decay=None, betas=None, momentum=None, precondition_frequency=None):
-    """One of BASELINES for a model's trainable parameters. None takes the default; what a method does not use it
-    ignores.
+def make_optimizer(
+    name, model, lr=None, weight_decay=None, betas=None, momentum=None, precondition_frequency=None
+):
+    """One of BASELINES for a model's trainable parameters. None takes the default; what a method does not use
+    it ignores.
 
-    weight_decay reaches matrices (ndim >= 2) only, never norms and biases. It is decoupled, p -= lr * weight_decay *
-    p, but for adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to the AdamW beside it."""
+    weight_decay reaches matrices (ndim >= 2) only, never norms and biases. It is decoupled, p -= lr *
+    weight_decay * p, but for adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to
+    the AdamW beside it.
+    """
     if name not in DEFAULTS:
         raise ValueError(f"unknown optimizer {name!r}; choose from {', '.join(BASELINES)}")
     lr = DEFAULT_LR[name] if lr is None else lr
-    given = dict(weight_decay=weight_decay, betas=betas, momentum=momentum,
-                 precondition_frequency=precondition_frequency)
+    given = dict(
+        weight_decay=weight_decay,
+        betas=betas,
+        momentum=momentum,
+        precondition_frequency=precondition_frequency,
+    )
     o = {**DEFAULTS[name], **{k: v for k, v in given.items() if v is not None}}
-    params = [p for p in model.parameters() if p.requires_grad]         # a tied matrix comes once
+    params = [p for p in model.parameters() if p.requires_grad]  # a tied matrix comes once
 
     def decayed(params):
-        return [dict(params=[p for p in params if p.ndim >= 2], weight_decay=o["weight_decay"]),
-                dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+        return [
+            dict(params=[p for p in params if p.ndim >= 2], weight_decay=o["weight_decay"]),
+            dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0),
+        ]
 
     if name == "adamw":
         return torch.optim.AdamW(decayed(params), lr=lr, betas=o["betas"])
@@ -72,25 +79,32 @@ def make_optimizer(name, model, lr=None, weight_decay=None, betas=None, momentum
     if name == "sgd":
         return torch.optim.SGD(decayed(params), lr=lr, momentum=o["momentum"], nesterov=o["momentum"] > 0)
     if name == "soap":
-        return SOAP(decayed(params), lr=lr, betas=o["betas"],
-                    precondition_frequency=o["precondition_frequency"])
+        return SOAP(
+            decayed(params), lr=lr, betas=o["betas"], precondition_frequency=o["precondition_frequency"]
+        )
     if name == "kfac":
-        return KFACOptimizer(model, decayed(params), lr, o["momentum"],
-                             precondition_frequency=o["precondition_frequency"])
+        return KFACOptimizer(
+            model, decayed(params), lr, o["momentum"], precondition_frequency=o["precondition_frequency"]
+        )
     # Muon with match_rms_adamw: steps of AdamW's size, 0.2 sqrt(max(m, n)) U V^T, so that one rate suits both
     hidden = hidden_matrices(model)
     rest = [p for p in params if p not in set(hidden)]
-    muon = torch.optim.Muon([dict(params=hidden)], lr=lr, momentum=o["momentum"],
-                            weight_decay=o["weight_decay"], adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        [dict(params=hidden)],
+        lr=lr,
+        momentum=o["momentum"],
+        weight_decay=o["weight_decay"],
+        adjust_lr_fn="match_rms_adamw",
+    )
     return Combined([muon, torch.optim.AdamW(decayed(rest), lr=lr, betas=o["betas"])])
 
 
 def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_frac=0.2, min_ratio=0.0):
     """The factor in [0, 1] for the base rate at `step`, which counts from 0.
 
-    Warmup is linear, (step + 1) / warmup_steps, so that no step is lost. Then "constant" stays at 1; "cosine" falls to
-    min_ratio at step == total_steps (Loshchilov & Hutter 2017); "wsd", warmup-stable-decay (arXiv 2404.06395), holds 1
-    and falls linearly to min_ratio over the last decay_frac of total_steps."""
+    Warmup is linear, (step + 1) / warmup_steps, so that no step is lost. Then "constant" stays at 1; "cosine"
+    falls to min_ratio at step == total_steps (Loshchilov & Hutter 2017); "wsd", warmup-stable-decay (arXiv
+    2404.06395), holds 1 and falls linearly to min_ratio over the last decay_frac of total_steps."""
     if schedule not in ("constant", "cosine", "wsd"):
         raise ValueError(f"unknown schedule {schedule!r}; choose from constant, cosine, wsd")
     if step < warmup_steps:
@@ -109,16 +123,18 @@ def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_fr
 
 
 def trainable(model):
-    """The parameters that a step moves, tied ones once, in the order of model.parameters(). Raises ValueError where there
-    are none, or where they do not make one float32 or float64 vector."""
+    """The parameters that a step moves, tied ones once, in the order of model.parameters(). Raises ValueError
+    where there are none, or where they do not make one float32 or float64 vector."""
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ValueError("the model has no trainable parameters")
     dtypes = {p.dtype for p in params}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
-        raise ValueError("trainable parameters must all be float32, or all float64, and these are "
-                         f"{' and '.join(sorted(str(t) for t in dtypes))}; for products in bfloat16 open "
-                         "torch.autocast inside the model's forward")
+        raise ValueError(
+            "trainable parameters must all be float32, or all float64, and these are "
+            f"{' and '.join(sorted(str(t) for t in dtypes))}; for products in bfloat16 open "
+            "torch.autocast inside the model's forward"
+        )
     return params
 
 
@@ -140,9 +156,10 @@ def assign(params, values):
 
 
 def pieces(idx, targets, micro_batch):
-    """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole batch)."""
+    """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole
+    batch)."""
     step = micro_batch or len(idx)
-    return [(idx[i:i + step], targets[i:i + step]) for i in range(0, len(idx), step)]
+    return [(idx[i : i + step], targets[i : i + step]) for i in range(0, len(idx), step)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,19 +168,29 @@ def pieces(idx, targets, micro_batch):
 
 def ranks():
     """This process's number, and how many there are; (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
 
 def share(*tensors):
-    """This process's rows, neighbours, of tensors that every process holds whole. Raises ValueError for fewer rows than processes."""
+    """This process's rows, neighbours, of tensors that every process holds whole. Raises ValueError for fewer
+    rows than processes."""
     (rank, world), rows = ranks(), len(tensors[0])
     if rows < world:
         raise ValueError(f"{rows} sequences cannot be shared by {world} processes")
-    return tuple(t[rows * rank // world:rows * (rank + 1) // world] for t in tensors) if world > 1 else tensors
+    return (
+        tuple(t[rows * rank // world : rows * (rank + 1) // world] for t in tensors)
+        if world > 1
+        else tensors
+    )
 
 
 def reduce(*tensors):
-    """Each tensor's sum over the processes, with the same bits on all of them; all of one dtype. In one process, what was given."""
+    """Each tensor's sum over the processes, with the same bits on all of them; all of one dtype. In one
+    process, what was given."""
     if ranks()[1] > 1 and tensors:
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
@@ -175,20 +202,29 @@ def reduce_number(x):
     """The same for a float or an int, in float64."""
     if ranks()[1] == 1:
         return x
-    return reduce(torch.tensor(float(x), dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu"))[0].item()
+    return reduce(
+        torch.tensor(
+            float(x), dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu"
+        )
+    )[0].item()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The loss: mean cross-entropy in nats per token
 
 
-IGNORED = -100          # the target of tokens that are left out of loss and count, as in torch.nn.functional.cross_entropy
+IGNORED = (
+    -100
+)  # the target of tokens that are left out of loss and count, as in torch.nn.functional.cross_entropy
 
 
 def check_targets(idx, targets):
-    """The targets as int64, and how many count. Raises ValueError for what are not classes for these inputs."""
+    """The targets as int64, and how many count. Raises ValueError for what are not classes for these
+    inputs."""
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(f"targets must be class numbers (int64), not {targets.dtype}: soft targets are not supported")
+        raise ValueError(
+            f"targets must be class numbers (int64), not {targets.dtype}: soft targets are not supported"
+        )
     if len(idx) != len(targets):
         raise ValueError(f"inputs have {len(idx)} rows and targets {len(targets)}")
     targets = targets.long()
@@ -206,12 +242,16 @@ def check_logits(z, y):
         def __init__(self, model): super().__init__(); self.model = model
         def forward(self, x): return self.model(x){".logits" if hasattr(z, "logits") else "[0]"}""")
     if z.shape[:-1] != y.shape:
-        raise ValueError(f"logits of shape {tuple(z.shape)} do not fit targets of shape {tuple(y.shape)}: "
-                         "there must be one row of logits, over all classes, for each target")
+        raise ValueError(
+            f"logits of shape {tuple(z.shape)} do not fit targets of shape {tuple(y.shape)}: "
+            "there must be one row of logits, over all classes, for each target"
+        )
     low, high = (int(t) for t in torch.aminmax(torch.where(y == IGNORED, 0, y)))
     if low < 0 or high >= z.shape[-1]:
-        raise ValueError(f"targets reach from {low} to {high}, and the model has classes 0 .. {z.shape[-1] - 1} "
-                         f"({IGNORED} marks targets to leave out)")
+        raise ValueError(
+            f"targets reach from {low} to {high}, and the model has classes 0 .. {z.shape[-1] - 1} "
+            f"({IGNORED} marks targets to leave out)"
+        )
 
 
 def logits(model, x, y=None):
@@ -223,7 +263,8 @@ def logits(model, x, y=None):
 
 
 def per_token(targets, n):
-    """What each token's loss is divided by, (...,) -> (..., 1): n, or infinity for those that are left out."""
+    """What each token's loss is divided by, (...,) -> (..., 1): n, or infinity for those that are left
+    out."""
     return torch.where(targets == IGNORED, math.inf, n).unsqueeze(-1)
 
 
@@ -244,9 +285,10 @@ def cross_entropy_grad(probs, targets, n):
 
 @contextmanager
 def full_precision(device_type, model=None):
-    """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of short weights is
-    off too: inside a context it would outlive a change of the weights."""
-    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of
+    short weights is off too: inside a context it would outlive a change of the weights."""
+    enabled = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type)
     outside = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
 
     def enter(*_):
@@ -254,9 +296,13 @@ def full_precision(device_type, model=None):
 
     def leave(*_):
         outside.__exit__(None, None, None)
+
     hooks = []
     if model is not None and enabled:
-        hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
+        hooks = [
+            model.register_forward_pre_hook(enter),
+            model.register_forward_hook(leave, always_call=True),
+        ]
     try:
         with torch.autocast(device_type, enabled=False, cache_enabled=False):
             yield
@@ -300,8 +346,10 @@ class Optimizer(torch.optim.Optimizer):
 def check_dtypes(method, params):
     for p in params:
         if p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{method} needs parameters in float32 or float64, and one is {p.dtype}: "
-                             "keep them in float32 and call the model under torch.autocast")
+            raise ValueError(
+                f"{method} needs parameters in float32 or float64, and one is {p.dtype}: "
+                "keep them in float32 and call the model under torch.autocast"
+            )
 
 
 class Combined(Optimizer):
@@ -316,7 +364,7 @@ class Combined(Optimizer):
         self.parts = parts
 
     def add_param_group(self, group):
-        if self.parts:                                  # none in __init__, whose groups are complete
+        if self.parts:  # none in __init__, whose groups are complete
             group = {**self.parts[-1].defaults, **group}
         if "betas" in group:
             group.setdefault("momentum", group["betas"][0])
@@ -324,9 +372,12 @@ class Combined(Optimizer):
 
     def move(self):
         groups = iter(self.param_groups)
-        for part in self.parts:  # linked at every step, since load_state_dict puts new objects in their place
+        for (
+            part
+        ) in self.parts:  # linked at every step, since load_state_dict puts new objects in their place
             count = None if part is self.parts[-1] else len(part.param_groups)
-            part.param_groups, part.state = list(islice(groups, count)), self.state
+            part.param_groups = list(islice(groups, count))
+            part.state = self.state
             for group in part.param_groups:
                 if "betas" in group:
                     group["betas"] = (group["momentum"], *group["betas"][1:])
@@ -334,16 +385,23 @@ class Combined(Optimizer):
 
 
 def hidden_matrices(model):
-    """The trainable 2-D parameters that are neither an embedding nor the output head, which is `model.head` or else the
-    last nn.Linear. A matrix tied to either is out too. Muon's orthogonal steps are meant for these only (Jordan 2024)."""
+    """The trainable 2-D parameters that are neither an embedding nor the output head, which is `model.head`
+    or else the last nn.Linear. A matrix tied to either is out too. Muon's orthogonal steps are meant for
+    these only (Jordan 2024).
+    """
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    head = model.head if isinstance(getattr(model, "head", None), nn.Linear) else linears[-1] if linears else None
+    head = (
+        model.head
+        if isinstance(getattr(model, "head", None), nn.Linear)
+        else linears[-1] if linears else None
+    )
     outer = {p for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer]
 
 
 class SOAP(Optimizer):
-    """Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, algorithm 3). For a matrix of gradient G (m, n):
+    """Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, algorithm 3). For a matrix of
+    gradient G (m, n):
 
         G' = Q_L^T G Q_R                                  the gradient in the basis
         M  = b1 M + (1 - b1) G'                           Adam's moments, with bias correction
@@ -356,25 +414,48 @@ class SOAP(Optimizer):
             Q = orthonormal factor of QR(L Q)
             M = the same vector in the new basis
 
-    Differs from the published code in: 1. The first step is taken, not skipped: L, R and (by eigh) Q_L, Q_R come from the
-    first gradient, so that step is lr times its polar factor U V^T, short of singular values lost to rounding. 2. eps is
-    added to the bias-corrected root, as in torch.optim.Adam. Like that code, and unlike the paper, it holds M in the basis,
-    which saves two products and changes rounding only.
+    Differs from the published code in: 1. The first step is taken, not skipped: L, R and (by eigh) Q_L, Q_R
+    come from the first gradient, so that step is lr times its polar factor U V^T, short of singular values
+    lost to rounding. 2. eps is added to the bias-corrected root, as in torch.optim.Adam. Like that code, and
+    unlike the paper, it holds M in the basis, which saves two products and changes rounding only.
 
-    betas: b1, b2. shampoo_beta: b3, negative for b2. precondition_frequency: f, in steps. A side longer than max_precond_dim
-    keeps the identity for its basis, and so do both sides of anything not 2-D, which makes it AdamW. Parameters: float32
-    or float64. Memory: 2 (m^2 + n^2 + mn) numbers per matrix."""
+    betas: b1, b2. shampoo_beta: b3, negative for b2. precondition_frequency: f, in steps. A side longer than
+    max_precond_dim keeps the identity for its basis, and so do both sides of anything not 2-D, which makes it
+    AdamW. Parameters: float32 or float64. Memory: 2 (m^2 + n^2 + mn) numbers per matrix."""
 
-    def __init__(self, params, lr=3e-3, betas=(0.95, 0.95), shampoo_beta=-1, eps=1e-8, weight_decay=0.01,
-                 precondition_frequency=10, max_precond_dim=10_000):
+    def __init__(
+        self,
+        params,
+        lr=3e-3,
+        betas=(0.95, 0.95),
+        shampoo_beta=-1,
+        eps=1e-8,
+        weight_decay=0.01,
+        precondition_frequency=10,
+        max_precond_dim=10_000,
+    ):
         if lr < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(f"lr ({lr}), eps ({eps}) and weight_decay ({weight_decay}) must not be negative")
+            raise ValueError(
+                f"lr ({lr}), eps ({eps}) and weight_decay ({weight_decay}) must not be negative"
+            )
         if not all(0 <= b < 1 for b in betas) or shampoo_beta >= 1:
-            raise ValueError(f"betas ({betas}) must lie in [0, 1) and shampoo_beta ({shampoo_beta}) below 1")
+            raise ValueError(
+                f"betas ({betas}) must lie in [0, 1) and shampoo_beta ({shampoo_beta}) below 1"
+            )
         if precondition_frequency < 1:
             raise ValueError(f"precondition_frequency must be at least 1, got {precondition_frequency}")
-        super().__init__(params, dict(lr=lr, betas=betas, shampoo_beta=shampoo_beta, eps=eps, weight_decay=weight_decay,
-                                      precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim))
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                shampoo_beta=shampoo_beta,
+                eps=eps,
+                weight_decay=weight_decay,
+                precondition_frequency=precondition_frequency,
+                max_precond_dim=max_precond_dim,
+            ),
+        )
 
     def check(self, params):
         check_dtypes("SOAP", params)
@@ -390,25 +471,30 @@ class SOAP(Optimizer):
         b3 = b2 if b3 < 0 else b3
         if first := not s:
             on = [d <= group["max_precond_dim"] for d in G.shape] if G.ndim == 2 else [False, False]
-            cov = [None if c is None else c * (1 - b3) for c in covariances(G, on)]          # L (m, m), R (n, n)
-            basis = [None if c is None else eigh(c)[1] for c in cov]                    # Q_L, Q_R
+            cov = [None if c is None else c * (1 - b3) for c in covariances(G, on)]  # L (m, m), R (n, n)
+            basis = [None if c is None else eigh(c)[1] for c in cov]  # Q_L, Q_R
             s.update(step=0, M=torch.zeros_like(p), V=torch.zeros_like(p), cov=cov, basis=basis)
         s["step"] += 1
-        M, V, cov, basis = s["M"], s["V"], s["cov"], s["basis"]
+        M = s["M"]
+        V = s["V"]
+        cov = s["cov"]
+        basis = s["basis"]
         rotated = any(q is not None for q in basis)
 
-        G_rot = to_basis(G, basis)                                                          # (m, n)
+        G_rot = to_basis(G, basis)  # (m, n)
         if first and rotated:
-            # In its own eigenbasis G is diagonal, but L = G G^T resolves its singular values only down to sqrt(machine eps)
-            # of the largest. Adam would enlarge what rounding leaves below that to full steps.
+            # In its own eigenbasis G is diagonal, but L = G G^T resolves its singular values only down to
+            # sqrt(machine eps) of the largest. Adam would enlarge what rounding leaves below that to full
+            # steps.
             G_rot = G_rot.where(G_rot.abs() > torch.finfo(G.dtype).eps ** 0.5 * G_rot.abs().max(), 0)
         M.lerp_(G_rot, 1 - b1)
         V.mul_(b2).addcmul_(G_rot, G_rot, value=1 - b2)
-        m_hat, v_hat = M / (1 - b1 ** s["step"]), V / (1 - b2 ** s["step"])
+        m_hat = M / (1 - b1 ** s["step"])
+        v_hat = V / (1 - b2 ** s["step"])
         p.mul_(1 - lr * group["weight_decay"])
         p.sub_(from_basis(m_hat / (v_hat.sqrt() + group["eps"]), basis), alpha=lr)
 
-        if not first:                                                                       # the first G is in L and R
+        if not first:  # the first G is in L and R
             for c, new in zip(cov, covariances(G, [c is not None for c in cov])):
                 if c is not None:
                     c.lerp_(new, 1 - b3)
@@ -418,7 +504,8 @@ class SOAP(Optimizer):
                 if cov[side] is not None:
                     basis[side], order = power_iteration(cov[side], basis[side])
                     V = V.index_select(side, order)
-            s["M"], s["V"] = to_basis(M, basis), V
+            s["M"] = to_basis(M, basis)
+            s["V"] = V
 
 
 def covariances(G, on):
@@ -439,16 +526,17 @@ def from_basis(X, basis):
 
 
 def power_iteration(C, Q):
-    """One step from the basis Q towards the eigenvectors of C (d, d), and the order in which it took the old columns."""
+    """One step from the basis Q towards the eigenvectors of C (d, d), and the order in which it took the old
+    columns."""
     CQ = C @ Q
-    order = (Q * CQ).sum(0).argsort(descending=True)        # diag(Q^T C Q) estimates the eigenvalues
+    order = (Q * CQ).sum(0).argsort(descending=True)  # diag(Q^T C Q) estimates the eigenvalues
     return torch.linalg.qr(CQ[:, order]).Q, order
 
 
 def eigh(C):
-    """Eigenvalues, not negative, and eigenvectors of a symmetric C (d, d), found in float64: in float32 LAPACK can
-    return NaN, without a word, where entries underflow. Where it fails, the diagonal and the identity, with a
-    warning."""
+    """Eigenvalues, not negative, and eigenvectors of a symmetric C (d, d), found in float64: in float32
+    LAPACK can return NaN, without a word, where entries underflow. Where it fails, the diagonal and the
+    identity, with a warning."""
     try:
         values, vectors = torch.linalg.eigh(C.double())
     except torch.linalg.LinAlgError as e:
@@ -465,8 +553,8 @@ FAILED = "an eigendecomposition failed, and the matrix's diagonal takes its plac
 
 
 def linear_maps(z, params):
-    """What multiplies a parameter in the graph of z, found by a walk through it, whatever modules made it. A list of
-    (i, edge, side, inputs): parameter i; where the derivative by the map's output s arrives, for
+    """What multiplies a parameter in the graph of z, found by a walk through it, whatever modules made it. A
+    list of (i, edge, side, inputs): parameter i; where the derivative by the map's output s arrives, for
     torch.autograd.grad; the side of the parameter that s has; and what goes in:
 
         s = a Wᵀ, as in nn.Linear    side 0    a (rows, in)
@@ -477,16 +565,21 @@ def linear_maps(z, params):
     Products of more than two dimensions (einsum, convolutions, recurrent layers) are not among them.
     """
     index = {id(p): i for i, p in enumerate(params)}
-    weights, embeddings, biases, seen, stack = [], [], [], set(), [z.grad_fn]
+    weights = []
+    embeddings = []
+    biases = []
+    seen = set()
+    stack = [z.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        name, inputs = node.name(), [function for function, _ in node.next_functions]
+        name = node.name()
+        inputs = [function for function, _ in node.next_functions]
         edge = torch.autograd.graph.GradientEdge(node, 0)
         stack += inputs
-        if name in ("MmBackward0", "AddmmBackward0"):           # a W, or b + a W
+        if name in ("MmBackward0", "AddmmBackward0"):  # a W, or b + a W
             i, transposed = origin(inputs[-1], index)
             if i is not None:
                 a = node._saved_self if name == "MmBackward0" else node._saved_mat1
@@ -504,10 +597,16 @@ def linear_maps(z, params):
 
 
 def origin(node, index):
-    """The index of the parameter that a node of the graph hands on, or None; and whether it comes transposed."""
+    """The index of the parameter that a node of the graph hands on, or None; and whether it comes
+    transposed."""
     flips = 0
-    while node is not None and node.name() in ("TBackward0", "TransposeBackward0", "PermuteBackward0", "ToCopyBackward0"):
-        flips += node.name() != "ToCopyBackward0"               # which is a cast, by autocast
+    while node is not None and node.name() in (
+        "TBackward0",
+        "TransposeBackward0",
+        "PermuteBackward0",
+        "ToCopyBackward0",
+    ):
+        flips += node.name() != "ToCopyBackward0"  # which is a cast, by autocast
         node = node.next_functions[0][0]
     return index.get(id(getattr(node, "variable", None))), flips % 2 == 1
 
@@ -515,26 +614,30 @@ def origin(node, index):
 class KFAC:
     """The Gauss-Newton matrix as a Kronecker product per weight (Martens & Grosse 2015), in its eigenbasis.
 
-    For a linear map s = W a the block of W (out, in) is approximated by L ⊗ R, with L = E[δ δᵀ], R = E[a aᵀ], the
-    expectations over tokens and over labels sampled from the model, and δ = ∂(loss of one sequence)/∂s. With
-    L = Q_L Λ_L Q_Lᵀ, R = Q_R Λ_R Q_Rᵀ, and S = λ_L λ_Rᵀ (out, in) the products of their eigenvalues,
+    For a linear map s = W a the block of W (out, in) is approximated by L ⊗ R, with L = E[δ δᵀ], R = E[a aᵀ],
+    the expectations over tokens and over labels sampled from the model, and δ = ∂(loss of one sequence)/∂s.
+    With L = Q_L Λ_L Q_Lᵀ, R = Q_R Λ_R Q_Rᵀ, and S = λ_L λ_Rᵀ (out, in) the products of their eigenvalues,
 
         (L ⊗ R + λI)⁻¹ V = Q_L [ (Q_Lᵀ V Q_R) / (S + λ) ] Q_Rᵀ,                   the damping exact.
 
     A weight kept as (in, out) has the two the other way round. Embedding (tokens, width): L is diagonal, the
-    frequency of each token, and R = E[δ δᵀ]. A bias: R = 1. A side above `max_side`: diagonal. All other parameters
-    (norms, say): a diagonal, the mean square of the gradient with sampled labels.
+    frequency of each token, and R = E[δ δᵀ]. A bias: R = 1. A side above `max_side`: diagonal. All other
+    parameters (norms, say): a diagonal, the mean square of the gradient with sampled labels.
     """
 
     def __init__(self, model, max_side=4096):
-        self.model, self.max_side, self.params = model, max_side, trainable(model)
-        self.repaired = ""      # what went wrong in the last update or decomposition, and was mended
-        self.factors = {}       # index of a parameter -> its sides [L, R], or [diagonal] in the parameter's shape
-        self.eigen = {}         # the same as [(eigenvalues, eigenvectors or None for the identity), ...]
+        self.model = model
+        self.max_side = max_side
+        self.params = trainable(model)
+        self.repaired = ""  # what went wrong in the last update or decomposition, and was mended
+        self.factors = (
+            {}
+        )  # index of a parameter -> its sides [L, R], or [diagonal] in the parameter's shape
+        self.eigen = {}  # the same as [(eigenvalues, eigenvectors or None for the identity), ...]
 
     def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
-        """Factors from a batch (labels are sampled; targets say which tokens count), averaged with the earlier ones
-        by `decay`; then `decompose` makes them ready for use."""
+        """Factors from a batch (labels are sampled; targets say which tokens count), averaged with the
+        earlier ones by `decay`; then `decompose` makes them ready for use."""
         targets, n = check_targets(idx, targets)
         rows, (mine,) = len(idx), share(range(len(idx)))
         with torch.enable_grad():
@@ -542,25 +645,34 @@ class KFAC:
         check_logits(z, targets[:2])
         factored = {i for i, *_ in linear_maps(z, self.params)}
         squares = {i: torch.zeros_like(p) for i, p in enumerate(self.params) if i not in factored}
-        sums = {}                           # (parameter, side) -> [its sum over rows, number of rows, 0 for n]
+        sums = {}  # (parameter, side) -> [its sum over rows, number of rows, 0 for n]
         for first in range(0, rows, micro_batch or rows):
             last = min(first + (micro_batch or rows), rows)
             # argmax p / e with exponential e has the distribution p. All processes draw for all rows, so that
             # labels do not depend on who has them.
             draws = torch.empty(targets[first:last].numel(), z.shape[-1], device=idx.device)
             draws = draws.exponential_(generator=generator).view(last - first, *targets.shape[1:], -1)
-            start, end = max(first, mine.start), min(last, mine.stop)
+            start = max(first, mine.start)
+            end = min(last, mine.stop)
             grads = [torch.zeros_like(square) for square in squares.values()]
             if start < end:
-                grads = self._add(sums, idx[start:end], targets[start:end], draws[start - first:end - first], squares)
-            # Labels of different tokens are independent: the square of a sum has the mean of the sum of squares.
+                grads = self._add(
+                    sums, idx[start:end], targets[start:end], draws[start - first : end - first], squares
+                )
+            # Labels of different tokens are independent: the square of a sum has the mean of the sum of
+            # squares.
             for square, g in zip(squares.values(), reduce(*grads)):
                 square += g * g
         flat = reduce(*(t for pair in sums.values() for t in pair))
-        means = {key: total / torch.where(count > 0, count, n) for key, total, count in zip(sums, flat[::2], flat[1::2])}
+        means = {
+            key: total / torch.where(count > 0, count, n)
+            for key, total, count in zip(sums, flat[::2], flat[1::2])
+        }
         self.repaired = ""
         for i, p in enumerate(self.params):
-            new = [means[i, 0], means[i, 1]] if (i, 0) in means else [squares.get(i, torch.zeros_like(p)) / n]
+            new = (
+                [means[i, 0], means[i, 1]] if (i, 0) in means else [squares.get(i, torch.zeros_like(p)) / n]
+            )
             self._average(i, new, decay)
 
     def _average(self, i, new, decay):
@@ -573,33 +685,42 @@ class KFAC:
         self.factors[i] = new
 
     def _add(self, sums, x, y, draws, diagonal):
-        """Add some rows to the factors' sums; returns the gradients of the parameters that have no factors."""
+        """Add some rows to the factors' sums; returns the gradients of the parameters that have no
+        factors."""
         with torch.enable_grad():
             z = logits(self.model, x)
-        form = {}                           # of several uses of a parameter, those like the first count
+        form = {}  # of several uses of a parameter, those like the first count
         maps = [m for m in linear_maps(z, self.params) if form.setdefault(m[0], m[2]) == m[2]]
         probs = torch.softmax(z.detach().float(), dim=-1)
         labels = (probs / draws).argmax(-1)
-        u = cross_entropy_grad(probs, labels, per_token(y, 1.0)).to(z.dtype)    # a sum over tokens: each one's own
-        inputs = [edge for _, edge, _, _ in maps] + [self.params[i] for i in diagonal if self.params[i].requires_grad]
+        u = cross_entropy_grad(probs, labels, per_token(y, 1.0)).to(
+            z.dtype
+        )  # a sum over tokens: each one's own
+        inputs = [edge for _, edge, _, _ in maps] + [
+            self.params[i] for i in diagonal if self.params[i].requires_grad
+        ]
         grads = torch.autograd.grad(z, inputs, u, allow_unused=True)
 
         for (i, _, side, a), delta in zip(maps, grads):
             if delta is None:
                 continue
-            delta = delta.to(self.params[i].dtype).flatten(0, -2)               # (rows, out); autocast's is short
+            delta = delta.to(self.params[i].dtype).flatten(0, -2)  # (rows, out); autocast's is short
             if a is None:
-                inside, count = delta.new_ones(1), 1
+                inside = delta.new_ones(1)
+                count = 1
             elif a.is_floating_point():
-                inside, count = self._gram(a.to(delta.dtype)), len(a)
+                inside = self._gram(a.to(delta.dtype))
+                count = len(a)
             else:
-                inside, count = torch.bincount(a.flatten(), minlength=len(self.params[i])).to(delta.dtype), a.numel()
-            # What comes out is summed over positions and averaged over tokens, what goes in is averaged over both.
+                inside = torch.bincount(a.flatten(), minlength=len(self.params[i])).to(delta.dtype)
+                count = a.numel()
+            # What comes out is summed over positions and averaged over tokens, what goes in is averaged over
+            # both.
             for key, value, number in (((i, side), self._gram(delta), 0), ((i, 1 - side), inside, count)):
                 total = sums.setdefault(key, [torch.zeros_like(value), value.new_zeros(())])
                 total[0] += value
                 total[1] += number
-        rest = dict(zip((i for i in diagonal if self.params[i].requires_grad), grads[len(maps):]))
+        rest = dict(zip((i for i in diagonal if self.params[i].requires_grad), grads[len(maps) :]))
         return [torch.zeros_like(self.params[i]) if rest.get(i) is None else rest[i] for i in diagonal]
 
     def _gram(self, m):
@@ -622,7 +743,7 @@ class KFAC:
         damped = {}
         for i, sides in self.eigen.items():
             if len(sides) == 1:
-                damped[i] = [(sides[0][0] + gamma ** 2, None)]
+                damped[i] = [(sides[0][0] + gamma**2, None)]
                 continue
             (left, QL), (right, QR) = sides
             pi = ((right.mean() + 1e-30) / (left.mean() + 1e-30)).sqrt()
@@ -630,9 +751,10 @@ class KFAC:
         return damped
 
     def apply(self, v, function, part=None, eigen=None):
-        """function(K) v, the function taken on the eigenvalues; v flat (P,), or over the parameters in `part`.
+        """function(K) v, the function taken on the eigenvalues; v flat (P,), or over the parameters in
+        `part`.
 
-            K = Q S Qᵀ,   function(K) V = Q_L [ function(S) ∘ (Q_Lᵀ V Q_R) ] Q_Rᵀ
+        K = Q S Qᵀ,   function(K) V = Q_L [ function(S) ∘ (Q_Lᵀ V Q_R) ] Q_Rᵀ
         """
         part = range(len(self.params)) if part is None else part
         out = []
@@ -652,27 +774,47 @@ class KFAC:
     def load_state_dict(self, state):
         device = self.params[0].device
         self.factors = {i: [side.to(device) for side in sides] for i, sides in state["factors"].items()}
-        self.eigen = {i: [(values.to(device), None if Q is None else Q.to(device)) for values, Q in sides]
-                      for i, sides in state["eigen"].items()}
+        self.eigen = {
+            i: [(values.to(device), None if Q is None else Q.to(device)) for values, Q in sides]
+            for i, sides in state["eigen"].items()
+        }
 
 
 class KFACOptimizer(Optimizer):
     """Natural gradient with Kronecker factors (Martens & Grosse 2015) and momentum, its step clipped in KL:
 
-        L, R = running averages of E[delta delta^T], E[a a^T], labels sampled from the model   `observe`, each step
-        n = [(L + gamma/pi) (x) (R + gamma pi)]^-1 g                    factored Tikhonov damping, gamma = sqrt(damping)
+        L, R = running averages of E[delta delta^T], E[a a^T], labels sampled from the model   `observe`, each
+                                                                                               step
+        n = [(L + gamma/pi) (x) (R + gamma pi)]^-1 g                    factored Tikhonov damping, gamma =
+                                                                        sqrt(damping)
         n = n min(1, sqrt(kl_clip / sum of lr^2 n^T g over the groups)) Ba et al. 2017 (arXiv 1708.05144)
         M = momentum M + n;   W = W - lr wd W - lr M
 
-    Call `observe(inputs, targets)` before each step. Differs from the 2015 paper in: 1. damping is fixed, not adapted.
-    2. momentum is fixed, not solved for by the quadratic. 3. factors come from the first `curvature_frac` of each
-    batch's rows, eigenbases anew every precondition_frequency steps."""
+    Call `observe(inputs, targets)` before each step. Differs from the 2015 paper in: 1. damping is fixed, not
+    adapted. 2. momentum is fixed, not solved for by the quadratic. 3. factors come from the first
+    `curvature_frac` of each batch's rows, eigenbases anew every precondition_frequency steps."""
 
-    def __init__(self, model, params, lr=3e-2, momentum=0.9, damping=1e-3, kl_clip=1e-2, stat_decay=0.95,
-                 precondition_frequency=10, curvature_frac=0.25, seed=0):
+    def __init__(
+        self,
+        model,
+        params,
+        lr=3e-2,
+        momentum=0.9,
+        damping=1e-3,
+        kl_clip=1e-2,
+        stat_decay=0.95,
+        precondition_frequency=10,
+        curvature_frac=0.25,
+        seed=0,
+    ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=0.0))
-        self.kfac, self.gamma, self.kl_clip, self.stat_decay = KFAC(model), damping ** 0.5, kl_clip, stat_decay
-        self.frequency, self.curvature_frac, self.steps = precondition_frequency, curvature_frac, 0
+        self.kfac = KFAC(model)
+        self.gamma = damping**0.5
+        self.kl_clip = kl_clip
+        self.stat_decay = stat_decay
+        self.frequency = precondition_frequency
+        self.curvature_frac = curvature_frac
+        self.steps = 0
         self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(seed)
 
     def check(self, params):
@@ -680,13 +822,15 @@ class KFACOptimizer(Optimizer):
 
     def add_param_group(self, group):
         if hasattr(self, "kfac"):
-            raise ValueError("K-FAC has factors for the parameters it was made with: make a new optimizer for others")
+            raise ValueError(
+                "K-FAC has factors for the parameters it was made with: make a new optimizer for others"
+            )
         super().add_param_group(group)
 
     def observe(self, inputs, targets, micro_batch=None):
         """Factors from a share of the batch; returns the work in gradients of the whole batch."""
         rows = math.ceil(self.curvature_frac * len(inputs))
-        decay = min(1 - 1 / (self.steps + 1), self.stat_decay)          # as the paper starts its average
+        decay = min(1 - 1 / (self.steps + 1), self.stat_decay)  # as the paper starts its average
         with full_precision(self.kfac.params[0].device.type, self.kfac.model):
             self.kfac.update(inputs[:rows], targets[:rows], micro_batch, self.generator, decay)
             if self.steps % self.frequency == 0:
@@ -696,13 +840,15 @@ class KFACOptimizer(Optimizer):
     def move(self):
         params = self.kfac.params
         if not self.kfac.eigen:
-            raise RuntimeError("call observe(inputs, targets) before the first step: K-FAC has no factors yet")
+            raise RuntimeError(
+                "call observe(inputs, targets) before the first step: K-FAC has no factors yet"
+            )
         g = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         n = self.kfac.apply(g, lambda S: 1 / S, eigen=self.kfac.tikhonov(self.gamma))
         natural = dict(zip(params, unflatten(n, params)))
         moved = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         kl = float(sum(group["lr"] ** 2 * (natural[p] * p.grad).sum() for group, p in moved))
-        n *= min(1.0, math.sqrt(self.kl_clip / max(kl, 1e-30)))         # natural holds views of it
+        n *= min(1.0, math.sqrt(self.kl_clip / max(kl, 1e-30)))  # natural holds views of it
         for group, p in moved:
             M = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
             M.mul_(group["momentum"]).add_(natural[p])
@@ -710,8 +856,12 @@ class KFACOptimizer(Optimizer):
         self.steps += 1
 
     def state_dict(self):
-        return {**super().state_dict(), "kfac": self.kfac.state_dict(), "steps": self.steps,
-                "generator": self.generator.get_state()}
+        return {
+            **super().state_dict(),
+            "kfac": self.kfac.state_dict(),
+            "steps": self.steps,
+            "generator": self.generator.get_state(),
+        }
 
     def load_state_dict(self, state):
         super().load_state_dict({k: state[k] for k in ("state", "param_groups")})

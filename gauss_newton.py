@@ -1,6 +1,8 @@
-"""Full Gauss-Newton for language models, Hessian-free: the matrix is used through products alone, and never formed.
+"""Full Gauss-Newton for language models, Hessian-free: the matrix is used through products alone, and never
+formed.
 
-One outer step at parameters θ (arXiv 2510.09378; Martens 2010, "Deep learning via Hessian-free optimization"):
+One outer step at parameters θ (arXiv 2510.09378; Martens 2010, "Deep learning via Hessian-free
+optimization"):
 
     1. linearise   z(θ + d) ≈ z + J d,  and the loss to second order in the logits:
                    m(d) = L + gᵀd + ½ dᵀG d,   g = Jᵀ ∂L/∂z,   G = Jᵀ H J,   H = ∂²L/∂z² = (diag(p) − ppᵀ) / N
@@ -15,6 +17,7 @@ Any nn.Module will do whose forward(inputs) gives logits (..., classes):
         record = opt.step(inputs, targets)
         print(record["loss"], record["rho"], record["reason"])
 """
+
 import math
 import os
 import random
@@ -28,55 +31,89 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from baselines import (IGNORED, KFAC, assign, check_targets, cross_entropy_grad, cross_entropy_sum,
-                       flatten, full_precision, logits, make_optimizer, per_token, pieces, reduce, reduce_number, share,
-                       trainable, unflatten)
+from baselines import (
+    IGNORED,
+    KFAC,
+    assign,
+    check_targets,
+    cross_entropy_grad,
+    cross_entropy_sum,
+    flatten,
+    full_precision,
+    logits,
+    make_optimizer,
+    per_token,
+    pieces,
+    reduce,
+    reduce_number,
+    share,
+    trainable,
+    unflatten,
+)
 from model import differentiable_attention
 
 
 class Solution(NamedTuple):
     """What a solver found for a batch."""
-    loss: float                  # of the batch at θ
-    direction: torch.Tensor      # d (P,)
-    slope: float                 # gᵀd
-    decrease: float              # m(0) − m(d), which the local model promises
-    trouble: str                 # why d is not to be used, or ""
-    record: dict                 # for the log; "work" in gradients of the batch, "grad_norm"
+
+    loss: float  # of the batch at θ
+    direction: torch.Tensor  # d (P,)
+    slope: float  # gᵀd
+    decrease: float  # m(0) − m(d), which the local model promises
+    trouble: str  # why d is not to be used, or ""
+    record: dict  # for the log; "work" in gradients of the batch, "grad_norm"
 
 
 class GaussNewton:
     """Gauss-Newton steps for any nn.Module whose forward(inputs) gives logits (..., classes).
 
-    solver         what minimises the local model; None: ConjugateGradients(model, **settings). `inner` is its old name
-    parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts is
-                   dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows unless step() is given others
+    solver         what minimises the local model; None: ConjugateGradients(model, **settings). `inner` is its
+                   old name
+    parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
+                   is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
+    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows unless step() is
+                   given others
     micro_batch    rows worked on at a time
     progress       called as progress(what) or progress("cg", done, total) inside long steps
     """
 
-    def __init__(self, model, solver=None, parts=None, line_search="armijo", search_frac=1.0, micro_batch=None,
-                 progress=None, inner=None, **settings):
+    def __init__(
+        self,
+        model,
+        solver=None,
+        parts=None,
+        line_search="armijo",
+        search_frac=1.0,
+        micro_batch=None,
+        progress=None,
+        inner=None,
+        **settings,
+    ):
         if not 0 < search_frac <= 1:
             raise ValueError(f"search_frac must be in (0, 1], got {search_frac}")
-        self.model, self.params = model, trainable(model)
+        self.model = model
+        self.params = trainable(model)
         self.solver = solver or inner or ConjugateGradients(model, micro_batch=micro_batch, **settings)
         self.parts = self._indices(parts or [self.params])
-        self.line_search, self.search_frac, self.micro_batch = line_search, search_frac, micro_batch
+        self.line_search = line_search
+        self.search_frac = search_frac
+        self.micro_batch = micro_batch
         self.progress = self.solver.progress = progress or no_progress
-        self.rejections = 0                             # in a row
+        self.rejections = 0  # in a row
 
     def step(self, idx, targets, search=None):
-        """One outer step on a batch, inputs (B, ...) and int64 classes (B, ...); returns its record, a flat dict.
+        """One outer step on a batch, inputs (B, ...) and int64 classes (B, ...); returns its record, a flat
+        dict.
 
         search    (idx, targets) of other data for the line search; default: the batch itself.
-        A loss, gradient or product that is not finite, an indefinite product, or a search without a decrease rejects
-        the step: parameters stay bitwise as they were, and record["reason"] says why ("" when all went well). Inside
-        torch.autocast the model alone works in short numbers.
+        A loss, gradient or product that is not finite, an indefinite product, or a search without a decrease
+        rejects the step: parameters stay bitwise as they were, and record["reason"] says why ("" when all
+        went well). Inside torch.autocast the model alone works in short numbers.
         """
         targets, _ = check_targets(idx, targets)
         self._check_parameters()
-        theta, accepted = [p.detach().clone() for p in self.params], False
+        theta = [p.detach().clone() for p in self.params]
+        accepted = False
         try:
             with full_precision(self.params[0].device.type, self.model):
                 found = self.solver.solve(self.parts, idx, targets)
@@ -84,7 +121,7 @@ class GaussNewton:
                 reason = found.trouble or self._search(theta, found, idx, targets, search, record)
             accepted = reason == ""
         finally:
-            if not accepted:                            # rejected or interrupted: as if the step had not begun
+            if not accepted:  # rejected or interrupted: as if the step had not begun
                 assign(self.params, theta)
         if accepted:
             self.solver.adapt(record["rho"], record["alpha"])
@@ -95,7 +132,9 @@ class GaussNewton:
 
     def _search(self, theta, found, idx, targets, search, record):
         """θ ← θ + αd for the best α found; returns "", or why there is none."""
-        loss, slope, d = found.loss, found.slope, unflatten(found.direction, self.params)
+        loss = found.loss
+        slope = found.slope
+        d = unflatten(found.direction, self.params)
         if not slope < 0:
             return f"no descent direction (slope {slope:.1e})"
         rows = math.ceil(self.search_frac * len(idx))
@@ -106,21 +145,31 @@ class GaussNewton:
             assign(self.params, [t + alpha * v if alpha else t for t, v in zip(theta, d)])
             record["work"] += y.numel() / targets.numel() / 3
             return batch_loss(self.model, x, y, self.micro_batch)
+
         loss0 = loss if search is None and rows == len(idx) else loss_at(0.0)
         alpha, search_loss, tries, reason = line_search(loss_at, loss0, slope, self.line_search)
         if alpha == 0:
             return f"line search: {reason}"
         change = search_loss - loss0 if search is None else loss_at(alpha, idx, targets) - loss
         # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN.
-        predicted = alpha * slope + alpha ** 2 * (-found.decrease - slope)
+        predicted = alpha * slope + alpha**2 * (-found.decrease - slope)
         if search is None and self.line_search != "none" and change > 1e-4 * predicted:
-            return f"the loss fell by {-change:.1e} where the model promised {-predicted:.1e}"  # rounding of a huge loss
+            # what is left of a decrease by the rounding of a huge loss, say
+            return f"the loss fell by {-change:.1e} where the model promised {-predicted:.1e}"
         assign(self.params, [t + alpha * v for t, v in zip(theta, d)])
         length = found.direction.norm().item()
-        record.update(alpha=alpha, search_loss0=loss0, search_loss=search_loss, search_tries=tries,
-                      predicted=predicted, actual=change, new_loss=loss + change,
-                      rho=change / predicted if predicted < 0 else 0.0,
-                      cosine=-slope / (record["grad_norm"] * length), step_norm=alpha * length)
+        record.update(
+            alpha=alpha,
+            search_loss0=loss0,
+            search_loss=search_loss,
+            search_tries=tries,
+            predicted=predicted,
+            actual=change,
+            new_loss=loss + change,
+            rho=change / predicted if predicted < 0 else 0.0,
+            cosine=-slope / (record["grad_norm"] * length),
+            step_norm=alpha * length,
+        )
         return ""
 
     def _indices(self, parts):
@@ -132,8 +181,10 @@ class GaussNewton:
 
     def _check_parameters(self):
         if [id(p) for p in trainable(self.model)] != [id(p) for p in self.params]:
-            raise ValueError("the model's trainable parameters are no longer those that this GaussNewton was made for "
-                             "(frozen or unfrozen since?): make a new one")
+            raise ValueError(
+                "the model's trainable parameters are no longer those that this GaussNewton was made for "
+                "(frozen or unfrozen since?): make a new one"
+            )
 
     def state_dict(self):
         """Everything that the next step depends on beside the parameters, in tensors and plain types."""
@@ -157,37 +208,55 @@ class ConjugateGradients:
 
         m(d) + λ/2 dᵀM d        m: the loss of the linearised network
 
-    by Newton's method, (G_d + λM) δ = −(∇m(d) + λM d), d ← d + δ, each system solved by preconditioned conjugate
-    gradients, δ halved while it does not lower the objective. With one Newton step, m is the loss to second order
-    in the logits as well: that is GN, (G + λM) d = −g; with more, prox-linear.
+    by Newton's method, (G_d + λM) δ = −(∇m(d) + λM d), d ← d + δ, each system solved by preconditioned
+    conjugate gradients, δ halved while it does not lower the objective. With one Newton step, m is the loss
+    to second order in the logits as well: that is GN, (G + λM) d = −g; with more, prox-linear.
 
     local_model       "gn": one Newton step.  "prox_linear": newton_steps of them
     cg_iters          iterations of each solve, at most
     damping           λ at the start; then Levenberg-Marquardt, not below a tenth of it
-    precond           "kfac": K-FAC preconditions, and M = (L ⊗ R)^½ in its eigenbasis, so that directions of large
-                      curvature, along which the linearisation fails first, are held back more.  "none": M = I
+    precond           "kfac": K-FAC preconditions, and M = (L ⊗ R)^½ in its eigenbasis, so that directions of
+                      large curvature, along which the linearisation fails first, are held back more.  "none":
+                      M = I
     curvature_frac    share of the batch's rows that G is made from; the slope is always the whole batch's
     micro_batch       rows worked on at a time; cache_gb: see GGN
     seed              of the labels that K-FAC samples
     """
 
-    def __init__(self, model, local_model="gn", newton_steps=3, cg_iters=20, damping=1.0, precond="kfac",
-                 curvature_frac=1.0, micro_batch=None, cache_gb=None, seed=0):
+    def __init__(
+        self,
+        model,
+        local_model="gn",
+        newton_steps=3,
+        cg_iters=20,
+        damping=1.0,
+        precond="kfac",
+        curvature_frac=1.0,
+        micro_batch=None,
+        cache_gb=None,
+        seed=0,
+    ):
         check_choice("local_model", local_model, ("gn", "prox_linear"))
         check_choice("precond", precond, ("kfac", "none"))
         if not 0 < curvature_frac <= 1:
             raise ValueError(f"curvature_frac must be in (0, 1], got {curvature_frac}")
         if not 0 < damping < math.inf:
             raise ValueError(f"damping must be positive and finite, got {damping}")
-        self.model, self.params, self.kfac = model, trainable(model), KFAC(model) if precond == "kfac" else None
-        self.newton_steps, self.cg_iters = newton_steps if local_model == "prox_linear" else 1, cg_iters
-        # ρ stays near 1 for ever smaller λ, but few iterations then find less and less: with batches of a million
-        # tokens and λ from 0.1 down, 20 steps from a warmup checkpoint ended at 1.61 nats, and at 1.42 with λ held
-        # above 0.02.
-        self.damping, self.floor = damping, 0.1 * damping
-        self.curvature_frac, self.micro_batch, self.cache_gb = curvature_frac, micro_batch, cache_gb
+        self.model = model
+        self.params = trainable(model)
+        self.kfac = KFAC(model) if precond == "kfac" else None
+        self.newton_steps = newton_steps if local_model == "prox_linear" else 1
+        self.cg_iters = cg_iters
+        # ρ stays near 1 for ever smaller λ, but few iterations then find less and less: with batches of a
+        # million tokens and λ from 0.1 down, 20 steps from a warmup checkpoint ended at 1.61 nats, and at
+        # 1.42 with λ held above 0.02.
+        self.damping = damping
+        self.floor = 0.1 * damping
+        self.curvature_frac = curvature_frac
+        self.micro_batch = micro_batch
+        self.cache_gb = cache_gb
         self.progress = no_progress
-        self.direction = None                           # the last one, from which the next solve starts
+        self.direction = None  # the last one, from which the next solve starts
         self.generator = torch.Generator(device=self.params[0].device).manual_seed(seed)
 
     def solve(self, parts, idx, targets):
@@ -197,8 +266,10 @@ class ConjugateGradients:
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
             self._precondition(ggn, record)
-        constant = grad - ggn.grad                      # what the rows outside G add to the slope of m
-        solutions, decrease, results = [], 0.0, []
+        constant = grad - ggn.grad  # what the rows outside G add to the slope of m
+        solutions = []
+        decrease = 0.0
+        results = []
         for part in parts:
             g, c = (select(v, self.params, part) for v in (grad, constant))
             start = None if self.direction is None else select(self.direction, self.params, part)
@@ -208,35 +279,47 @@ class ConjugateGradients:
             results += solves
         d = join(solutions, self.params, parts)
         bad = [r.reason for r in results if r.reason in ("nonfinite", "indefinite")]
-        record.update(cg_iterations=sum(r.iterations for r in results), products=ggn.products,
-                      cg_reason=bad[0] if bad else "+".join(sorted({r.reason for r in results})))
+        record.update(
+            cg_iterations=sum(r.iterations for r in results),
+            products=ggn.products,
+            cg_reason=bad[0] if bad else "+".join(sorted({r.reason for r in results})),
+        )
         record["work"] += ggn.work * ggn.rows / len(idx)
         self.direction = d
         trouble = f"no descent direction ({bad[0]})" if bad else ""
         return Solution(loss, d, grad.dot(d).item(), decrease, trouble, record)
 
     def _newton(self, ggn, part, g, c, start, parts):
-        """Newton's method for one part from d = 0, g the slope there: (d, m(0) − m(d), results of the solves)."""
+        """Newton's method for one part from d = 0, g the slope there: (d, m(0) − m(d), results of the
+        solves)."""
+
         def matvec(v):
             total = parts * self.cg_iters * self.newton_steps
             self.progress("cg", min(ggn.products, total), total)
             return ggn.matvec(v, part) + self._damp(v, part)
-        if ggn.offset is not None:                      # another part's solve has moved the logits
+
+        if ggn.offset is not None:  # another part's solve has moved the logits
             ggn.shift(torch.zeros_like(g), part)
         loss = objective = ggn.loss
-        d, slope, results = torch.zeros_like(g), g, []
+        d = torch.zeros_like(g)
+        slope = g
+        results = []
         for _ in range(self.newton_steps):
             results.append(cg(matvec, -slope, start, self._preconditioner(part), self.cg_iters))
-            delta, start = results[-1].x, None
-            if self.newton_steps == 1:                  # CG's last value is ½ dᵀ(G + λM) d + gᵀd
-                return delta, 0.5 * delta.dot(self._damp(delta, part)).item() - results[-1].values[-1], results
+            delta = results[-1].x
+            start = None
+            if self.newton_steps == 1:  # CG's last value is ½ dᵀ(G + λM) d + gᵀd
+                damped = 0.5 * delta.dot(self._damp(delta, part)).item()
+                return delta, damped - results[-1].values[-1], results
             for t in (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0):
                 moved = d + t * delta
                 ggn.shift(moved, part)
                 value = ggn.loss + c.dot(moved).item() + 0.5 * moved.dot(self._damp(moved, part)).item()
                 if value <= objective or t == 0:
                     break
-            d, objective, slope = moved, value, ggn.grad + c + self._damp(moved, part)
+            d = moved
+            objective = value
+            slope = ggn.grad + c + self._damp(moved, part)
             if t == 0:
                 break
         return d, loss - ggn.loss - c.dot(d).item(), results
@@ -246,12 +329,16 @@ class ConjugateGradients:
         self.progress("linearise")
         rows = math.ceil(self.curvature_frac * len(idx))
         ggn = GGN(self.model, idx[:rows], targets[:rows], self.micro_batch, self.cache_gb)
-        loss, grad, work = ggn.loss, ggn.grad, 0.0
+        loss = ggn.loss
+        grad = ggn.grad
+        work = 0.0
         rest = (targets[rows:] != IGNORED).sum().item()
         if rest > 0:
-            weight, work = rest / (rest + ggn.n), 1 - rows / len(idx)
+            weight = rest / (rest + ggn.n)
+            work = 1 - rows / len(idx)
             rest_loss, rest_grad = batch_grad(self.model, idx[rows:], targets[rows:], self.micro_batch)
-            loss, grad = (1 - weight) * loss + weight * rest_loss, (1 - weight) * grad + weight * rest_grad
+            loss = (1 - weight) * loss + weight * rest_loss
+            grad = (1 - weight) * grad + weight * rest_grad
         return ggn, loss, grad, {"work": work, "pieces": len(ggn.data), "pieces_kept": len(ggn.cache)}
 
     def _precondition(self, ggn, record):
@@ -262,7 +349,7 @@ class ConjugateGradients:
         self.kfac.update(x[:rows], y[:rows], self.micro_batch, self.generator)
         self.kfac.decompose()
         record["repaired"] = self.kfac.repaired or None
-        ggn.work += 2 / 3 * rows / len(x)               # a forward, and a backward for the activations alone
+        ggn.work += 2 / 3 * rows / len(x)  # a forward, and a backward for the activations alone
 
     def _damp(self, v, part):
         """λM v."""
@@ -281,10 +368,15 @@ class ConjugateGradients:
         self.direction = None
 
     def state_dict(self):
-        return {"damping": self.damping, "direction": self.direction, "generator": self.generator.get_state()}
+        return {
+            "damping": self.damping,
+            "direction": self.direction,
+            "generator": self.generator.get_state(),
+        }
 
     def load_state_dict(self, state):
-        self.damping, self.direction = state["damping"], state["direction"]
+        self.damping = state["damping"]
+        self.direction = state["direction"]
         if self.direction is not None:
             self.direction = self.direction.to(self.params[0].device)
         self.generator.set_state(state["generator"].cpu())
@@ -301,36 +393,62 @@ def check_choice(name, value, choices):
 
 
 class InnerSolver:
-    """Minimise the local model by an optimizer that reads the batch once, one inner step per micro-batch (paper,
-    Algorithm 1).
+    """Minimise the local model by an optimizer that reads the batch once, one inner step per micro-batch
+    (paper, Algorithm 1).
 
         v = θ̂ − θ;  per micro-batch, with its own J, u = ∂L/∂z and H:
         GN            ∇ = Jᵀ(u + H J v)
         prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v)
         θ̂ ← optimizer(θ̂, ∇), ∇ clipped in norm for each part
 
-    Slope and decrease are means over the last sixteenth of the micro-batches, each taken before its inner step: on
-    data that the step has not been fitted to.
+    Slope and decrease are means over the last sixteenth of the micro-batches, each taken before its inner
+    step: on data that the step has not been fitted to.
 
     name              of an optimizer for baselines.make_optimizer: "soap", "muon", "adamw", ...
     rows              sequences in a micro-batch: a batch of B rows gives B / rows inner steps
     lr                the optimizer's; schedule, warmup, outer_steps: see inner_schedule
-    reset             start every outer step at θ with fresh moments; else at the last θ̂, before the line search, with
-                      the old ones
-    compile           compile what is done per micro-batch (with one part); eager, with a warning, where that fails
+    reset             start every outer step at θ with fresh moments; else at the last θ̂, before the line
+                      search, with the old ones
+    compile           compile what is done per micro-batch (with one part); eager, with a warning, where that
+                      fails
     """
 
-    WEIGHT_DECAY, BETAS, CLIP = 1e-3, (0.9, 0.999), 1.0     # the paper's
+    WEIGHT_DECAY = 1e-3
+    BETAS = (0.9, 0.999)
+    CLIP = 1.0  # the paper's
 
-    def __init__(self, model, name="soap", rows=64, lr=8e-3, local_model="prox_linear",
-                 schedule="constant_with_inner_cosine", warmup=0, outer_steps=100, reset=False, compile=False):
+    def __init__(
+        self,
+        model,
+        name="soap",
+        rows=64,
+        lr=8e-3,
+        local_model="prox_linear",
+        schedule="constant_with_inner_cosine",
+        warmup=0,
+        outer_steps=100,
+        reset=False,
+        compile=False,
+    ):
         check_choice("local_model", local_model, ("gn", "prox_linear"))
         check_choice("schedule", schedule, SCHEDULES)
-        self.model, self.params, self.name, self.rows, self.lr = model, trainable(model), name, rows, lr
-        self.prox_linear, self.schedule, self.warmup = local_model == "prox_linear", schedule, warmup
-        self.outer_steps, self.reset, self.compile, self.programs = outer_steps, reset, compile, {}
-        self.double_backward, self.progress, self.outer, self.stale = False, no_progress, 0, False
-        self.ends = [nn.Parameter(p.detach().clone()) for p in self.params]                     # θ̂
+        self.model = model
+        self.params = trainable(model)
+        self.name = name
+        self.rows = rows
+        self.lr = lr
+        self.prox_linear = local_model == "prox_linear"
+        self.schedule = schedule
+        self.warmup = warmup
+        self.outer_steps = outer_steps
+        self.reset = reset
+        self.compile = compile
+        self.programs = {}
+        self.double_backward = False
+        self.progress = no_progress
+        self.outer = 0
+        self.stale = False
+        self.ends = [nn.Parameter(p.detach().clone()) for p in self.params]  # θ̂
         self._start()
 
     def _start(self):
@@ -347,9 +465,13 @@ class InnerSolver:
             self._start()
             self.stale = False
         late = len(batches) - math.ceil(len(batches) / 16)
-        n, n_late = sum(counts), sum(counts[late:])
+        n = sum(counts)
+        n_late = sum(counts[late:])
         theta = flatten([p.detach() for p in self.params])
-        loss, grad, change, work = 0.0, 0.0, 0.0, 0.0
+        loss = 0.0
+        grad = 0.0
+        change = 0.0
+        work = 0.0
         for k, (x, y) in enumerate(batches):
             self.progress("inner", k, len(batches))
             v = flatten([e.detach() for e in self.ends]) - theta
@@ -363,14 +485,19 @@ class InnerSolver:
             norm = self._inner_step(parts, gradients, k, len(batches))
         self.outer += 1
         d = flatten([e.detach() for e in self.ends]) - theta
-        record = {"work": work, "inner_steps": len(batches), "inner_grad_norm": norm.item(),
-                  "grad_norm": grad.norm().item()}
+        record = {
+            "work": work,
+            "inner_steps": len(batches),
+            "inner_grad_norm": norm.item(),
+            "grad_norm": grad.norm().item(),
+        }
         finite = math.isfinite(float(loss)) and math.isfinite(record["grad_norm"])
         trouble = "" if finite else "loss or gradient not finite"
         return Solution(float(loss), d, grad.dot(d).item(), -float(change), trouble, record)
 
     def _inner_step(self, parts, gradients, k, steps):
-        """θ̂ ← optimizer(θ̂, ∇) by the k-th micro-batch's gradients, one for each part; returns their norm."""
+        """θ̂ ← optimizer(θ̂, ∇) by the k-th micro-batch's gradients, one for each part; returns their
+        norm."""
         norms = [g.norm() for g in gradients]
         for part, g, norm in zip(parts, gradients, norms):
             g = g * (self.CLIP / (norm + 1e-12)).clamp(max=1.0)
@@ -383,36 +510,51 @@ class InnerSolver:
         return torch.stack(norms).norm()
 
     def _expand(self, x, y, v, parts, at_theta):
-        """The local model of a micro-batch at v: L at θ, m(v) − L, ∇m(v) for each part, g or None, and the work."""
-        n, k = (y != IGNORED).sum(), len(self.params)
+        """The local model of a micro-batch at v: L at θ, m(v) − L, ∇m(v) for each part, g or None, and the
+        work."""
+        n = (y != IGNORED).sum()
+        k = len(self.params)
         x, y = share(x, y)
         arguments = [p.detach() for p in self.params], x, y, unflatten(v, self.params), n
 
         def function(theta, x, y, v, n, double_backward=self.double_backward):
             return expand_once(self.model, theta, x, y, v, self.prox_linear, at_theta, double_backward, n)
+
         key = (x.shape, at_theta)
         if self.compile and key not in self.programs:
             self.programs[key] = compiled_or_eager(function, *arguments)
         try:
             found = self.programs.get(key, function)(*arguments)
-        except NotImplementedError:                     # an operation without a forward-mode rule
+        except NotImplementedError:  # an operation without a forward-mode rule
             self.double_backward = True
             found = function(*arguments, double_backward=True)
         loss, change, *g = reduce(*found)
-        return loss, change, [flatten(g[:k])], flatten(g[k:]) if at_theta else None, (7 if at_theta else 5) / 3
+        return (
+            loss,
+            change,
+            [flatten(g[:k])],
+            flatten(g[k:]) if at_theta else None,
+            (7 if at_theta else 5) / 3,
+        )
 
     def _expand_parts(self, x, y, v, parts, at_theta):
         """The same for several parts, each with the others at rest, all on one linearisation."""
         ggn = GGN(self.model, x, y)
-        loss, at_zero, change, gradients = ggn.loss, ggn.grad, 0.0, []
+        loss = ggn.loss
+        at_zero = ggn.grad
+        change = 0.0
+        gradients = []
         for part in parts:
-            v_part, g = select(v, self.params, part), select(at_zero, self.params, part)
+            v_part = select(v, self.params, part)
+            g = select(at_zero, self.params, part)
             if self.prox_linear:
                 ggn.shift(v_part, part)
-                change, g = change + ggn.loss - loss, ggn.grad
+                change = change + ggn.loss - loss
+                g = ggn.grad
             else:
                 Gv = ggn.matvec(v_part, part)
-                change, g = change + g.dot(v_part) + 0.5 * Gv.dot(v_part), g + Gv
+                change = change + g.dot(v_part) + 0.5 * Gv.dot(v_part)
+                g = g + Gv
             gradients.append(g)
         return loss, change, gradients, at_zero, ggn.work
 
@@ -424,13 +566,18 @@ class InnerSolver:
         self.stale = True
 
     def state_dict(self):
-        return {"ends": [p.detach() for p in self.ends], "optimizer": self.optimizer.state_dict(),
-                "outer": self.outer, "stale": self.stale}
+        return {
+            "ends": [p.detach() for p in self.ends],
+            "optimizer": self.optimizer.state_dict(),
+            "outer": self.outer,
+            "stale": self.stale,
+        }
 
     def load_state_dict(self, state):
         assign(self.ends, state["ends"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.outer, self.stale = state["outer"], state["stale"]
+        self.outer = state["outer"]
+        self.stale = state["stale"]
 
 
 SCHEDULES = ("constant_with_inner_cosine", "cosine_with_global_schedule", "global_cosine", "constant")
@@ -440,18 +587,23 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
     """Factor of the inner rate at inner step k of n in outer step `outer` (all counted from 0).
 
     global_cosine                  one cosine over all inner steps of all outer steps
-    cosine_with_global_schedule    a cosine inside each outer step, whose peaks follow a cosine over the outer steps
+    cosine_with_global_schedule    a cosine inside each outer step, whose peaks follow a cosine over the outer
+                                   steps
     constant_with_inner_cosine     a cosine inside each outer step, constant peaks
     constant                       no decay
     The first `warmup` inner steps of the run are scaled by (steps done + 1) / warmup.
     """
+
     def cosine(done):
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
     done = outer * n + k
-    factor = {"global_cosine": cosine(done / (outer_steps * n)),
-              "cosine_with_global_schedule": cosine(outer / outer_steps) * cosine(k / n),
-              "constant_with_inner_cosine": cosine(k / n),
-              "constant": 1.0}[kind]
+    factor = {
+        "global_cosine": cosine(done / (outer_steps * n)),
+        "cosine_with_global_schedule": cosine(outer / outer_steps) * cosine(k / n),
+        "constant_with_inner_cosine": cosine(k / n),
+        "constant": 1.0,
+    }[kind]
     return factor * (min(1.0, (done + 1) / warmup) if warmup else 1.0)
 
 
@@ -462,25 +614,30 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
 class CGResult(NamedTuple):
     x: torch.Tensor
     iterations: int
-    reason: str     # "residual", "progress", "max_iter", "zero" (b = 0), "indefinite" or "nonfinite"
-    values: list    # ½xᵀAx − bᵀx at every iterate, the start included: iterations + 1 floats
+    reason: str  # "residual", "progress", "max_iter", "zero" (b = 0), "indefinite" or "nonfinite"
+    values: list  # ½xᵀAx − bᵀx at every iterate, the start included: iterations + 1 floats
 
 
 def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0):
-    """Solve A x = b, A symmetric positive definite and given by matvec(v) = A v; equivalently minimise ½xᵀAx − bᵀx.
+    """Solve A x = b, A symmetric positive definite and given by matvec(v) = A v; equivalently minimise ½xᵀAx
+    − bᵀx.
 
     x0        start (default 0, which saves a product)
     precond   v -> M⁻¹v, M ≈ A symmetric positive definite
-    tol       Martens' relative progress (2010, section 4.4): stop at iteration k once the quadratic fell by less than
-              tol·j of its value over the last j = max(10, k/10) iterations; 0 = off
-    rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; below machine epsilon: at that, which is all that the numbers resolve
+    tol       Martens' relative progress (2010, section 4.4): stop at iteration k once the quadratic fell by
+              less than tol·j of its value over the last j = max(10, k/10) iterations; 0 = off
+    rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; below machine epsilon: at that, which is all that the numbers
+              resolve
 
-    Differs from the textbook in: 1. x0 is first scaled to its best multiple, (bᵀx0 / x0ᵀA x0) x0, since a direction
-    kept from an earlier system can begin uphill. 2. `tol` as above. 3. Trouble is a `reason`, not an exception: on
-    "indefinite" (pᵀAp <= 0, or a preconditioner that is not positive) or "nonfinite" x is the last good iterate.
+    Differs from the textbook in: 1. x0 is first scaled to its best multiple, (bᵀx0 / x0ᵀA x0) x0, since a
+    direction kept from an earlier system can begin uphill. 2. `tol` as above. 3. Trouble is a `reason`, not
+    an exception: on "indefinite" (pᵀAp <= 0, or a preconditioner that is not positive) or "nonfinite" x is
+    the last good iterate.
     """
-    x, r = torch.zeros_like(b), b.clone()
-    eps, bnorm = torch.finfo(b.dtype).eps, b.norm()
+    x = torch.zeros_like(b)
+    r = b.clone()
+    eps = torch.finfo(b.dtype).eps
+    bnorm = b.norm()
     if not bnorm.isfinite():
         return CGResult(x, 0, "nonfinite", [0.0])
     if bnorm == 0:
@@ -490,8 +647,11 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0):
         xAx = x0.dot(Ax0).item()
         if 0 < xAx < math.inf:
             scale = b.dot(x0).item() / xAx
-            x, r = scale * x0, b - scale * Ax0
-    values, p, rz = [-0.5 * (x.dot(b) + x.dot(r)).item()], None, None
+            x = scale * x0
+            r = b - scale * Ax0
+    values = [-0.5 * (x.dot(b) + x.dot(r)).item()]
+    p = None
+    rz = None
     for k in range(max_iter + 1):
         if r.norm() <= max(rtol, eps) * bnorm:
             return CGResult(x, k, "residual", values)
@@ -503,38 +663,41 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0):
         z = r if precond is None else precond(r)
         rz, rz_old = r.dot(z), rz
         p = z.clone() if p is None else p.mul_(rz / rz_old).add_(z)
-        del z                                           # five vectors: b, x, r, p, Ap
+        del z  # five vectors: b, x, r, p, Ap
         Ap = matvec(p)
         pAp = p.dot(Ap)
         if not (pAp.isfinite() and rz.isfinite()):
             return CGResult(x, k, "nonfinite", values)
         if not (pAp > 0 and rz > 0):
-            # Of a residual this small rounding is no small part any more, and a sign that it decides tells nothing.
-            return CGResult(x, k, "residual" if r.norm() <= eps ** 0.5 * bnorm else "indefinite", values)
+            # Of a residual this small rounding is no small part any more, and a sign that it decides tells
+            # nothing.
+            return CGResult(x, k, "residual" if r.norm() <= eps**0.5 * bnorm else "indefinite", values)
         x.addcmul_(p, rz / pAp)
         r.addcmul_(Ap, rz / pAp, value=-1)
         values.append(-0.5 * (x.dot(b) + x.dot(r)).item())
 
 
 class Search(NamedTuple):
-    alpha: float      # 0.0: nothing was better
-    loss: float       # at alpha
-    tries: int        # losses evaluated
-    reason: str       # "armijo", "grid", "none", "no decrease" or "nonfinite" (no candidate had a finite loss)
+    alpha: float  # 0.0: nothing was better
+    loss: float  # at alpha
+    tries: int  # losses evaluated
+    reason: str  # "armijo", "grid", "none", "no decrease" or "nonfinite" (no candidate had a finite loss)
 
 
 def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
     """Choose α among 2^(−i/2), i = 0, 1, ..., or 0.
 
     loss_at   α -> loss;   loss0 = loss_at(0);   slope = gᵀd < 0
-    armijo    the first α with loss <= loss0 + c α slope, then on while the loss still falls: a loss that is not
-              quadratic often has a better α right behind the first acceptable one
+    armijo    the first α with loss <= loss0 + c α slope, then on while the loss still falls: a loss that is
+              not quadratic often has a better α right behind the first acceptable one
     grid      the best of all candidates (the paper's; it takes 5 or 10, has no α = 0 and so no rejection)
     none      α = 1 if its loss is finite
     A loss that is not finite counts as infinite.
     """
     check_choice("line search", kind, ("armijo", "grid", "none"))
-    best, finite, tries = (0.0, loss0), False, 0
+    best = (0.0, loss0)
+    finite = False
+    tries = 0
     for i in range(1 if kind == "none" else candidates):
         alpha = 2 ** (-i / 2)
         loss = loss_at(alpha)
@@ -542,18 +705,21 @@ def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
         finite |= math.isfinite(loss)
         if kind == "armijo" and best[0] > 0 and not loss < best[1]:
             break
-        enough = kind == "grid" or (kind == "none" and math.isfinite(loss)) or loss <= loss0 + c * alpha * slope
+        enough = (
+            kind == "grid" or (kind == "none" and math.isfinite(loss)) or loss <= loss0 + c * alpha * slope
+        )
         if enough and (loss < best[1] or kind == "none"):
             best = (alpha, loss)
     return Search(*best, tries, kind if best[0] else "no decrease" if finite else "nonfinite")
 
 
 def levenberg_marquardt(damping, rho, alpha, raise_by=2.0, lower_by=0.4, floor=1e-8, ceiling=1e4):
-    """The next λ. ρ, actual over predicted decrease at the step taken, near 1: the model was right, trust it further.
+    """The next λ. ρ, actual over predicted decrease at the step taken, near 1: the model was right, trust it
+    further.
 
-    λ falls if ρ > 3/4 at (nearly) full length, and grows if ρ < 1/4 or the search had to cut the step below 0.4: a
-    cut step can have ρ near 1 while the model was far off at the length it asked for. Martens (2010, section 4.1) has
-    factors 3/2 and 2/3, made for hundreds of steps; here a run has tens.
+    λ falls if ρ > 3/4 at (nearly) full length, and grows if ρ < 1/4 or the search had to cut the step below
+    0.4: a cut step can have ρ near 1 while the model was far off at the length it asked for. Martens (2010,
+    section 4.1) has factors 3/2 and 2/3, made for hundreds of steps; here a run has tens.
     """
     if not rho >= 0.25 or alpha < 0.4:
         damping *= raise_by
@@ -567,38 +733,47 @@ def levenberg_marquardt(damping, rho, alpha, raise_by=2.0, lower_by=0.4, floor=1
 
 
 class GGN:
-    """One batch linearised at the model's current parameters: `loss`, `grad`, `jvp(v)` and `matvec(v)` = JᵀHJ v.
+    """One batch linearised at the model's current parameters: `loss`, `grad`, `jvp(v)` and `matvec(v)` = JᵀHJ
+    v.
 
     idx, targets   inputs (B, ...) and int64 classes (B, ...), as the model takes them; logits are (B, ..., V)
     micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
-    cache_gb       with micro_batch: pieces keep their graphs while they fit in this many GB (None: 40 % of what is
-                   free), so that a product repeats no forward; the others are linearised anew at each product, in
-                   memory that does not grow with the batch
+    cache_gb       with micro_batch: pieces keep their graphs while they fit in this many GB (None: 40 % of
+                   what is free), so that a product repeats no forward; the others are linearised anew at each
+                   product, in memory that does not grow with the batch
 
     loss           mean cross-entropy in nats per token, a float; targets of -100 are left out
     grad           its gradient (P,), parameters flattened in the order of model.parameters(), tied ones once
-    products, work   products made, and all work so far in gradients of this batch, by matrix multiplications: a
-                     gradient has 3 per weight, a product 4, with a block alone 4 for its own weights and 2 for those
-                     behind it
+    products, work   products made, and all work so far in gradients of this batch, by matrix multiplications:
+                     a gradient has 3 per weight, a product 4, with a block alone 4 for its own weights and 2
+                     for those behind it
 
-    With several processes idx and targets are the whole batch on each; each works on its share, and sums are reduced.
-    The parameters must not change while the object is in use. Raises ValueError for a model or batch that it cannot
-    work with. Double backward (`create_graph`) instead of torch.func: the graph of the gradient is the graph of J's
-    transpose, and it is reused by every product: 1.3 gradients each, where jvp + vjp take 2.3.
+    With several processes idx and targets are the whole batch on each; each works on its share, and sums are
+    reduced. The parameters must not change while the object is in use. Raises ValueError for a model or batch
+    that it cannot work with. Double backward (`create_graph`) instead of torch.func: the graph of the
+    gradient is the graph of J's transpose, and it is reused by every product: 1.3 gradients each, where jvp +
+    vjp take 2.3.
     """
 
     def __init__(self, model, idx, targets, micro_batch=None, cache_gb=0.0):
         targets, self.n = check_targets(idx, targets)
-        self.model, self.params = model, trainable(model)
-        self.batch, self.rows, self.data = (idx, targets), len(idx), pieces(*share(idx, targets), micro_batch)
-        self.cache, self.offset, self.products, self.work = [], None, 0, 1.0
-        self.loss, self.grad = 0.0, 0.0
+        self.model = model
+        self.params = trainable(model)
+        self.batch = (idx, targets)
+        self.rows = len(idx)
+        self.data = pieces(*share(idx, targets), micro_batch)
+        self.cache = []
+        self.offset = None
+        self.products = 0
+        self.work = 1.0
+        self.loss = 0.0
+        self.grad = 0.0
         refuse_randomness(model, self.data[0][0])
         room = math.inf
         if micro_batch is not None:
             room = 0.4 * free_memory(self.params[0].device) if cache_gb is None else 1e9 * cache_gb
         for i, (x, y) in enumerate(self.data):
-            if i == 0 and room < math.inf:              # the first piece is the largest
+            if i == 0 and room < math.inf:  # the first piece is the largest
                 piece, piece_bytes = self._measure(x, y)
             else:
                 piece = self._linearise(x, y)
@@ -610,13 +785,15 @@ class GGN:
         self.loss, self.grad = reduce_number(self.loss), reduce(self.grad)[0]
 
     def jvp(self, v, part=None):
-        """J v: the change of every logit (of this process's share), (B, ..., V), for the parameter change v (P,)."""
+        """J v: the change of every logit (of this process's share), (B, ..., V), for the parameter change v
+        (P,)."""
         return torch.cat([piece.jvp(v, self._part(part)) for piece in self._pieces()])
 
     def matvec(self, v, part=None):
-        """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those parameters
-        alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
-        part, out = self._part(part), None
+        """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those
+        parameters alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
+        part = self._part(part)
+        out = None
         for piece in self._pieces():
             product = piece.product(v, part)
             out = product if out is None else out.add_(product)
@@ -625,11 +802,13 @@ class GGN:
         return reduce(out)[0]
 
     def shift(self, v, part=None):
-        """Expand at v the loss of the linearised model, f¹(v) = L(z + Jv): from now on `loss`, `grad` and `matvec`'s H
-        are those of f¹ at v, while J stays (GN-prox-linear). With `part`, v moves those parameters alone and `grad` is
-        theirs."""
+        """Expand at v the loss of the linearised model, f¹(v) = L(z + Jv): from now on `loss`, `grad` and
+        `matvec`'s H are those of f¹ at v, while J stays (GN-prox-linear). With `part`, v moves those
+        parameters alone and `grad` is theirs."""
         part = self._part(part)
-        self.offset, self.loss, self.grad = (v, part), 0.0, 0.0
+        self.offset = (v, part)
+        self.loss = 0.0
+        self.grad = 0.0
         for i, ((x, y), piece) in enumerate(zip(self.data, self._pieces())):
             if i < len(self.cache):
                 self._shifted(piece)
@@ -647,12 +826,14 @@ class GGN:
         return Piece(self.model, self.params, x, y, self.n)
 
     def _measure(self, x, y):
-        """A linearised piece and the bytes that keeping it costs: every storage that its graphs save, once."""
+        """A linearised piece and the bytes that keeping it costs: every storage that its graphs save,
+        once."""
         storages = {}
 
         def count(t):
             storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t.detach()                           # t itself, a node's output, would keep that node alive for ever
+            return t.detach()  # t itself, a node's output, would keep that node alive for ever
+
         with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
             piece = self._linearise(x, y)
         for p in self.params:
@@ -662,7 +843,7 @@ class GGN:
     def _pieces(self):
         """The linearised pieces: first those that were kept, then the others one by one."""
         yield from self.cache
-        for x, y in self.data[len(self.cache):]:
+        for x, y in self.data[len(self.cache) :]:
             yield self._shifted(self._linearise(x, y))
 
     def _shifted(self, piece):
@@ -672,19 +853,21 @@ class GGN:
 
     def _product_work(self, part):
         sizes = [p.numel() for p in self.params]
-        own, behind = sum(sizes[i] for i in part), sum(sizes[max(part) + 1:])
+        own = sum(sizes[i] for i in part)
+        behind = sum(sizes[max(part) + 1 :])
         return 4 / 3 * (own + behind / 2) / sum(sizes) + 1 - len(self.cache) / len(self.data)
 
 
 class Piece:
     """One piece of the batch, linearised: z (..., V), probs = softmax(z), and by double backward
 
-        vjp   Jᵀw, an ordinary backward of z
-        jvp   J v: the gradient g = Jᵀu with its graph is linear in u, so that differentiating gᵀv by u gives J v
+    vjp   Jᵀw, an ordinary backward of z
+    jvp   J v: the gradient g = Jᵀu with its graph is linear in u, so that differentiating gᵀv by u gives J v
     """
 
     def __init__(self, model, params, x, y, n):
-        self.params, self.weight = params, per_token(y, n)
+        self.params = params
+        self.weight = per_token(y, n)
         with differentiable_attention(), torch.enable_grad():
             self.z = logits(model, x, y)
             self.probs = torch.softmax(self.z.detach(), dim=-1)
@@ -692,7 +875,9 @@ class Piece:
             self.g = derivative(self.z, params, self.u, create_graph=True, materialize_grads=False)
 
     def grad(self):
-        return flatten([torch.zeros_like(p) if g is None else g.detach() for g, p in zip(self.g, self.params)])
+        return flatten(
+            [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(self.g, self.params)]
+        )
 
     def jvp(self, v, part):
         v = unflatten(v, [self.params[i] for i in part])
@@ -709,15 +894,16 @@ class Piece:
 
 
 def expand_once(model, theta, x, y, v, prox_linear, at_theta, double_backward=False, n=None):
-    """The local model of a micro-batch that is used once, at v, all parameters one part; theta, v: lists of tensors.
-    Sums over tokens are divided by n, by default their number.
+    """The local model of a micro-batch that is used once, at v, all parameters one part; theta, v: lists of
+    tensors. Sums over tokens are divided by n, by default their number.
 
         forward mode   z, J v in one pass               1/3 + 2/3 of a gradient by matrix multiplications
         backward       ∇m(v) = Jᵀ(u + H J v), or Jᵀ ∂L/∂z(z + J v) for prox-linear       2/3
 
-    5/3 in all, where GGN and its first product take 7/3. Returns [L(θ), m(v) − L(θ), *∇m(v)], and with at_theta behind
-    them *g, the gradient at θ, for 2/3 more. double_backward: J v by that, for compilers, which know no forward mode
-    (the gradient that it makes on its way is dead code there), and for models that have no forward-mode rule.
+    5/3 in all, where GGN and its first product take 7/3. Returns [L(θ), m(v) − L(θ), *∇m(v)], and with
+    at_theta behind them *g, the gradient at θ, for 2/3 more. double_backward: J v by that, for compilers,
+    which know no forward mode (the gradient that it makes on its way is dead code there), and for models that
+    have no forward-mode rule.
     """
     theta = [p.detach().requires_grad_() for p in theta]
     with differentiable_attention(), torch.enable_grad():
@@ -732,7 +918,8 @@ def expand_once(model, theta, x, y, v, prox_linear, at_theta, double_backward=Fa
                 z, Jv = forward_ad.unpack_dual(logits(model, x, y))
     with torch.no_grad():
         n = (y != IGNORED).sum() if n is None else n
-        weight, loss = per_token(y, n), cross_entropy_sum(z, y) / n
+        weight = per_token(y, n)
+        loss = cross_entropy_sum(z, y) / n
         Jv = torch.zeros_like(z) if Jv is None else Jv.detach()
         probs = torch.softmax(z, dim=-1)
         u = cross_entropy_grad(probs, y, weight)
@@ -741,7 +928,8 @@ def expand_once(model, theta, x, y, v, prox_linear, at_theta, double_backward=Fa
             w = cross_entropy_grad(torch.softmax(z + Jv, dim=-1), y, weight)
         else:
             HJv = cross_entropy_hvp(probs, Jv, weight)
-            change, w = (Jv * (u + 0.5 * HJv)).sum(), u + HJv
+            change = (Jv * (u + 0.5 * HJv)).sum()
+            w = u + HJv
     return [loss, change, *derivative(z, theta, w), *(derivative(z, theta, u) if at_theta else ())]
 
 
@@ -753,20 +941,22 @@ def derivative(outputs, inputs, cotangents, **settings):
     except RuntimeError as e:
         if "checkpoint" not in str(e):
             raise
-        raise ValueError("activation checkpointing does not go with Gauss-Newton, which differentiates a graph more "
-                         "than once: switch it off (micro_batch bounds the memory)") from e
+        raise ValueError(
+            "activation checkpointing does not go with Gauss-Newton, which differentiates a graph more "
+            "than once: switch it off (micro_batch bounds the memory)"
+        ) from e
 
 
 def cross_entropy_hvp(probs, t, n):
-    """H t = p ∘ (t − ⟨p, t⟩) / n, the logit Hessian in closed form: differentiating cross-entropy twice would hold
-    about ten times the logits, and its backward has no forward-mode derivative."""
+    """H t = p ∘ (t − ⟨p, t⟩) / n, the logit Hessian in closed form: differentiating cross-entropy twice would
+    hold about ten times the logits, and its backward has no forward-mode derivative."""
     mean = torch.einsum("...v,...v->...", probs, t).unsqueeze(-1)
-    return (t - mean).mul_(probs).div_(n)               # one tensor of the logits' size
+    return (t - mean).mul_(probs).div_(n)  # one tensor of the logits' size
 
 
 def evaluate(model, x, y):
-    """Logits without a graph, by the path on which the model is differentiated: with gradients off torch takes another
-    in nn.TransformerEncoder, whose loss is another function."""
+    """Logits without a graph, by the path on which the model is differentiated: with gradients off torch
+    takes another in nn.TransformerEncoder, whose loss is another function."""
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t):
         return logits(model, x, y).detach()
 
@@ -781,22 +971,27 @@ def batch_loss(model, idx, targets, micro_batch=None):
 def batch_grad(model, idx, targets, micro_batch=None):
     """Loss (float) and flat gradient by ordinary backward passes."""
     targets, n = check_targets(idx, targets)
-    params, loss, grad = trainable(model), 0.0, None
+    params = trainable(model)
+    loss = 0.0
+    grad = None
     for x, y in pieces(*share(idx, targets), micro_batch):
         part = cross_entropy_sum(logits(model, x, y), y) / n
         g = flatten(torch.autograd.grad(part, params, materialize_grads=True, allow_unused=True))
-        loss, grad = loss + part.item(), g if grad is None else grad.add_(g)
+        loss = loss + part.item()
+        grad = g if grad is None else grad.add_(g)
     return reduce_number(loss), reduce(grad)[0]
 
 
 def select(vector, like, part):
-    """The elements of a vector over the tensors in `like` that belong to those with indices in `part`, as a vector."""
+    """The elements of a vector over the tensors in `like` that belong to those with indices in `part`, as a
+    vector."""
     tensors = unflatten(vector, like)
     return flatten([tensors[i] for i in part])
 
 
 def join(vectors, like, parts):
-    """The inverse of `select`: one vector per part, parts together all indices -> the vector over all tensors."""
+    """The inverse of `select`: one vector per part, parts together all indices -> the vector over all
+    tensors."""
     tensors = [None] * len(like)
     for vector, part in zip(vectors, parts):
         for i, t in zip(part, unflatten(vector, [like[i] for i in part])):
@@ -806,8 +1001,10 @@ def join(vectors, like, parts):
 
 @contextmanager
 def placed(model, tensors):
-    """While open, the model has other tensors in place of its trainable parameters; whatever happens, it gets back the
-    very objects it had. (torch.func.functional_call leaves tensors behind where a module stands in several places.)"""
+    """While open, the model has other tensors in place of its trainable parameters; whatever happens, it gets
+    back the very objects it had. (torch.func.functional_call leaves tensors behind where a module stands in
+    several places.)
+    """
     new = {id(p): t for p, t in zip(trainable(model), tensors)}
     places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if id(p) in new]
     try:
@@ -818,7 +1015,7 @@ def placed(model, tensors):
         for m, name, p in places:
             m._parameters[name] = p
         for m in model.modules():
-            if isinstance(m, nn.RNNBase):               # keeps a second list of them
+            if isinstance(m, nn.RNNBase):  # keeps a second list of them
                 m._init_flat_weights()
 
 
@@ -834,27 +1031,33 @@ def free_memory(device):
         return 4e9
 
 
-_deterministic = weakref.WeakKeyDictionary()            # models that passed the check below -> modes of their modules
+_deterministic = weakref.WeakKeyDictionary()  # models that passed the check below -> modes of their modules
 
 
 def refuse_randomness(model, x):
-    """A derivative of a function that changes between calls means nothing: raises ValueError for a model that gives the
-    first rows of x other logits when it is called again, or whose batch norm makes them depend on the other rows.
-    Checked once for a model and its modes (train or eval)."""
+    """A derivative of a function that changes between calls means nothing: raises ValueError for a model that
+    gives the first rows of x other logits when it is called again, or whose batch norm makes them depend on
+    the other rows. Checked once for a model and its modes (train or eval)."""
     modes = tuple(m.training for m in model.modules())
     if _deterministic.get(model) == modes:
         return
     advice = "Gauss-Newton needs a deterministic model; call model.eval() or set its rates to 0"
     for name, m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
-            raise ValueError(f"{name or 'the model'} ({type(m).__name__}) is active in training mode: {advice}")
+            raise ValueError(
+                f"{name or 'the model'} ({type(m).__name__}) is active in training mode: {advice}"
+            )
     with torch.no_grad():
-        before, first = generator_states(x.device), model(x[:8])
-        calls = 1 if generator_states(x.device) == before else 9        # rare events take more calls to be seen
+        before = generator_states(x.device)
+        first = model(x[:8])
+        calls = 1 if generator_states(x.device) == before else 9  # rare events take more calls to be seen
         for _ in range(calls if torch.is_tensor(first) else 0):
-            change, size = (model(x[:8]) - first).abs(), first.abs().max()
+            change = (model(x[:8]) - first).abs()
+            size = first.abs().max()
             if (change > 1e3 * torch.finfo(first.dtype).eps * size).any():
-                raise ValueError(f"the model gives the same inputs other logits at each call (dropout?): {advice}")
+                raise ValueError(
+                    f"the model gives the same inputs other logits at each call (dropout?): {advice}"
+                )
     _deterministic[model] = modes
 
 
@@ -868,7 +1071,8 @@ def generator_states(device):
 
 
 def trace(function, *examples):
-    """The function's operations on tensors, derivatives and all, as one torch.fx graph for the examples' shapes."""
+    """The function's operations on tensors, derivatives and all, as one torch.fx graph for the examples'
+    shapes."""
     graph = make_fx(torch.func.functionalize(make_fx(function)(*examples)))(*examples)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -878,16 +1082,20 @@ def trace(function, *examples):
 def tolerance(graph):
     """How far two evaluations of it may differ: the root of the coarsest precision that it works in."""
     values = (node.meta.get("val") for node in graph.graph.nodes)
-    return max(torch.finfo(t.dtype).eps for t in values if torch.is_tensor(t) and t.dtype.is_floating_point) ** 0.5
+    return (
+        max(torch.finfo(t.dtype).eps for t in values if torch.is_tensor(t) and t.dtype.is_floating_point)
+        ** 0.5
+    )
 
 
 def compiled_or_eager(function, *examples):
-    """The function compiled for the examples' shapes; itself, with a warning, where that fails or the results differ."""
+    """The function compiled for the examples' shapes; itself, with a warning, where that fails or the results
+    differ."""
     try:
         graph = trace(lambda *arguments: function(*arguments, double_backward=True), *examples)
         compiled = torch.no_grad()(torch.compile(graph, dynamic=False))
         for a, b in zip(function(*examples), compiled(*examples)):
-            size = a.norm() if a.dim() else 1.0         # loss and decrease: rounding of the loss, however small
+            size = a.norm() if a.dim() else 1.0  # loss and decrease: rounding of the loss, however small
             if not (a - b).norm() <= tolerance(graph) * (size + 1e-3):
                 raise RuntimeError("the compiled result differs from the eager one")
         return compiled

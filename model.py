@@ -6,12 +6,14 @@
 
 Below it is attention with the derivatives that Gauss-Newton takes, for this model and others.
 
-Sizes, epsilon and initialisation follow "The Potential of Second-Order Optimization for LLMs" (arXiv 2510.09378).
+Sizes, epsilon and initialisation follow "The Potential of Second-Order Optimization for LLMs" (arXiv
+2510.09378).
 
     from model import GPT, GPTConfig, PRESETS
     model = GPT(GPTConfig(vocab_size=256, **PRESETS["tiny"]))
     logits = model(idx)                                     # (B, T) int64 -> (B, T, vocab_size)
 """
+
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 PRESETS = {  # everything but vocab_size, which the tokenizer decides
-    "tiny": dict(n_layer=2, n_head=4, n_embd=64, block_size=64),       # 164k parameters with bytes
-    "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),    # 1.1M with bytes
-    "45m": dict(n_layer=4, n_head=8, n_embd=512, block_size=1024),     # the paper's, with a 32k vocabulary
+    "tiny": dict(n_layer=2, n_head=4, n_embd=64, block_size=64),  # 164k parameters with bytes
+    "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),  # 1.1M with bytes
+    "45m": dict(
+        n_layer=4, n_head=8, n_embd=512, block_size=1024
+    ),  # the paper's, with a 32k vocabulary
     "150m": dict(n_layer=12, n_head=16, n_embd=768, block_size=1024),  # the paper's, likewise
 }
 
@@ -33,11 +37,11 @@ PRESETS = {  # everything but vocab_size, which the tokenizer decides
 @dataclass
 class GPTConfig:
     vocab_size: int
-    block_size: int = 64      # longest sequence, in tokens
+    block_size: int = 64  # longest sequence, in tokens
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 64
-    ff_mult: int = 4          # SwiGLU width in multiples of n_embd (the paper's ff = 4d)
+    ff_mult: int = 4  # SwiGLU width in multiples of n_embd (the paper's ff = 4d)
     tie_weights: bool = False
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
@@ -47,15 +51,20 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
+            raise ValueError(
+                f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})"
+            )
         if (self.n_embd // self.n_head) % 2:
-            raise ValueError("rotary positions need an even head size, got n_embd / n_head = "
-                             f"{self.n_embd // self.n_head}")
+            raise ValueError(
+                "rotary positions need an even head size, got n_embd / n_head = "
+                f"{self.n_embd // self.n_head}"
+            )
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (arXiv 2104.09864): turn each pair (x_i, x_{i+hs/2}) by its position's angle."""
-    x1, x2 = x.chunk(2, dim=-1)                       # (B, nh, T, hs/2) each
+    """Rotary position embedding (arXiv 2104.09864): turn each pair (x_i, x_{i+hs/2}) by its position's
+    angle."""
+    x1, x2 = x.chunk(2, dim=-1)  # (B, nh, T, hs/2) each
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
@@ -70,11 +79,15 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin):
         B, T, C = x.shape
-        q, k, v = (w(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-                   for w in (self.wq, self.wk, self.wv))
-        # Fused for training and evaluation; `differentiable_attention` replaces the same call where derivatives
-        # are taken that the fused kernels lack.
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        q, k, v = (
+            w(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+            for w in (self.wq, self.wk, self.wv)
+        )
+        # Fused for training and evaluation; `differentiable_attention` replaces the same call where
+        # derivatives are taken that the fused kernels lack.
+        y = F.scaled_dot_product_attention(
+            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
+        )
         return self.wo(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -103,11 +116,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """`GPT(config)(idx)`: idx (B, T) int64 -> logits (B, T, vocab_size). Causal; T may be anything up to block_size."""
+    """`GPT(config)(idx)`: idx (B, T) int64 -> logits (B, T, vocab_size). Causal; T may be anything up to
+    block_size."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.bf16 = config, False      # bf16: matrix products in bfloat16 (autocast), logits in float32
+        self.config = config
+        self.bf16 = False  # bf16: matrix products in bfloat16 (autocast), logits in float32
         c = config
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
@@ -115,11 +130,15 @@ class GPT(nn.Module):
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         hs = c.n_embd // c.n_head
         freq = c.rope_theta ** (-torch.arange(0, hs, 2, dtype=torch.float64) / hs)
-        angle = torch.arange(c.block_size, dtype=torch.float64)[:, None] * freq   # (block_size, hs/2)
+        angle = (
+            torch.arange(c.block_size, dtype=torch.float64)[:, None] * freq
+        )  # (block_size, hs/2)
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
         self.apply(self._init_weights)
-        if c.tie_weights:  # one matrix, so it takes the head's scale: N(0, 1) rows would start the loss near n_embd
+        if (
+            c.tie_weights
+        ):  # one matrix, so it takes the head's scale: N(0, 1) rows would start the loss near n_embd
             self.embed.weight = self.head.weight
 
     @staticmethod
@@ -128,30 +147,35 @@ class GPT(nn.Module):
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
         elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
     def forward(self, idx):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             return self._forward(idx).float() if self.bf16 else self._forward(idx)
 
     def _forward(self, idx):
-        T, vocab = idx.shape[1], self.config.vocab_size
+        T = idx.shape[1]
+        vocab = self.config.vocab_size
         if T > self.config.block_size:
-            raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
+            raise ValueError(
+                f"sequence of {T} tokens is longer than block_size {self.config.block_size}"
+            )
         try:
-            x = self.embed(idx)                                                 # (B, T, C)
-        except IndexError as e:      # on a CPU; a GPU stops with an assertion of its own
+            x = self.embed(idx)  # (B, T, C)
+        except IndexError as e:  # on a CPU; a GPU stops with an assertion of its own
             low, high = (int(i) for i in torch.aminmax(idx))
-            raise ValueError(f"token ids reach from {low} to {high}, outside 0 .. {vocab - 1} "
-                             f"(vocab_size {vocab})") from e
+            raise ValueError(
+                f"token ids reach from {low} to {high}, outside 0 .. {vocab - 1} "
+                f"(vocab_size {vocab})"
+            ) from e
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
-        return self.head(self.norm(x))                                          # (B, T, vocab_size)
+        return self.head(self.norm(x))  # (B, T, vocab_size)
 
     def layers(self):
-        """The partition of layerwise Gauss-Newton (paper, section on layerwise GN): a list of lists of parameters,
-        {embedding}, each block (the final norm with the last one), {head}. A tied matrix is counted with the
-        embedding."""
+        """The partition of layerwise Gauss-Newton (paper, section on layerwise GN): a list of lists of
+        parameters, {embedding}, each block (the final norm with the last one), {head}. A tied matrix is
+        counted with the embedding."""
         parts = [list(module.parameters()) for module in (self.embed, *self.blocks, self.head)]
         parts[-2] += list(self.norm.parameters())
         return parts[:-1] if self.config.tie_weights else parts
@@ -160,7 +184,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=0.8, generator=None):
         """Continue idx (B, T) by max_new_tokens sampled tokens; T >= 1."""
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[:, -1].float()
+            logits = self(idx[:, -self.config.block_size :])[:, -1].float()
             probs = F.softmax(logits / max(temperature, 1e-6), dim=-1)
             idx = torch.cat((idx, torch.multinomial(probs, 1, generator=generator)), dim=1)
         return idx
@@ -172,8 +196,9 @@ class GPT(nn.Module):
 
 @contextmanager
 def differentiable_attention():
-    """While open, every scaled_dot_product_attention, in this model or another, is _Attention; what that does not
-    cover (a mask, grouped queries, nn.MultiheadAttention) takes the backend of differentiable operations."""
+    """While open, every scaled_dot_product_attention, in this model or another, is _Attention; what that does
+    not cover (a mask, grouped queries, nn.MultiheadAttention) takes the backend of differentiable operations.
+    """
     with sdpa_kernel(SDPBackend.MATH), _AttentionMode():
         yield
 
@@ -185,16 +210,39 @@ class _AttentionMode(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
     """torch's scaled_dot_product_attention, by _Attention where it can be."""
-    q, k, v = query, key, value
-    alike = q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and q.dtype == k.dtype == v.dtype  # else torch may broadcast
+    q = query
+    k = key
+    v = value
+    alike = (
+        q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and q.dtype == k.dtype == v.dtype
+    )  # else torch may broadcast
     if attn_mask is not None or dropout_p or enable_gqa or not alike:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-                                              enable_gqa=enable_gqa)
-    if torch.is_autocast_enabled(q.device.type):        # which would have done it further down
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    if torch.is_autocast_enabled(q.device.type):  # which would have done it further down
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    return _Attention.apply(q, k, v, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
+    return _Attention.apply(
+        q, k, v, is_causal, q.shape[-1] ** -0.5 if scale is None else scale
+    )
 
 
 class _Attention(torch.autograd.Function):
@@ -203,23 +251,30 @@ class _Attention(torch.autograd.Function):
         Jᵀ    v̄ = Pᵀ w,   T = P ∘ (W − rowsum(P ∘ W)),  W = w vᵀ,   q̄ = s T k,   k̄ = s Tᵀ q
         J     o' = t v + P v',   t = P ∘ (D − rowsum(P ∘ D)),   D = s (q' kᵀ + q k'ᵀ)
 
-    The fused kernels have no derivative of their backward nor a forward-mode one, and each of their calls makes P
-    anew. The graph of the backward is to be differentiated by the cotangent w alone, in which it is linear, so that
-    its transpose is J; what depends on q, k and v in it counts as constant.
+    The fused kernels have no derivative of their backward nor a forward-mode one, and each of their calls
+    makes P anew. The graph of the backward is to be differentiated by the cotangent w alone, in which it is
+    linear, so that its transpose is J; what depends on q, k and v in it counts as constant.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, causal, scale):
         P = probabilities(q, k, causal, scale)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.causal = causal
+        ctx.scale = scale
         ctx.save_for_backward(q, k, v, *P)
         ctx.save_for_forward(q, k, v, *P)
-        rows = [p @ v[..., :seen, :] for p, (_, _, seen) in zip(P, blocks(q.shape[-2], causal))]
+        rows = [
+            p @ v[..., :seen, :] for p, (_, _, seen) in zip(P, blocks(q.shape[-2], causal))
+        ]
         return torch.cat(rows, -2)
 
     @staticmethod
     def backward(ctx, w):
-        return *_AttentionBackward.apply(w, ctx.causal, ctx.scale, *ctx.saved_tensors), None, None
+        return (
+            *_AttentionBackward.apply(w, ctx.causal, ctx.scale, *ctx.saved_tensors),
+            None,
+            None,
+        )
 
     @staticmethod
     def jvp(ctx, dq, dk, dv, *_):
@@ -230,17 +285,22 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, causal, scale, *saved):
         ctx.save_for_backward(*saved)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.causal = causal
+        ctx.scale = scale
         return apply_transpose(w, causal, scale, *saved)
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
         constants = [None] * (2 + len(ctx.saved_tensors))
-        return apply_jacobian(dq, dk, dv, ctx.causal, ctx.scale, *ctx.saved_tensors), *constants
+        return (
+            apply_jacobian(dq, dk, dv, ctx.causal, ctx.scale, *ctx.saved_tensors),
+            *constants,
+        )
 
 
 def blocks(T, causal):
-    """Rows of P from, to, and the keys that they see, to: in four blocks, causal attention has 5/8 of the square."""
+    """Rows of P from, to, and the keys that they see, to: in four blocks, causal attention has 5/8 of the
+    square."""
     size = max(64, -(-T // 4)) if causal else T
     ends = [(i, min(i + size, T)) for i in range(0, T, size)]
     return [(start, end, end if causal else None) for start, end in ends]
@@ -252,23 +312,29 @@ def probabilities(q, k, causal, scale):
     for i, j, seen in blocks(q.shape[-2], causal):
         scores = (q[..., i:j, :] * scale) @ k[..., :seen, :].transpose(-1, -2)
         if causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(i + 1)
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(
+                i + 1
+            )
             scores.masked_fill_(future, -math.inf)
-        P.append(torch.softmax(scores, -1).to(scores.dtype))            # autocast on a GPU gives float32
+        P.append(torch.softmax(scores, -1).to(scores.dtype))  # autocast on a GPU gives float32
     return P
 
 
 def apply_jacobian(dq, dk, dv, causal, scale, q, k, v, *P):
-    out, left, right = [], torch.cat((dq, q), -1), torch.cat((k, dk), -1).transpose(-1, -2)
+    out = []
+    left = torch.cat((dq, q), -1)
+    right = torch.cat((k, dk), -1).transpose(-1, -2)
     for p, (i, j, seen) in zip(P, blocks(q.shape[-2], causal)):
-        D = (left[..., i:j, :] @ right[..., :seen]).mul_(scale)         # q' kᵀ + q k'ᵀ as one product
+        D = (left[..., i:j, :] @ right[..., :seen]).mul_(scale)  # q' kᵀ + q k'ᵀ as one product
         t = torch.ops.aten._softmax_backward_data(D, p, -1, p.dtype)
         out.append(t @ v[..., :seen, :] + p @ dv[..., :seen, :])
     return torch.cat(out, -2)
 
 
 def apply_transpose(w, causal, scale, q, k, v, *P):
-    dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
+    dq = []
+    dk = torch.zeros_like(k)
+    dv = torch.zeros_like(v)
     for p, (i, j, seen) in zip(P, blocks(q.shape[-2], causal)):
         W = (w[..., i:j, :] * scale) @ v[..., :seen, :].transpose(-1, -2)
         t = torch.ops.aten._softmax_backward_data(W, p, -1, p.dtype)

@@ -1,15 +1,15 @@
 """Train a GPT with full Gauss-Newton or a baseline; one command, no set-up.
 
-    python train.py --opt full_gn                               # tiny GPT, Python's own library as text, 4 minutes
-    python train.py --opt layerwise_gn                          # the same with curvature inside each layer only
-    python train.py --opt full_gn --solver cg                   # the local model minimised by conjugate gradients
-    python train.py --opt soap --batch_tokens 65536             # a baseline: adamw, adam, sgd, muon, soap, kfac
+    python train.py --opt full_gn                                # tiny GPT on Python's library, 4 minutes
+    python train.py --opt layerwise_gn                           # with curvature inside each layer only
+    python train.py --opt full_gn --solver cg                    # solved by conjugate gradients
+    python train.py --opt soap --batch_tokens 65536              # or adamw, adam, sgd, muon, kfac
     python train.py --opt adamw --steps 60 --out_dir out/warmup
-    python train.py --opt full_gn --init_from out/warmup        # start from its weights
-    python train.py --resume --out_dir out/my_run               # go on where a run stopped
-    python train.py --data shakespeare --model small --opt muon # other data, other size
-    torchrun --standalone --nproc_per_node=2 train.py           # each batch shared by 2 processes (cores, GPUs)
-    python train.py --help                                      # every flag, its unit and default
+    python train.py --opt full_gn --init_from out/warmup         # start from its weights
+    python train.py --resume --out_dir out/my_run                # go on where a run stopped
+    python train.py --data shakespeare --model small --opt muon  # other data, other size
+    torchrun --standalone --nproc_per_node=2 train.py            # each batch shared by 2 cores or GPUs
+    python train.py --help                                       # every flag, its unit and default
 
 Each run owns a folder: log.jsonl (first line the configuration, then one line a step) and checkpoint.pt.
 Ctrl-C ends the step, saves, and says how to go on.
@@ -36,32 +36,26 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-try:
-    import resource
-except ImportError:      # Windows
-    resource = None
-
-from baselines import (BASELINES, DEFAULT_LR, assign, flatten, lr_schedule, make_optimizer, ranks, reduce_number,
-                       trainable, unflatten)
-from data import TOKENIZERS, DataError, get_batch, prepare, val_batch
+from baselines import (BASELINES, DEFAULT_LR, assign, flatten, lr_schedule, make_optimizer, ranks,
+                       reduce_number, share, trainable, unflatten)
+from data import TOKENIZERS, get_batch, prepare, val_batch
 from gauss_newton import (SCHEDULES, ConjugateGradients, GaussNewton, InnerSolver, batch_grad, batch_loss,
                           first_line)
 from model import GPT, PRESETS, GPTConfig
 
-GN = ("full_gn", "layerwise_gn")
-KINDS = ("inner", "cg", "baseline")   # of runs: Gauss-Newton by a streaming optimizer, by CG, and all else
-DEFAULTS = {  # what suits a method that takes few, large steps, and one that takes many
-    "inner": dict(steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1),
-    "cg": dict(steps=12, batch_tokens=131072, eval_interval=1, checkpoint_interval=1),
-    "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50),
+# By kind of run: Gauss-Newton by a streaming optimizer or by CG, whose steps are few and large, and all else.
+# search_frac: share of the batch that the line search is on. After a streaming solve, ten steps on all of it
+# ended at 1.554 nats and on a sixteenth at 1.556; a candidate on all of it costs a fifth of the solve.
+DEFAULTS = {
+    "inner": dict(steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1, solver="soap",
+                  search_frac=1 / 16),
+    "cg": dict(steps=12, batch_tokens=131072, eval_interval=1, checkpoint_interval=1, solver="cg",
+               search_frac=1.0),
+    "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50, search_frac=0),
 }
-# Share of the batch that the line search is on. After a streaming solve, ten steps on all of it ended at 1.554 nats and
-# on a sixteenth at 1.556; a candidate on all of it costs a fifth of the solve.
-SEARCH_FRAC = {"inner": 1 / 16, "cg": 1.0, "baseline": 0.0}
 MAX_REJECTIONS = 8   # in a row, before a run gives up
 # What --resume may change; every other setting is the stored run's.
-RESUMABLE = {"resume", "out_dir", "data_dir", "steps", "target_loss", "sample", "threads", "device",
-             "checkpoint_interval"}
+RESUMABLE = "resume out_dir data_dir steps target_loss sample threads device checkpoint_interval".split()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -73,29 +67,29 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags under headings; `used_by` has the KINDS of run that use each. A mistake is a UsageError."""
+    """Flags under headings; `used_by` has the kinds of run that use each. A mistake is a UsageError."""
 
     def heading(self, title, *kinds):
         """A function that adds a flag under it."""
-        return partial(self.flag, self.add_argument_group(title), kinds or KINDS)
+        return partial(self.flag, self.add_argument_group(title), kinds or DEFAULTS)
 
-    def flag(self, group, kinds, name, kind, default, text, **extra):
+    def flag(self, group, kinds, name, text, kind, default=None, **extra):
         """kind: a type, bool for a switch, or a list of choices."""
         if kind is bool:
-            extra["action"] = "store_true"
+            extra = {"action": "store_true"}
         elif callable(kind):
-            extra["type"] = kind
+            extra.update(type=kind, default=default)
         else:
-            extra["choices"] = list(kind)
-        shown = f" (default {default})" if default not in (None, False) else ""
-        action = group.add_argument(name, default=default, help=text + shown, **extra)
+            extra.update(choices=list(kind), default=default)
+        shown = "" if default is None else f" (default {default})"
+        action = group.add_argument(name, help=text + shown, **extra)
         self.used_by[action.dest] = kinds
 
     def error(self, message):
         raise UsageError(f"{message} (--help lists all flags)")
 
 
-def number(low, high=1e38, kind=float):     # float32 ends at 3.4e38
+def number(low, high=9e18, kind=float):     # below 2^63
     """A type for argparse: numbers from low to high."""
     def convert(text):
         value = kind(text)
@@ -121,120 +115,126 @@ def build_parser():
     p = Parser(prog="train.py", usage="python train.py [flags]", description=__doc__,
                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.used_by = {}
-    count, natural, seed = number(1, kind=int), number(0, kind=int), number(0, 2 ** 63 - 1, int)
-    positive, not_negative = number(1e-38), number(0)
-    share, decay = number(1e-6, 1), number(0, 0.999999)
+    count = number(1, kind=int)
+    natural = number(0, kind=int)
+    positive = number(1e-38)
+    not_negative = number(0)
+    decay = number(0, 0.999999)
 
     flag = p.heading("what to run")
-    flag("--opt", GN + BASELINES, "full_gn", "optimizer")
-    flag("--steps", count, None, "optimizer steps; for Gauss-Newton, outer steps "
-         "(default 10 for GN, 12 with --solver cg, 300 for baselines)")
-    flag("--batch_tokens", count, None, "tokens per step, a multiple of the block size "
-         "(default 1048576 for GN, 131072 with --solver cg, 16384 for baselines)")
-    flag("--micro_batch", count, None, "sequences worked on at a time; changes memory and speed, not results "
-         "(default: about 8192 tokens, more on a GPU)")
-    flag("--seed", seed, 0, "of initialisation, batches and sampled labels")
-    flag("--target_loss", not_negative, 0.0, "stop at the first evaluation at or below this validation loss, in nats "
-         "per token; 0 = never")
-    flag("--init_from", str, None, "checkpoint (or its run's folder) whose weights to start from")
-    flag("--device", device, "auto", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...")
-    flag("--dtype", ("fp32", "tf32", "bf16"), "fp32", "tf32: shorter mantissas in matrix products on GPUs; bf16: "
-         "those products in bfloat16 (autocast); solver vectors, sums and losses stay fp32")
-    flag("--threads", count, None, "CPU threads (default: all cores)")
+    flag("--opt", "optimizer", ("full_gn", "layerwise_gn", *BASELINES), "full_gn")
+    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 10 for GN, 12 with --solver "
+         "cg, 300 for baselines)", count)
+    flag("--batch_tokens", "tokens per step, a multiple of the block size (default 1048576 for GN, 131072 "
+         "with --solver cg, 16384 for baselines)", count)
+    flag("--micro_batch", "sequences worked on at a time; changes memory and speed, not results (default: "
+         "about 8192 tokens, more on a GPU)", count)
+    flag("--seed", "of initialisation, batches and sampled labels", natural, 0)
+    flag("--target_loss", "stop at the first evaluation at or below this validation loss, in nats per "
+         "token; 0 = never", not_negative, 0.0)
+    flag("--init_from", "checkpoint (or its run's folder) whose weights to start from", str)
+    flag("--device", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...", device, "auto")
+    flag("--dtype", "tf32: shorter mantissas in matrix products on GPUs; bf16: those products in bfloat16 "
+         "(autocast); solver vectors, sums and losses stay fp32", ("fp32", "tf32", "bf16"), "fp32")
+    flag("--threads", "CPU threads (default: all cores)", count)
 
     flag = p.heading("model")
-    flag("--model", PRESETS, "tiny", "size: layers, heads, width and block size")
+    flag("--model", "size: layers, heads, width and block size", PRESETS, "tiny")
     for name in PRESETS["tiny"]:
-        flag(f"--{name}", count, None, f"override the preset's {name}")
-    flag("--tie_weights", bool, False, "one matrix for embedding and head")
+        flag(f"--{name}", f"override the preset's {name}", count)
+    flag("--tie_weights", "one matrix for embedding and head", bool)
 
     flag = p.heading("data")
-    flag("--data", str, "stdlib", "stdlib (Python's own library, no download), shakespeare (1 MB), c4 (English "
-         "web pages, 319 MB a shard), or a file or folder: text, or .jsonl and .json with a document per line "
-         "in \"text\", each also as .gz")
-    flag("--shards", count, 1, "C4 files to download and use")
-    flag("--tokenizer", TOKENIZERS, "bytes", "bytes (256 tokens) or gpt2 (50257)")
-    flag("--data_dir", str, "data", "where prepared data is kept")
+    flag("--data", "stdlib (Python's own library, no download), shakespeare (1 MB), c4 (English web pages, "
+         "319 MB a shard), or a file or folder: text, or .jsonl and .json with a document per line in "
+         "\"text\", each also as .gz", str, "stdlib")
+    flag("--shards", "C4 files to download and use", count, 1)
+    flag("--tokenizer", "bytes (256 tokens) or gpt2 (50257)", TOKENIZERS, "bytes")
+    flag("--data_dir", "where prepared data is kept", str, "data")
 
     flag = p.heading("Gauss-Newton (full_gn, layerwise_gn)", "inner", "cg")
-    flag("--local_model", ("gn", "prox_linear"), "prox_linear", "the loss to second order in the logits, or the "
-         "loss itself on the linearised network")
-    flag("--solver", ("cg", "muon", "soap", "adamw"), None, "what minimises the local model: conjugate "
-         "gradients, or an optimizer that streams over the batch (default soap; cg where one of its own flags "
-         "is given)")
-    flag("--line_search", ("armijo", "grid", "none"), "armijo", "along each step: backtracking, the best of all "
-         "candidates, or none")
-    flag("--line_search_data", ("same", "fresh"), "same", "search on the batch or on fresh tokens")
+    flag("--local_model", "the loss to second order in the logits, or the loss itself on the linearised "
+         "network", ("gn", "prox_linear"), "prox_linear")
+    flag("--solver", "what minimises the local model: conjugate gradients, or an optimizer that streams "
+         "over the batch (default soap; cg where one of its own flags is given)",
+         ("cg", "muon", "soap", "adamw"))
+    flag("--line_search", "along each step: backtracking, the best of all candidates, or none",
+         ("armijo", "grid", "none"), "armijo")
+    flag("--line_search_data", "search on the batch or on fresh tokens", ("same", "fresh"), "same")
 
     flag = p.heading("Gauss-Newton with --solver cg", "cg")
-    flag("--damping", positive, 0.3, "λ at the start, adapted by Levenberg-Marquardt from then on")
-    flag("--cg_iters", count, 8, "conjugate-gradient iterations per solve, at most")
-    flag("--newton_steps", count, 4, "prox_linear: Newton steps per outer step, each of --cg_iters iterations")
-    flag("--precond", ("kfac", "none"), "kfac", "preconditioner, and what λ multiplies: K-FAC and the square "
-         "root of its curvature, or the identity for both")
-    flag("--curvature_frac", share, 0.25, "share of the batch that the GN matrix is made from; the gradient "
-         "uses all of it")
+    flag("--damping", "λ at the start, adapted by Levenberg-Marquardt from then on", positive, 0.3)
+    flag("--cg_iters", "conjugate-gradient iterations per solve, at most", count, 8)
+    flag("--newton_steps", "prox_linear: Newton steps per outer step, each of --cg_iters iterations",
+         count, 4)
+    flag("--precond", "preconditioner, and what λ multiplies: K-FAC and the square root of its curvature, "
+         "or the identity for both", ("kfac", "none"), "kfac")
+    flag("--curvature_frac", "share of the batch that the GN matrix is made from; the gradient uses all of "
+         "it", number(1e-6, 1), 0.25)
 
     flag = p.heading("Gauss-Newton with --solver muon, soap or adamw", "inner")
-    flag("--inner_tokens", count, 4096, "tokens per inner step, of which a batch gives batch_tokens / inner_tokens")
-    flag("--inner_lr", positive, 8e-3, "inner learning rate")
-    flag("--inner_schedule", SCHEDULES, "constant_with_inner_cosine", "inner rate over an outer step and the run")
-    flag("--inner_warmup", natural, 0, "inner steps of linear warmup")
-    flag("--inner_reset", bool, False, "start each inner solve at the parameters with fresh moments, not where "
-         "the last one ended")
-    flag("--compile", bool, False, "compile inner steps (full_gn): half a minute to some minutes at the start, for "
-         "long runs (needs a C++ compiler)")
+    flag("--inner_tokens", "tokens per inner step, of which a batch gives batch_tokens / inner_tokens",
+         count, 4096)
+    flag("--inner_lr", "inner learning rate", positive, 8e-3)
+    flag("--inner_schedule", "inner rate over an outer step and the run",
+         SCHEDULES, "constant_with_inner_cosine")
+    flag("--inner_warmup", "inner steps of linear warmup", natural, 0)
+    flag("--inner_reset", "start each inner solve at the parameters with fresh moments, not where the last "
+         "one ended", bool)
+    flag("--compile", "compile inner steps (full_gn): half a minute to some minutes at the start, for long "
+         "runs (needs a C++ compiler)", bool)
 
     flag = p.heading("baselines", "baseline")
-    rates = ", ".join(f"{name} {lr:g}" for name, lr in DEFAULT_LR.items())
-    flag("--lr", positive, None, f"peak learning rate (default {rates})")
-    flag("--schedule", ("constant", "cosine", "wsd"), "constant", "after warmup; wsd decays over the last fifth")
-    flag("--warmup_steps", natural, 0, "steps of linear warmup")
-    flag("--clip", not_negative, 1.0, "clip the gradient's norm; 0 = off")
-    flag("--weight_decay", not_negative, None, "on matrices only (default: the optimizer's own)")
-    flag("--betas", decay, None, "two averaging constants (default: the optimizer's own)", nargs=2)
-    flag("--momentum", decay, None, "of sgd, muon and kfac (default 0.9, 0.95, 0.9)")
-    flag("--precondition_frequency", count, None, "steps between basis updates of soap and kfac (default 10)")
+    flag("--lr", f"peak learning rate (default {DEFAULT_LR})", positive)
+    flag("--schedule", "after warmup; wsd decays over the last fifth",
+         ("constant", "cosine", "wsd"), "constant")
+    flag("--warmup_steps", "steps of linear warmup", natural, 0)
+    flag("--clip", "clip the gradient's norm; 0 = off", not_negative, 1.0)
+    flag("--weight_decay", "on matrices only (default: the optimizer's own)", not_negative)
+    flag("--betas", "two averaging constants (default: the optimizer's own)", decay, nargs=2)
+    flag("--momentum", "of sgd, muon and kfac (default 0.9, 0.95, 0.9)", decay)
+    flag("--precondition_frequency", "steps between basis updates of soap and kfac (default 10)", count)
 
     flag = p.heading("records")
-    flag("--out_dir", str, None, "the run's folder (default: a fresh one under out/)")
-    flag("--resume", bool, False, "go on from the checkpoint in --out_dir, with its settings")
-    flag("--overwrite", bool, False, "replace an earlier run in --out_dir")
-    flag("--eval_interval", count, None, "steps between evaluations (default 1 for GN, 10 for baselines)")
-    flag("--eval_tokens", count, 65536, "validation tokens, the same ones for every optimizer and seed")
-    flag("--ema", decay, 0.0, "evaluate an average of the weights over steps with this decay; 0 = the weights")
-    flag("--checkpoint_interval", count, None, "steps between checkpoints (default 1 for GN, 50 for baselines)")
-    flag("--sample", natural, 200, "tokens of text to generate at the end; 0 = none")
+    flag("--out_dir", "the run's folder (default: a fresh one under out/)", str)
+    flag("--resume", "go on from the checkpoint in --out_dir, with its settings", bool)
+    flag("--overwrite", "replace an earlier run in --out_dir", bool)
+    flag("--eval_interval", "steps between evaluations (default 1 for GN, 10 for baselines)", count)
+    flag("--eval_tokens", "validation tokens, the same ones for every optimizer and seed", count, 65536)
+    flag("--ema", "evaluate an average of the weights over steps with this decay; 0 = the weights",
+         decay, 0.0)
+    flag("--checkpoint_interval", "steps between checkpoints (default 1 for GN, 50 for baselines)", count)
+    flag("--sample", "tokens of text to generate at the end; 0 = none", natural, 200)
     return p
 
 
 def resolve(argv):
-    """Flags -> settings with every default filled in, and {flag that was given: KINDS of run that use it}."""
-    parser, unset = build_parser(), object()
+    """Flags -> settings with every default filled in, and {flag that was given: kinds of run that use it}."""
+    parser = build_parser()
     args = parser.parse_args(argv)
-    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    given = {key: parser.used_by[key] for key, value in vars(marked).items() if value is not unset}
-    if args.opt in GN and args.solver is None:
-        args.solver = "cg" if ("cg",) in given.values() else "soap"
-    args.kind = "baseline" if args.opt in BASELINES else "cg" if args.solver == "cg" else "inner"
+    words = {word.split("=")[0] for word in argv}
+    given = {key: kinds for key, kinds in parser.used_by.items() if f"--{key}" in words}
+    by_cg = args.solver == "cg" or (args.solver is None and ("cg",) in given.values())
+    args.kind = "baseline" if args.opt in BASELINES else "cg" if by_cg else "inner"
     for key, value in DEFAULTS[args.kind].items():
-        if getattr(args, key) is None:
+        if key not in given:
             setattr(args, key, value)
     return args, given
 
 
 def stored_settings(args, given):
-    """For --resume: the stored run's settings, changed where RESUMABLE flags were given, and its checkpoint."""
+    """For --resume: the stored run's settings, changed by RESUMABLE flags that were given; its checkpoint."""
     if args.out_dir is None:
         raise UsageError("--resume needs the run's --out_dir")
     checkpoint = load_checkpoint(args.out_dir)
     stored = argparse.Namespace(**checkpoint["config"])
     stored.overwrite = False
-    for key in sorted({*given, "device"}):
-        new, old = getattr(args, key), getattr(stored, key)
+    for key in [*given, "device"]:
+        new = getattr(args, key)
+        old = getattr(stored, key)
         if new != old and key not in RESUMABLE:
             raise UsageError(f"--{key} {new} differs from the stored run's {old}; --resume may change only "
-                             f"{', '.join(sorted(RESUMABLE))}")
+                             f"{', '.join(RESUMABLE)}")
         setattr(stored, key, new)
     return stored, checkpoint
 
@@ -245,44 +245,37 @@ def stored_settings(args, given):
 
 def build_model(args, vocab_size):
     sizes = {key: getattr(args, key) or preset for key, preset in PRESETS[args.model].items()}
-    try:
-        config = GPTConfig(vocab_size=vocab_size, tie_weights=args.tie_weights, **sizes)
-    except ValueError as e:
-        raise UsageError(str(e)) from e
     torch.manual_seed(args.seed)
-    model = GPT(config)
+    model = GPT(GPTConfig(vocab_size=vocab_size, tie_weights=args.tie_weights, **sizes))
     model.bf16 = args.dtype == "bf16"
     return model
 
 
 def load_weights(model, checkpoint):
-    theirs = checkpoint["model_config"]
-    ours = vars(model.config)
-    differ = [f"{k} {theirs.get(k)} there and {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]
+    differ = dict(checkpoint["model_config"].items() - vars(model.config).items())
     if differ:
-        raise UsageError(f"the checkpoint's model is another one: {', '.join(differ)}")
+        raise UsageError(f"the checkpoint's model is another one: it has {differ}")
     model.load_state_dict(checkpoint["model"])
 
 
-def check_sizes(args, block_size, val_rows):
-    """Raises UsageError where tokens are not whole blocks, or a process would have nothing of what all share."""
-    used = ["batch_tokens", "inner_tokens"] if args.kind == "inner" else ["batch_tokens"]
-    for name in used:
-        if getattr(args, name) % block_size:
-            raise UsageError(f"--{name} {getattr(args, name)} is not a multiple of the block size {block_size}")
-    rows = args.batch_tokens // block_size
+def in_blocks(flag, tokens, block_size):
+    """How many sequences they are."""
+    if tokens % block_size:
+        raise UsageError(f"{flag} {tokens} is not a multiple of the block size {block_size}")
+    return tokens // block_size
+
+
+def check_shares(args, rows, val_rows):
+    """Raises ValueError where a process would have nothing of the smallest piece that all share."""
     shared = [rows, val_rows]
     if args.kind == "inner":
-        inner = args.inner_tokens // block_size
-        shared += [inner, rows % inner or inner, rows * SEARCH_FRAC["inner"]]
+        inner = args.inner_tokens * rows // args.batch_tokens
+        shared += [inner, rows % inner or inner, rows * args.search_frac]
     elif args.kind == "cg":                             # K-FAC's factors are from a quarter of these
         shared.append(rows * args.curvature_frac / 4)
     elif args.opt == "kfac":
         shared.append(rows / 4)
-    fewest, processes = math.ceil(min(shared)), ranks()[1]
-    if fewest < processes:
-        raise UsageError(f"{processes} processes cannot share {fewest} sequence{'s' * (fewest > 1)}: give more "
-                         "--batch_tokens, --eval_tokens, --inner_tokens or --curvature_frac")
+    share(range(math.ceil(min(shared))))
 
 
 def default_micro_batch(config, device):
@@ -301,12 +294,11 @@ def make_stepper(model, args, progress):
         solver = ConjugateGradients(model, args.local_model, args.newton_steps, args.cg_iters, args.damping,
                                     args.precond, args.curvature_frac, args.micro_batch, seed=args.seed)
     else:
-        rows = args.inner_tokens // model.config.block_size
+        rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
         solver = InnerSolver(model, args.solver, rows, args.inner_lr, args.local_model, args.inner_schedule,
                              args.inner_warmup, args.steps, args.inner_reset, args.compile)
     parts = model.layers() if args.opt == "layerwise_gn" else None
-    return GaussNewton(model, solver, parts, args.line_search, SEARCH_FRAC[args.kind], args.micro_batch,
-                       progress)
+    return GaussNewton(model, solver, parts, args.line_search, args.search_frac, args.micro_batch, progress)
 
 
 class FirstOrder:
@@ -316,16 +308,17 @@ class FirstOrder:
         self.model = model
         self.args = args
         self.params = trainable(model)
-        self.optimizer = make_optimizer(args.opt, model, args.lr, args.weight_decay, args.betas, args.momentum,
-                                        args.precondition_frequency)
+        self.optimizer = make_optimizer(args.opt, model, args.lr, args.weight_decay, args.betas,
+                                        args.momentum, args.precondition_frequency)
         self.base = [group["lr"] for group in self.optimizer.param_groups]
         self.steps = 0
         self.rejections = 0
 
     def step(self, idx, targets):
-        args, optimizer, params = self.args, self.optimizer, self.params
+        args = self.args
+        params = self.params
         factor = lr_schedule(self.steps, args.steps, args.schedule, args.warmup_steps)
-        for group, lr in zip(optimizer.param_groups, self.base):
+        for group, lr in zip(self.optimizer.param_groups, self.base):
             group["lr"] = lr * factor
         self.steps += 1
         self.rejections += 1                            # until it is accepted
@@ -336,20 +329,20 @@ class FirstOrder:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return record
         if args.opt == "kfac":                          # curvature from this batch
-            record["work"] += optimizer.observe(idx, targets, args.micro_batch)
-            record["repaired"] = optimizer.kfac.repaired or None
+            record["work"] += self.optimizer.observe(idx, targets, args.micro_batch)
+            record["repaired"] = self.optimizer.kfac.repaired or None
         clipped = grad * (args.clip / norm) if args.clip and norm > args.clip else grad
         for p, g in zip(params, unflatten(clipped, params)):
             p.grad = g
         before = flatten(params).detach()
-        optimizer.step()
+        self.optimizer.step()
         d = flatten(params).detach() - before
         length = d.norm().item()
         if not math.isfinite(length):
             assign(params, unflatten(before, params))
             return {**record, "reason": "step not finite"}
         self.rejections = 0
-        slope = grad.dot(d).item()                      # a first-order method promises what its gradient does
+        slope = grad.dot(d).item()                      # what a first-order method promises
         return {**record, "accepted": True, "reason": "", "predicted": slope, "step_norm": length,
                 "cosine": -slope / (norm * length + 1e-30)}
 
@@ -364,20 +357,17 @@ class FirstOrder:
 
 def open_out_dir(args):
     """The run's folder: a fresh one under out/, or the named one if there is no run to lose in it."""
-    name = f"out/{args.opt}-{args.model}-{time.strftime('%m%d-%H%M%S')}"
-    fresh = [name + end for end in ("", "-2", "-3", "-4") if not Path(name + end).exists()]
-    args.out_dir = args.out_dir or fresh[0]
-    out = Path(args.out_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError(f"--out_dir {out} cannot be used: {e}") from e
+    out = Path(args.out_dir or f"out/{args.opt}-{args.model}-{time.strftime('%m%d-%H%M%S')}")
+    while args.out_dir is None and out.exists():
+        out = out.with_name(f"{out.name}-2")
+    out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (args.resume or args.overwrite):
         raise UsageError(f"--out_dir {out} is not empty; give --resume to go on with its run "
                          "or --overwrite to replace it")
     if args.overwrite:
         for file in ("log.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.tmp"):
             (out / file).unlink(missing_ok=True)
+    args.out_dir = str(out)
     return out
 
 
@@ -399,17 +389,17 @@ def git_commit():
 # The run
 
 STEP_FIELDS = dict.fromkeys(  # in every row of every method, null where it has no such thing
-    "predicted actual actual_fresh rho alpha damping cosine step_norm layer_norms products cg_iterations cg_reason "
-    "repaired".split())
+    "predicted actual actual_fresh rho alpha damping cosine step_norm layer_norms products cg_iterations "
+    "cg_reason repaired".split())
 
 
 class Run:
     """Data, model, optimizer and folder of one run, and where it stands."""
 
     def __init__(self, args, checkpoint):
-        """checkpoint: where to go on, or None. Refuses what cannot be used before there is a folder."""
+        """checkpoint: from where to go on. ValueError for what cannot be used, before there is a folder."""
         self.args = args
-        self.progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "grad_equivalents": 0.0, "seconds": 0.0}
+        self.progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "seconds": 0., "grad_equivalents": 0.}
         self.losses = {}                                # step: validation loss, where it was evaluated
         self.began = time.time()                        # the step
         self.asked = False                              # to stop, by a signal
@@ -419,82 +409,80 @@ class Run:
                             args.shards)                # by one process at a time
         self.val = [t.to(args.device) for t in val_batch(self.data.val, block_size, args.eval_tokens)]
         self.model = build_model(args, self.data.vocab_size)
-        check_sizes(args, block_size, len(self.val[0]))
         if checkpoint or args.init_from:
             load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
         self.model.to(args.device)
         self.averaged = copy.deepcopy(self.model) if args.ema else self.model
-        self.rows = args.batch_tokens // block_size
-        fresh = args.line_search != "none" and args.line_search_data == "fresh"
-        self.search_rows = math.ceil(SEARCH_FRAC[args.kind] * self.rows) if fresh else 0
+        self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
+        self.search_rows = 0                            # of fresh data
+        if args.line_search_data == "fresh":
+            self.search_rows = math.ceil(args.search_frac * self.rows)
         args.micro_batch = args.micro_batch or default_micro_batch(self.model.config, args.device)
-        try:
-            self.stepper = make_stepper(self.model, args, self.bar)
-        except ValueError as e:                         # settings that do not go together
-            raise UsageError(str(e)) from e
+        self.stepper = make_stepper(self.model, args, self.bar)
+        self.size = sum(p.numel() for p in self.stepper.params)
+        check_shares(args, self.rows, len(self.val[0]))
         if checkpoint:
-            self.restore(checkpoint)
-        self.out = by_first(open_out_dir, args)
-
-    def restore(self, checkpoint):
-        self.stepper.load_state_dict(checkpoint["optimizer"])
-        self.progress = checkpoint["progress"]
-        self.losses = checkpoint["losses"]
-        if self.args.ema:
-            self.averaged.load_state_dict(checkpoint["ema"])
+            self.stepper.load_state_dict(checkpoint["optimizer"])
+            self.stepper.rejections %= MAX_REJECTIONS   # after giving up, as many again
+            self.averaged.load_state_dict(checkpoint["averaged"])
+            self.progress = checkpoint["progress"]
+            self.losses = checkpoint["losses"]
+        self.out = open_out_dir(args) if is_first() else None      # torchrun ends the others where it fails
 
     def introduce(self, given):
-        args, data = self.args, self.data
-        say(f"{args.opt} | {args.model} GPT, {sum(p.numel() for p in self.stepper.params):,} parameters | "
-            f"{device_name(args.device)}, torch {torch.__version__} | seed {args.seed}")
-        say(f"data: {args.data}, {data.meta['documents']:,} documents, {len(data.train):,} training and "
-            f"{len(data.val):,} validation tokens ({args.tokenizer}), sha256 {data.meta['sha256'][:12]}")
-        say(f"batch: {args.batch_tokens:,} tokens = {self.rows:,} x {self.model.config.block_size} | "
-            f"guessing evenly is a loss of {math.log(data.vocab_size):.3f} nats per token")
+        args = self.args
+        meta = self.data.meta
+        say(f"{args.opt} | {args.model} GPT, {self.size:,} parameters | {device_name(args.device)}, "
+            f"torch {torch.__version__} | seed {args.seed}\n"
+            f"data: {args.data}, {meta['documents']:,} documents, {meta['train_tokens']:,} training and "
+            f"{meta['val_tokens']:,} validation tokens ({args.tokenizer}), sha256 {meta['sha256'][:12]}\n"
+            f"batch: {args.batch_tokens:,} tokens = {self.rows:,} x {self.model.config.block_size} | "
+            f"guessing evenly is a loss of {math.log(self.data.vocab_size):.3f} nats per token")
         unused = sorted(f"--{key}" for key, kinds in given.items() if args.kind not in kinds)
         if unused:
-            say(f"note: {args.opt}{f' by {args.solver}' * (args.opt in GN)} does not use {', '.join(unused)}")
+            method = f"{args.opt} by {args.solver}" if args.solver else args.opt
+            say(f"note: {method} does not use {', '.join(unused)}")
 
     def header(self, command):
         """The log's first line: all that it takes to make the run again."""
-        return {"config": vars(self.args), "parameters": sum(p.numel() for p in self.stepper.params),
+        return {"config": vars(self.args), "parameters": self.size,
                 "torch": torch.__version__, "python": platform.python_version(), "commit": git_commit(),
                 "device": device_name(self.args.device), "threads": torch.get_num_threads(),
                 "model": vars(self.model.config), "data": self.data.meta, "command": command}
 
-    def begin(self, log):
-        """Step 0: the loss to start from, and a checkpoint."""
-        val_loss = self.evaluate()
-        say(f"step 0/{self.args.steps} | val {val_loss:.3f}")
-        write_row(log, {**self.progress, "train_loss": None, "val_loss": val_loss})
-        self.save()
-
     def train(self, log):
-        """To the last step, the target loss, a signal, or too many rejections; returns the exit status."""
-        args = self.args
-        while self.progress["step"] < args.steps and not self.reached() and not self.stopped:
+        """Steps until the run is over; returns the exit status."""
+        while not self.over():
             row = self.step()
             write_row(log, row)
-            say(step_line(row, args))
-            if self.ending() or self.reached() or row["step"] % args.checkpoint_interval == 0:
+            say(step_line(row, self.args))
+            if self.over() or row["step"] % self.args.checkpoint_interval == 0:
                 self.save()
-            if self.given_up():
-                say(f"stopped: {MAX_REJECTIONS} steps in a row were rejected, the last because of: "
-                    f"{row['reason']}; {self.out}/checkpoint.pt holds the parameters before them")
-                return 1
-        return 0
+        if self.stepper.rejections < MAX_REJECTIONS:
+            return 0
+        say(f"stopped: {MAX_REJECTIONS} steps in a row were rejected, the last because of: {row['reason']}; "
+            f"{self.out}/checkpoint.pt holds the parameters before them")
+        return 1
+
+    def over(self):
+        """After the last step, at the target, by a signal, or for too many rejections in a row."""
+        target = self.last_loss() <= self.args.target_loss
+        rejected = self.stepper.rejections >= MAX_REJECTIONS
+        return target or rejected or self.stopped or self.progress["step"] >= self.args.steps
 
     def step(self):
         """One step and, where it is due, an evaluation; returns its row of the log."""
-        args, progress, params = self.args, self.progress, self.stepper.params
+        args = self.args
+        progress = self.progress
+        params = self.stepper.params
         self.began = time.time()
         before = {p: p.detach().clone() for p in params}
         batch = self.batch(0, self.rows)
         fresh = {"search": self.batch(2, self.search_rows)} if self.search_rows else {}
         record = {**STEP_FIELDS, **self.stepper.step(*batch, **fresh)}
         if args.ema:
-            average = [p.detach() for p in trainable(self.averaged)]
-            torch._foreach_lerp_(average, [p.detach() for p in params], 1 - args.ema)
+            for average, p in zip(trainable(self.averaged), params):
+                average.detach().lerp_(p.detach(), 1 - args.ema)
         seconds = time.time() - self.began
         progress["step"] += 1
         progress["tokens"] += args.batch_tokens
@@ -502,7 +490,7 @@ class Run:
         progress["grad_equivalents"] += record.pop("work")
         progress["seconds"] += seconds
         self.stopped = bool(reduce_number(self.asked))
-        due = self.ending() or progress["step"] % args.eval_interval == 0
+        due = self.over() or progress["step"] % args.eval_interval == 0
         val_loss = self.evaluate() if due else None
         if record["accepted"]:
             self.describe(record, before, batch)
@@ -510,12 +498,10 @@ class Run:
                 **record, "peak_memory_mb": peak_memory_mb(args.device)}
 
     def describe(self, record, before, batch):
-        """Add what the optimizer does not measure: how far each layer moved, and what the loss fell, on the batch
-        (a baseline's) and on tokens that the step has not seen."""
-        record["layer_norms"] = []
-        for layer in self.model.layers():
-            moved = flatten([p.detach() - before[p] for p in layer])
-            record["layer_norms"].append(moved.norm().item())
+        """Add what the optimizer does not measure: how far each layer moved, and what the loss fell, on the
+        batch (a baseline's) and on tokens that the step has not seen."""
+        moved = [flatten([p.detach() - before[p] for p in layer]) for layer in self.model.layers()]
+        record["layer_norms"] = [d.norm().item() for d in moved]
         step = self.progress["step"]
         old = self.losses.get(step - 1)
         new = self.losses.get(step)
@@ -528,9 +514,10 @@ class Run:
             record["rho"] = record["actual"] / record["predicted"] if record["predicted"] < 0 else 0.0
 
     def batch(self, stream, rows):
-        """Random sequences and their targets, (rows, block size) each, by the step's number in this stream."""
-        found = get_batch(self.data.train, self.model.config.block_size, rows, self.args.seed,
-                          self.progress["step"], stream)
+        """Random sequences and their targets, (rows, block size) each: a function of step and stream."""
+        block_size = self.model.config.block_size
+        step = self.progress["step"]
+        found = get_batch(self.data.train, block_size, rows, self.args.seed, step, stream)
         return [t.to(self.args.device) for t in found]
 
     def evaluate(self):
@@ -543,15 +530,6 @@ class Run:
     def last_loss(self):
         return self.losses[max(self.losses)]
 
-    def reached(self):
-        return self.last_loss() <= self.args.target_loss
-
-    def given_up(self):
-        return self.stepper.rejections >= MAX_REJECTIONS
-
-    def ending(self):
-        return self.stopped or self.given_up() or self.progress["step"] == self.args.steps
-
     def on_signal(self, number, frame):
         """The first Ctrl-C or SIGTERM ends the run after its step, a second one at once."""
         if self.asked:
@@ -561,29 +539,29 @@ class Run:
 
     def save(self):
         check_equal(self.model, self.progress["step"])
-        if ranks()[0] == 0:
-            save_checkpoint(self.out / "checkpoint.pt", config=vars(self.args), model=self.model.state_dict(),
-                            model_config=vars(self.model.config), optimizer=self.stepper.state_dict(),
-                            ema=self.averaged.state_dict() if self.args.ema else None, progress=self.progress,
-                            losses=self.losses)
+        if is_first():
+            save_checkpoint(self.out / "checkpoint.pt", config=vars(self.args),
+                            model_config=vars(self.model.config), model=self.model.state_dict(),
+                            averaged=self.averaged.state_dict(), optimizer=self.stepper.state_dict(),
+                            progress=self.progress, losses=self.losses)
 
     def finish(self):
-        """The closing lines: what was reached and at what cost, where it lies, some text of the model's own."""
-        args, progress = self.args, self.progress
-        target = f"target {args.target_loss:g} {'' if self.reached() else 'not '}reached: " if args.target_loss else ""
-        say(f"{target}val {self.last_loss():.4f} after {progress['step']} steps, {progress['tokens']:,} tokens, "
-            f"{progress['grad_equivalents']:.0f} gradient-equivalents, {duration(progress['seconds'])}")
+        """The closing lines: what was reached, at what cost, where it lies, and text of the model's own."""
+        args = self.args
+        progress = self.progress
+        reached = "reached" if self.last_loss() <= args.target_loss else "not reached"
+        target = f"target {args.target_loss:g} {reached}: " if args.target_loss else ""
         how = f"; go on with: python train.py --resume --out_dir {self.out}" if self.stopped else ""
-        say(f"records: {self.out}/log.jsonl and checkpoint.pt{how}")
-        if args.sample and not self.stopped and ranks()[0] == 0:
-            say(f"\n{args.sample} tokens from the model:\n{self.sample()}")
-
-    def sample(self):
-        encoding = self.data.encoding
-        begin = torch.tensor([encoding.encode_ordinary("\n")], device=self.args.device)
-        generator = torch.Generator(device=self.args.device).manual_seed(self.args.seed)
-        tokens = self.model.generate(begin, self.args.sample, generator=generator)
-        return encoding.decode(tokens[0].tolist()).strip("\n")
+        say(f"{target}val {self.last_loss():.4f} after {progress['step']} steps, "
+            f"{progress['tokens']:,} tokens, {progress['grad_equivalents']:.0f} gradient-equivalents, "
+            f"{duration(progress['seconds'])}\nrecords: {self.out}/log.jsonl and checkpoint.pt{how}")
+        if args.sample and not self.stopped and is_first():
+            encoding = self.data.encoding
+            torch.manual_seed(args.seed)
+            newline = torch.tensor([encoding.encode_ordinary("\n")], device=args.device)
+            tokens = self.model.generate(newline, args.sample)[0].tolist()
+            text = encoding.decode(tokens).strip("\n")
+            say(f"\n{args.sample} tokens from the model:\n{text}")
 
     def bar(self, what, done=0, total=0):
         """Where a long step stands, on one line of a terminal that the next line replaces."""
@@ -591,8 +569,8 @@ class Run:
         if done and total:
             left = (time.time() - self.began) * (total - done) / done
             text += f" [{'#' * (20 * done // total):.<20}] {done}/{total} | eta {duration(left)}"
-        if sys.stdout.isatty() and ranks()[0] == 0:
-            print(clear(sys.stdout) + text, end="", flush=True)
+        if sys.stdout.isatty() and is_first():
+            print(f"{text}\033[K\r", end="", flush=True)     # clear the rest, go back to the start
 
 
 def start(args, given, checkpoint, command):
@@ -601,9 +579,12 @@ def start(args, given, checkpoint, command):
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
     tune_allocator()
-    run = Run(args, checkpoint)
+    try:
+        run = Run(args, checkpoint)
+    except (ValueError, OSError) as e:                  # settings that do not fit, a folder that cannot be
+        raise UsageError(first_line(e)) from e
     run.introduce(given)
-    path = run.out / "log.jsonl" if ranks()[0] == 0 else Path(os.devnull)
+    path = run.out / "log.jsonl" if is_first() else Path(os.devnull)
     step = run.progress["step"]
     kept, last = lines_until(path, step)
     if kept:
@@ -611,12 +592,13 @@ def start(args, given, checkpoint, command):
     with open(path, "a" if kept else "w") as log, signals(run.on_signal):
         if not kept:
             write_row(log, run.header(command))
-        if checkpoint is None:
-            run.begin(log)
+        if checkpoint:
+            lacks = f"\nnote: {path} lacks rows up to this step; it goes on after what is whole in it"
+            say(f"resuming {run.out} after step {step}{lacks if last != step else ''}")
         else:
-            say(f"resuming {run.out} after step {step}")
-        if checkpoint and last != step:
-            say(f"note: {path} lacks rows up to this step; it goes on after what is whole in it")
+            write_row(log, {**run.progress, "train_loss": None, "val_loss": run.evaluate()})
+            say(f"step 0/{args.steps} | val {run.last_loss():.3f}")
+            run.save()
         status = run.train(log)
     run.finish()
     return status
@@ -626,18 +608,18 @@ def start(args, given, checkpoint, command):
 # What a person sees
 
 LINE = {  # what a step's line shows of its row, each where the row has it
-    "train_loss": " | loss {:.3f}", "val_loss": " | val {:.3f}", "actual": " | fell {:+.3f}",
-    "actual_fresh": ", fresh {:+.3f}", "predicted": ", model {:+.3f}", "cg_iterations": " | cg {}",
-    "cg_reason": " ({})", "products": ", {} products", "damping": " | damping {:.1e}", "inner_steps": " | inner {}",
-    "lr": " | lr {:.1e}", "rho": " | rho {:.2f}", "alpha": " | alpha {:.2f}", "cosine": " | cos {:.2f}",
-    "norms": " | |d| {}", "repaired": " | repaired: {}", "reason": " | REJECTED: {}",
-    "grad_equivalents": " | work {:.4g}", "step_seconds": " | {:.1f} s", "rate": " | {:,.0f} tok/s",
-    "eta": " | eta {}"}
+    "train_loss": " | loss {:.3f}", "val_loss": " | val {:.3f}",
+    "actual": " | fell {:+.3f}", "actual_fresh": ", fresh {:+.3f}", "predicted": ", model {:+.3f}",
+    "cg_iterations": " | cg {}", "cg_reason": " ({})", "products": ", {} products",
+    "damping": " | damping {:.1e}", "inner_steps": " | inner {}", "lr": " | lr {:.1e}",
+    "rho": " | rho {:.2f}", "alpha": " | alpha {:.2f}", "cosine": " | cos {:.2f}", "layer_norms": " | |d| {}",
+    "repaired": " | repaired: {}", "reason": " | REJECTED: {}", "grad_equivalents": " | work {:.4g}",
+    "step_seconds": " | {:.1f} s", "rate": " | {:,.0f} tok/s", "eta": " | eta {}"}
 
 
 def step_line(row, args):
-    step, norms = row["step"], row["layer_norms"] or []
-    shown = {**row, "norms": " ".join(f"{norm:.2g}" for norm in norms),
+    step = row["step"]
+    shown = {**row, "layer_norms": " ".join(f"{norm:.2g}" for norm in row["layer_norms"] or []),
              "rate": args.batch_tokens / row["step_seconds"],
              "eta": duration(row["seconds"] / step * (args.steps - step))}
     found = [text.format(shown[key]) for key, text in LINE.items() if shown.get(key) not in (None, "")]
@@ -645,13 +627,8 @@ def step_line(row, args):
 
 
 def say(text):
-    if ranks()[0] == 0:
-        print(clear(sys.stdout) + text, flush=True)
-
-
-def clear(stream):
-    """What takes the bar off a terminal."""
-    return "\r\033[K" if stream.isatty() else ""
+    if is_first():
+        print(text + "\033[K" * sys.stdout.isatty(), flush=True)       # what is left of the bar
 
 
 def duration(seconds):
@@ -664,23 +641,25 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------------------
 # The log and checkpoints
 
-FORMAT = 4   # of a checkpoint; raise it when an older program could not read a newer one, or the other way round
+FORMAT = 4   # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
 
 
 def lines_until(path, step):
     """How many bytes of a log are whole lines up to this step's, and the step of the last of them."""
-    size, last = 0, None
+    size = 0
+    last = None
     with suppress(FileNotFoundError, ValueError):       # ValueError: a line that was cut off
         for line in path.read_bytes().splitlines(keepends=True):
             row = json.loads(line)
             if row.get("step", 0) > step or not line.endswith(b"\n"):
                 break
-            size, last = size + len(line), row.get("step")
+            size += len(line)
+            last = row.get("step")
     return size, last
 
 
 def write_row(log, row):
-    """One JSON line, on disk before the next step; what is not finite is null, JSON has no other word for it."""
+    """One JSON line, on disk before the next step; what is not finite is null, as JSON has it."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     log.write(json.dumps(clean) + "\n")
     log.flush()
@@ -697,18 +676,17 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"it has format {checkpoint['format']}")
-    except FileNotFoundError as e:
-        raise UsageError(f"there is no checkpoint at {path}") from e
     except Exception as e:
-        raise UsageError(f"{path} is damaged or no checkpoint of format {FORMAT} ({type(e).__name__}: "
-                         f"{first_line(e)}); the one before it is checkpoint.previous.pt") from e
+        raise UsageError(f"{path} is no checkpoint of format {FORMAT}, or damaged ({type(e).__name__}: "
+                         f"{first_line(e)}); a run keeps the one before it as checkpoint.previous.pt") from e
     return checkpoint
 
 
 def save_checkpoint(path, **content):
-    """Written under a temporary name and renamed: whatever happens, checkpoint.pt is whole; the one before it is
-    kept beside it. Raises OSError."""
-    temp, previous = path.with_suffix(".tmp"), path.with_name("checkpoint.previous.pt")
+    """Written under a temporary name and renamed: whatever happens, checkpoint.pt is whole; the one before it
+    is kept beside it. Raises OSError."""
+    temp = path.with_suffix(".tmp")
+    previous = path.with_name("checkpoint.previous.pt")
     try:
         with open(temp, "wb") as f:
             torch.save({"format": FORMAT, **content}, f)
@@ -730,42 +708,26 @@ def save_checkpoint(path, **content):
 # Processes, signals, memory
 
 
-@contextmanager
-def process_group(args):
-    """Under torchrun: the processes joined, each with a GPU of its own where they run on GPUs."""
-    if not dist.is_torchelastic_launched():
-        yield
-        return
+def join(args):
+    """Under torchrun: one of its processes, with a GPU of its own where they run on GPUs."""
     if on_gpu(args.device):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("nccl" if on_gpu(args.device) else "gloo")
-    yield
-    dist.destroy_process_group()
 
 
-def by_first(function, *arguments):
-    """The result of function(*arguments), which process 0 alone calls, in all of them; so is its UsageError."""
-    told = [None]
-    if ranks()[0] == 0:
-        try:
-            told = [function(*arguments)]
-        except UsageError as e:
-            told = [e]
-    if ranks()[1] > 1:
-        dist.broadcast_object_list(told)
-    if isinstance(told[0], UsageError):
-        raise told[0]
-    return told[0]
+def is_first():
+    """Process 0 alone speaks and writes."""
+    return ranks()[0] == 0
 
 
 def check_equal(model, step):
-    """Raises RuntimeError where the processes' parameters differ in a bit: what they replicate has come apart."""
+    """Raises RuntimeError where the processes' parameters differ in a bit: they have come apart."""
     if ranks()[1] > 1:
-        checksum = zlib.crc32(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters()))
+        checksum = zlib.crc32(flatten(model.parameters()).detach().cpu().numpy())
         if reduce_number(checksum) != ranks()[1] * checksum:
-            raise RuntimeError(f"after step {step} the processes' parameters are not the same; the last checkpoint "
-                               "is whole")
+            raise RuntimeError(f"after step {step} the processes' parameters are not the same; "
+                               "the last checkpoint is whole")
 
 
 @contextmanager
@@ -787,8 +749,8 @@ def on_gpu(device):
 
 
 def tune_allocator():
-    """Keep freed memory (glibc only). Its default gives every large tensor back to the system at once and takes
-    the page faults again at the next: a fifth of a gradient's time at the tiny size."""
+    """Keep freed memory (glibc only). Its default gives every large tensor back to the system at once and
+    takes the page faults again at the next: a fifth of a gradient's time at the tiny size."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)                                 # M_TRIM_THRESHOLD: never
@@ -798,18 +760,18 @@ def tune_allocator():
 def peak_memory_mb(device):
     if on_gpu(device):
         return torch.cuda.max_memory_allocated(device) / 1e6
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3        # bytes there, kilobytes elsewhere
+    with suppress(ImportError):                         # Windows
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1e6 if sys.platform == "darwin" else peak / 1e3    # bytes there, kilobytes elsewhere
 
 
 # ---------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    """Returns the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot be used, 130 for
-    a second Ctrl-C."""
+    """Returns the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot be used,
+    130 for a second Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
     try:
@@ -817,15 +779,19 @@ def main(argv=None):
         checkpoint = None
         if args.resume:
             args, checkpoint = stored_settings(args, given)
-        with process_group(args):
-            return start(args, given, checkpoint, shlex.join(["python", "train.py", *argv]))
-    except (UsageError, DataError) as e:
+        if process:
+            join(args)
+        status = start(args, given, checkpoint, shlex.join(["python", "train.py", *argv]))
+        if process:
+            dist.destroy_process_group()
+        return status
+    except UsageError as e:
         if process in ("", "0"):                        # all of them found it
             complain(e)
         return 2
     except (OSError, torch.OutOfMemoryError) as e:      # a full disk, too large a --micro_batch
         complain(f"{first_line(e)}; the last checkpoint is whole")
-    except RuntimeError as e:                           # another process is gone, or has come apart from this one
+    except RuntimeError as e:                           # another process is gone, or has come apart
         if not process:
             raise
         complain(f"process {process}: {first_line(e)}")
@@ -836,7 +802,7 @@ def main(argv=None):
 
 
 def complain(message):
-    print(f"{clear(sys.stderr)}train.py: error: {message}", file=sys.stderr)
+    print(f"train.py: error: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -213,9 +213,8 @@ def reduce_number(x):
 # The loss: mean cross-entropy in nats per token
 
 
-IGNORED = (
-    -100
-)  # the target of tokens that are left out of loss and count, as in torch.nn.functional.cross_entropy
+# The target of tokens that are left out of loss and count, as in torch.nn.functional.cross_entropy.
+IGNORED = -100
 
 
 def check_targets(idx, targets):
@@ -630,10 +629,10 @@ class KFAC:
         self.max_side = max_side
         self.params = trainable(model)
         self.repaired = ""  # what went wrong in the last update or decomposition, and was mended
-        self.factors = (
-            {}
-        )  # index of a parameter -> its sides [L, R], or [diagonal] in the parameter's shape
-        self.eigen = {}  # the same as [(eigenvalues, eigenvectors or None for the identity), ...]
+        # For each parameter, by its index, the sides [L, R], or [diagonal] in the parameter's shape; and the
+        # same as [(eigenvalues, eigenvectors or None for the identity), ...]
+        self.factors = {}
+        self.eigen = {}
 
     def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
         """Factors from a batch (labels are sampled; targets say which tokens count), averaged with the
@@ -643,37 +642,37 @@ class KFAC:
         with torch.enable_grad():
             z = logits(self.model, idx[:2])
         check_logits(z, targets[:2])
+        classes = z.shape[-1]
         factored = {i for i, *_ in linear_maps(z, self.params)}
-        squares = {i: torch.zeros_like(p) for i, p in enumerate(self.params) if i not in factored}
+        diagonal = [i for i, p in enumerate(self.params) if i not in factored and p.requires_grad]
+        squares = {i: torch.zeros_like(self.params[i]) for i in diagonal}
         sums = {}  # (parameter, side) -> [its sum over rows, number of rows, 0 for n]
+        del z
         for first in range(0, rows, micro_batch or rows):
             last = min(first + (micro_batch or rows), rows)
             # argmax p / e with exponential e has the distribution p. All processes draw for all rows, so that
             # labels do not depend on who has them.
-            draws = torch.empty(targets[first:last].numel(), z.shape[-1], device=idx.device)
+            draws = torch.empty(targets[first:last].numel(), classes, device=idx.device)
             draws = draws.exponential_(generator=generator).view(last - first, *targets.shape[1:], -1)
-            start = max(first, mine.start)
-            end = min(last, mine.stop)
+            mine_too = slice(max(first, mine.start), min(last, mine.stop))
             grads = [torch.zeros_like(square) for square in squares.values()]
-            if start < end:
-                grads = self._add(
-                    sums, idx[start:end], targets[start:end], draws[start - first : end - first], squares
-                )
+            if mine_too.start < mine_too.stop:
+                own_draws = draws[mine_too.start - first : mine_too.stop - first]
+                grads = self._add(sums, idx[mine_too], targets[mine_too], own_draws, diagonal)
             # Labels of different tokens are independent: the square of a sum has the mean of the sum of
             # squares.
             for square, g in zip(squares.values(), reduce(*grads)):
                 square += g * g
         flat = reduce(*(t for pair in sums.values() for t in pair))
-        means = {
-            key: total / torch.where(count > 0, count, n)
-            for key, total, count in zip(sums, flat[::2], flat[1::2])
-        }
+        means = {}
+        for key, total, count in zip(sums, flat[::2], flat[1::2]):
+            means[key] = total / torch.where(count > 0, count, n)
         self.repaired = ""
         for i, p in enumerate(self.params):
-            new = (
-                [means[i, 0], means[i, 1]] if (i, 0) in means else [squares.get(i, torch.zeros_like(p)) / n]
-            )
-            self._average(i, new, decay)
+            if (i, 0) in means:
+                self._average(i, [means[i, 0], means[i, 1]], decay)
+            else:
+                self._average(i, [squares.get(i, torch.zeros_like(p)) / n], decay)
 
     def _average(self, i, new, decay):
         old = self.factors.get(i)
@@ -693,14 +692,10 @@ class KFAC:
         maps = [m for m in linear_maps(z, self.params) if form.setdefault(m[0], m[2]) == m[2]]
         probs = torch.softmax(z.detach().float(), dim=-1)
         labels = (probs / draws).argmax(-1)
-        u = cross_entropy_grad(probs, labels, per_token(y, 1.0)).to(
-            z.dtype
-        )  # a sum over tokens: each one's own
-        inputs = [edge for _, edge, _, _ in maps] + [
-            self.params[i] for i in diagonal if self.params[i].requires_grad
-        ]
-        grads = torch.autograd.grad(z, inputs, u, allow_unused=True)
-
+        # a sum over tokens, so that each has its own gradient
+        u = cross_entropy_grad(probs, labels, per_token(y, 1.0)).to(z.dtype)
+        edges = [edge for _, edge, _, _ in maps]
+        grads = torch.autograd.grad(z, edges + [self.params[i] for i in diagonal], u, allow_unused=True)
         for (i, _, side, a), delta in zip(maps, grads):
             if delta is None:
                 continue
@@ -712,16 +707,16 @@ class KFAC:
                 inside = self._gram(a.to(delta.dtype))
                 count = len(a)
             else:
-                inside = torch.bincount(a.flatten(), minlength=len(self.params[i])).to(delta.dtype)
+                counts = torch.bincount(a.flatten(), minlength=len(self.params[i]))
+                inside = counts.to(delta.dtype)
                 count = a.numel()
-            # What comes out is summed over positions and averaged over tokens, what goes in is averaged over
-            # both.
+            # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over both.
             for key, value, number in (((i, side), self._gram(delta), 0), ((i, 1 - side), inside, count)):
                 total = sums.setdefault(key, [torch.zeros_like(value), value.new_zeros(())])
                 total[0] += value
                 total[1] += number
-        rest = dict(zip((i for i in diagonal if self.params[i].requires_grad), grads[len(maps) :]))
-        return [torch.zeros_like(self.params[i]) if rest.get(i) is None else rest[i] for i in diagonal]
+        rest = zip(diagonal, grads[len(maps) :])
+        return [torch.zeros_like(self.params[i]) if g is None else g for i, g in rest]
 
     def _gram(self, m):
         """mᵀm (side, side), or its diagonal where the side is too large to decompose."""

@@ -130,15 +130,13 @@ class GPT(nn.Module):
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         hs = c.n_embd // c.n_head
         freq = c.rope_theta ** (-torch.arange(0, hs, 2, dtype=torch.float64) / hs)
-        angle = (
-            torch.arange(c.block_size, dtype=torch.float64)[:, None] * freq
-        )  # (block_size, hs/2)
+        positions = torch.arange(c.block_size, dtype=torch.float64)
+        angle = positions[:, None] * freq  # (block_size, hs/2)
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
         self.apply(self._init_weights)
-        if (
-            c.tie_weights
-        ):  # one matrix, so it takes the head's scale: N(0, 1) rows would start the loss near n_embd
+        if c.tie_weights:
+            # one matrix, so it takes the head's scale: N(0, 1) rows would start the loss near n_embd
             self.embed.weight = self.head.weight
 
     @staticmethod
@@ -224,9 +222,8 @@ def attention(
     q = query
     k = key
     v = value
-    alike = (
-        q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and q.dtype == k.dtype == v.dtype
-    )  # else torch may broadcast
+    # where they are not alike, torch may broadcast
+    alike = q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and q.dtype == k.dtype == v.dtype
     if attn_mask is not None or dropout_p or enable_gqa or not alike:
         return F.scaled_dot_product_attention(
             query,

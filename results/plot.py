@@ -46,7 +46,7 @@ def draw(axis, lines, colours, label, **style):
 def plain_numbers(axis):
     """1, 2, 5, 10, ... on a logarithmic axis."""
     axis.get_major_locator().set_params(subs=(1, 2, 5))
-    axis.set_major_formatter("{x:,.0f}")
+    axis.set_major_formatter("{x:,.10g}")
     axis.set_minor_formatter("")
 
 
@@ -123,7 +123,10 @@ def main():
     parser.add_argument("--save", type=Path, default=Path("loss.svg"), help="where to, .svg or .png")
     args = parser.parse_args()
     if args.runs:
-        compare(args.runs, args.save)
+        try:
+            compare(args.runs, args.save)
+        except (OSError, ValueError) as e:
+            parser.error(f"no log of a run: {e}")
     else:
         study(read_records(), HERE)
 

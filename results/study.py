@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,12 +52,8 @@ def read_records(path=HERE / "runs.jsonl"):
 
 def read_log(folder):
     """(first line, the other lines) of a run's log. A last line that was cut off by a kill is left out."""
-    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
-    try:
-        json.loads(lines[-1])
-    except ValueError:
-        lines.pop()
-    head, *rows = map(json.loads, lines)
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines(keepends=True)
+    head, *rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return head, rows
 
 
@@ -96,8 +93,10 @@ def make(flags, folder):
     command = [sys.executable, str(HERE.parent / "train.py"), *words, "--out_dir", folder.name]
     done = subprocess.run(command, cwd=folder.parent, text=True, capture_output=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    record = summary(folder) if done.returncode <= 1 and (folder / "log.jsonl").exists() else None
-    if not record:
+    record = None
+    with suppress(OSError, ValueError):          # there is no log, or nothing in it
+        record = summary(folder)
+    if done.returncode > 1 or not record:
         told = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
         raise RuntimeError(f"train.py ended with {done.returncode}, saying {told}")
     return {"flags": flags, **record}

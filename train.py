@@ -360,21 +360,22 @@ def open_out_dir(args):
     out = Path(args.out_dir or f"out/{args.opt}-{args.model}-{time.strftime('%m%d-%H%M%S')}")
     while args.out_dir is None and out.exists():
         out = out.with_name(f"{out.name}-2")
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()) and not (args.resume or args.overwrite):
+    if out.exists() and any(out.iterdir()) and not (args.resume or args.overwrite):
         raise UsageError(f"--out_dir {out} is not empty; give --resume to go on with its run "
                          "or --overwrite to replace it")
-    if args.overwrite:
-        for file in ("log.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.tmp"):
-            (out / file).unlink(missing_ok=True)
+    reduce_number(0)                                    # every process has looked
+    if is_first():
+        out.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            for file in ("log.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.tmp"):
+                (out / file).unlink(missing_ok=True)
     args.out_dir = str(out)
     return out
 
 
 def device_name(device):
-    name = f"cpu, {torch.get_num_threads()} thread(s)"
-    if on_gpu(device):
-        name = torch.cuda.get_device_name(device)
+    cpu = f"cpu, {torch.get_num_threads()} thread(s)"
+    name = torch.cuda.get_device_name(device) if on_gpu(device) else cpu
     return f"{ranks()[1]} processes, {name} each" if ranks()[1] > 1 else name
 
 
@@ -427,7 +428,7 @@ class Run:
             self.averaged.load_state_dict(checkpoint["averaged"])
             self.progress = checkpoint["progress"]
             self.losses = checkpoint["losses"]
-        self.out = open_out_dir(args) if is_first() else None      # torchrun ends the others where it fails
+        self.out = open_out_dir(args)
 
     def introduce(self, given):
         args = self.args
@@ -438,9 +439,9 @@ class Run:
             f"{meta['val_tokens']:,} validation tokens ({args.tokenizer}), sha256 {meta['sha256'][:12]}\n"
             f"batch: {args.batch_tokens:,} tokens = {self.rows:,} x {self.model.config.block_size} | "
             f"guessing evenly is a loss of {math.log(self.data.vocab_size):.3f} nats per token")
-        unused = sorted(f"--{key}" for key, kinds in given.items() if args.kind not in kinds)
+        unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds]
         if unused:
-            method = f"{args.opt} by {args.solver}" if args.solver else args.opt
+            method = args.opt if args.kind == "baseline" else f"{args.opt} by {args.solver}"
             say(f"note: {method} does not use {', '.join(unused)}")
 
     def header(self, command):
@@ -466,9 +467,8 @@ class Run:
 
     def over(self):
         """After the last step, at the target, by a signal, or for too many rejections in a row."""
-        target = self.last_loss() <= self.args.target_loss
-        rejected = self.stepper.rejections >= MAX_REJECTIONS
-        return target or rejected or self.stopped or self.progress["step"] >= self.args.steps
+        return (self.last_loss() <= self.args.target_loss or self.stepper.rejections >= MAX_REJECTIONS
+                or self.stopped or self.progress["step"] >= self.args.steps)
 
     def step(self):
         """One step and, where it is due, an evaluation; returns its row of the log."""
@@ -515,9 +515,8 @@ class Run:
 
     def batch(self, stream, rows):
         """Random sequences and their targets, (rows, block size) each: a function of step and stream."""
-        block_size = self.model.config.block_size
-        step = self.progress["step"]
-        found = get_batch(self.data.train, block_size, rows, self.args.seed, step, stream)
+        found = get_batch(self.data.train, self.model.config.block_size, rows, self.args.seed,
+                          self.progress["step"], stream)
         return [t.to(self.args.device) for t in found]
 
     def evaluate(self):
@@ -548,13 +547,13 @@ class Run:
     def finish(self):
         """The closing lines: what was reached, at what cost, where it lies, and text of the model's own."""
         args = self.args
-        progress = self.progress
+        done = self.progress
         reached = "reached" if self.last_loss() <= args.target_loss else "not reached"
         target = f"target {args.target_loss:g} {reached}: " if args.target_loss else ""
         how = f"; go on with: python train.py --resume --out_dir {self.out}" if self.stopped else ""
-        say(f"{target}val {self.last_loss():.4f} after {progress['step']} steps, "
-            f"{progress['tokens']:,} tokens, {progress['grad_equivalents']:.0f} gradient-equivalents, "
-            f"{duration(progress['seconds'])}\nrecords: {self.out}/log.jsonl and checkpoint.pt{how}")
+        say(f"{target}val {self.last_loss():.4f} after {done['step']} steps, {done['tokens']:,} tokens, "
+            f"{done['grad_equivalents']:.0f} gradient-equivalents, {duration(done['seconds'])}\n"
+            f"records: {self.out}/log.jsonl and checkpoint.pt{how}")
         if args.sample and not self.stopped and is_first():
             encoding = self.data.encoding
             torch.manual_seed(args.seed)

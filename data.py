@@ -3,22 +3,23 @@
     files -> documents -> tokens -> <cache_dir>/stdlib-bytes-1a2b3c4d/{tokens.bin, meta.json}
 
     from data import prepare, get_batch, val_batch
-    data = prepare("stdlib", block_size=64)            # no network: Python's own standard library, 12 MB of source
-    idx, targets = get_batch(data.train, 64, 32, seed=0, step=7)    # (32, 64) int64 each, targets one token ahead
+    data = prepare("stdlib", block_size=64)     # no network: Python's own standard library, 12 MB of source
+    idx, targets = get_batch(data.train, 64, 32, seed=0, step=7)    # (32, 64) int64 each, targets one ahead
 
-A source is "stdlib", "shakespeare" (1.1 MB, one download), "c4" (English web pages, 319 MB a shard) or the path of a
-file or a folder of them; a folder called stdlib is written ./stdlib. A .jsonl or .json file has a document per line,
-{"text": "..."}; any other file is one document. Each may be gzipped (.gz). Tokenizers: bytes (256 ids) and gpt2 (50257).
+A source is "stdlib", "shakespeare" (1.1 MB, one download), "c4" (English web pages, 319 MB a shard) or the
+path of a file or a folder of them; a folder called stdlib is written ./stdlib. A .jsonl or .json file has a
+document per line, {"text": "..."}; any other file is one document. Each may be gzipped (.gz). Tokenizers:
+bytes (256 ids) and gpt2 (50257).
 
-Split. The unit is a document; but of text files, if there are fewer than 100, a piece of about 4096 characters that ends
-with a line where it can. A unit whose sha256 falls into the lowest 5 % is validation. So duplicates share a side, the
-order of the files does not matter, and one streaming pass is enough. tokens.bin is training, then validation; where one
-side is shorter than a block, the cut between them moves by just the tokens that are missing. A document ends with a
-newline (bytes) or <|endoftext|> (gpt2).
+Split. The unit is a document; but of text files, if there are fewer than 100, a piece of about 4096
+characters that ends with a line where it can. A unit whose sha256 falls into the lowest 5 % is validation.
+So duplicates share a side, the order of the files does not matter, and one streaming pass is enough.
+tokens.bin is training, then validation; where one side is shorter than a block, the cut between them moves
+by just the tokens that are missing. A document ends with a newline (bytes) or <|endoftext|> (gpt2).
 
-Reuse. Prepared data is taken again if its meta.json has the fingerprint wanted now (source, tokenizer, format, and
-path, size and mtime of every file) and tokens.bin has its full length. Otherwise it is made anew, in a temporary
-folder renamed at the end, by one process at a time.
+Reuse. Prepared data is taken again if its meta.json has the fingerprint wanted now (source, tokenizer,
+format, and path, size and mtime of every file) and tokens.bin has its full length. Otherwise it is made
+anew, in a temporary folder renamed at the end, by one process at a time.
 """
 import contextlib
 import gzip
@@ -74,9 +75,10 @@ class Data:
 
 
 def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress=None, shards=1):
-    """Data of `source`, each side at least block_size + 1 tokens long. DataError if that cannot be had, for any reason.
-    `progress(done_bytes, total_bytes)` is called about once per megabyte while something is downloaded or tokenised; the
-    total is a guess where files are compressed. `shards`: how many of C4's 1024 files to use, from the first on."""
+    """Data of `source`, each side at least block_size + 1 tokens long. Raises DataError if that cannot be
+    had, for any reason. `progress(done_bytes, total_bytes)` is called about once per megabyte while something
+    is downloaded or tokenised; the total is a guess where files are compressed. `shards`: how many of C4's
+    1024 files to use, from the first on."""
     if block_size < 1:
         raise DataError(f"block_size must be at least 1, got {block_size}")
     source, cache, progress = str(source), Path(cache_dir), progress or (lambda done, total: None)
@@ -85,7 +87,8 @@ def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress
         root, files = find_source(source, cache, progress, shards)
         listing = [(path.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for path, s in files]
         identity = json.dumps([FORMAT, tokenizer, str(root.resolve()), listing])
-        meta = {"source": source, "tokenizer": tokenizer, "format": FORMAT, "python_version": platform.python_version(),
+        meta = {"source": source, "tokenizer": tokenizer, "format": FORMAT,
+                "python_version": platform.python_version(),
                 "fingerprint": hashlib.sha256(identity.encode()).hexdigest()}
         stem = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', Path(source).name)[:40] or 'text'}-{tokenizer}"
         folder = cache / f"{stem}-{meta['fingerprint'][:8]}"
@@ -116,9 +119,10 @@ def locked(path):
 def build(folder, files, meta, encoding, block_size, progress):
     """Tokenise files into folder/tokens.bin and meta.json, in one pass that holds one unit at a time."""
     files = [(path, s) for path, s in files if not is_binary(path)]
-    total = int(sum(s.st_size * (2.4 if path.suffix == ".gz" else 1) for path, s in files))     # 2.4 is a guess, C4's ratio
+    # 2.4 is a guess, C4's ratio
+    total = int(sum(s.st_size * (2.4 if path.suffix == ".gz" else 1) for path, s in files))
     few = sum(not RECORDS.search(path.name) for path, _ in files) < FEW_DOCUMENTS
-    piece = min(max(total // 100, PIECE[0]), PIECE[1]) if few else -1                           # -1 is the whole file
+    piece = min(max(total // 100, PIECE[0]), PIECE[1]) if few else -1       # -1 is the whole file
     dtype, content, n_documents, n_bytes = np.min_scalar_type(encoding.n_vocab - 1), hashlib.sha256(), 0, 0
     temp = folder.with_name(folder.name + ".tmp")
     try:
@@ -137,7 +141,8 @@ def build(folder, files, meta, encoding, block_size, progress):
                         progress(n_bytes, total)
                 if text:                               # what ends a document goes where its last unit went
                     n_documents += 1
-                    end = [encoding.eot_token] if meta["tokenizer"] == "gpt2" else [10] * (not text.endswith("\n"))
+                    newline = [10] * (not text.endswith("\n"))
+                    end = [encoding.eot_token] if meta["tokenizer"] == "gpt2" else newline
                     side.write(np.array(end, dtype).tobytes())
             progress(n_bytes, total)
             n_train, n_val = (f.tell() // dtype.itemsize for f in (train, val))
@@ -156,7 +161,7 @@ def build(folder, files, meta, encoding, block_size, progress):
 
 
 def documents(files, piece):
-    """Yield each document as an iterable of its units: a record's text, or pieces of a text that end with a line."""
+    """Each document as an iterable of units: a record's text, or pieces of a text that end with a line."""
     for path, _ in files:
         yield from records(path) if RECORDS.search(path.name) else [pieces(path, piece)]
 
@@ -172,9 +177,10 @@ def records(path):
         for number, line in enumerate(f, 1):
             try:
                 if not line.isspace():
-                    yield ["" + json.loads(line)["text"]]       # "" + raises a TypeError unless it is a string
+                    yield ["" + json.loads(line)["text"]]       # "" + raises a TypeError unless it is one
             except (ValueError, TypeError, KeyError, RecursionError):
-                raise DataError(f'{path}, line {number} is no JSON object with a string called "text"') from None
+                told = f'{path}, line {number} is no JSON object with a string called "text"'
+                raise DataError(told) from None
 
 
 @contextlib.contextmanager
@@ -202,13 +208,13 @@ def read_meta(folder, wanted):
 
 
 def find_cut(meta, block_size):
-    """Where validation begins in tokens.bin: after train_tokens, moved if need be to leave one block on each side."""
+    """Where validation begins in tokens.bin: after train_tokens, or where both sides have a block."""
     need, total = block_size + 1, meta["train_tokens"] + meta["val_tokens"]
     if not meta["documents"]:
         raise DataError(f"{meta['source']!r} holds no text")
     if total < 2 * need:
-        raise DataError(f"{meta['source']!r} is too short: block_size {block_size} needs {need} tokens for training and "
-                        f"{need} for validation, and there are {total} in all")
+        raise DataError(f"{meta['source']!r} is too short: block_size {block_size} needs {need} tokens for "
+                        f"training and {need} for validation, and there are {total} in all")
     return min(max(meta["train_tokens"], need), total - need)
 
 
@@ -216,16 +222,25 @@ def find_source(source, cache, progress, shards):
     """(root, [(path, its stat), ...]) of the files that make up a source, sorted by their path below root."""
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = find_files(root, ("site-packages", "dist-packages", "test", "tests", "idle_test")) if root.is_dir() else []
+        skip = ("site-packages", "dist-packages", "test", "tests", "idle_test")
+        files = find_files(root, skip) if root.is_dir() else []
         files = [(path, s) for path, s in files if re.fullmatch(r"(?!test_).*(?<!_test)\.py", path.name)]
         if not files:
-            raise DataError(f"no .py files of the Python standard library in {root}: use shakespeare or the path of a text")
+            raise DataError(f"no .py files of the Python standard library in {root}: use shakespeare or "
+                            "the path of a text")
         return root, files
     if source == "c4":
         return cache / "c4", [(path, path.stat()) for path in fetch_c4(cache, shards, progress)]
-    path = fetch_shakespeare(cache) if source == "shakespeare" else Path(source)
+    if source == "shakespeare":
+        path = fetch(SHAKESPEARE_URL, cache / "shakespeare.txt", progress)
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != SHAKESPEARE_SHA256:
+            raise DataError(f"{path} has sha256 {found}, not {SHAKESPEARE_SHA256}: delete it and run again")
+        return path, [(path, path.stat())]
+    path = Path(source)
     if not source or not path.exists():
-        raise DataError(f"no data called {source!r}: use stdlib, shakespeare, c4 or the path of a text file or folder")
+        raise DataError(f"no data called {source!r}: use stdlib, shakespeare, c4 or the path of a text "
+                        "file or folder")
     if path.is_dir():
         return path, find_files(path)
     if not path.is_file() or is_binary(path):
@@ -247,66 +262,38 @@ def find_files(root, skip=()):
     return [(path, s) for path in found for s in [path.stat()] if stat.S_ISREG(s.st_mode)]
 
 
-def fetch_shakespeare(cache):
-    """cache/shakespeare.txt, downloaded unless it is there; its sha256 is checked either way."""
-    path = cache / "shakespeare.txt"
-    by_hand = f"fetch {SHAKESPEARE_URL} by hand and put it at {path.resolve()}"
-    try:
-        raw = path.read_bytes() if path.exists() else urllib.request.urlopen(SHAKESPEARE_URL, timeout=20).read()
-    except (OSError, http.client.HTTPException) as e:
-        raise DataError(f"cannot get shakespeare ({e}); {by_hand}, or use stdlib, which needs no network") from e
-    found = hashlib.sha256(raw).hexdigest()
-    if found != SHAKESPEARE_SHA256:
-        raise DataError(f"shakespeare has sha256 {found}, not {SHAKESPEARE_SHA256}; {by_hand}")
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        temp = cache / f".shakespeare.txt.{os.getpid()}"
-        temp.write_bytes(raw)
-        os.replace(temp, path)
-    return path
-
-
 def fetch_c4(cache, shards, progress):
-    """The paths of C4's first shards, each downloaded unless it is there."""
+    """The paths of C4's first shards."""
     if not 1 <= shards <= 1024:
         raise DataError(f"c4 has 1 to 1024 shards, not {shards}")
-    paths = [cache / "c4" / f"c4-train.{i:05}-of-01024.json.gz" for i in range(shards)]
-    for path in paths:
-        if not path.exists():
-            with locked(path.parent / ".lock"):
-                if not path.exists():    # and no other process made it while this one waited
-                    download(C4_URL + path.name, path, progress)
-    return paths
+    names = [f"c4-train.{i:05}-of-01024.json.gz" for i in range(shards)]
+    return [fetch(C4_URL + name, cache / "c4" / name, progress) for name in names]
+
+
+def fetch(url, path, progress):
+    """path, downloaded from url unless it is there: whole, or not at all."""
+    if path.exists():
+        return path
+    temp = path.with_name(f".{path.name}.tmp")
+    try:
+        with locked(path.with_name(f".{path.name}.lock")):
+            if not path.exists():            # nor has another process made it while this one waited
+                download(url, temp, progress)
+                os.replace(temp, path)
+            return path
+    except (OSError, http.client.HTTPException) as e:
+        temp.unlink(missing_ok=True)
+        raise DataError(f"cannot fetch {url} ({e}): run again, or put it at {path.resolve()} by hand") from e
 
 
 def download(url, path, progress):
-    """Fetch url to path. What has come is kept, in a .part named after the length and ETag of the file at url, and the next
-    call asks for the rest only. It starts over if that file has changed, or the server always sends the whole."""
-    old = next(path.parent.glob(f"{path.name}.*.part"), None)
-    done = old.stat().st_size if old else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        with urllib.request.urlopen(request, timeout=20) as response:
-            done *= response.status == 206                   # 200: the whole file
-            total = done + int(response.headers["Content-Length"] or 0)
-            part = path.with_name(f"{path.name}.{total}-{zlib.crc32(str(response.headers['ETag']).encode()):08x}.part")
-            if old and part != old:
-                old.unlink()
-                if done:
-                    return download(url, path, progress)
-            with open(part, "ab" if done else "wb") as f:
-                while block := response.read(1 << 20):
-                    f.write(block)
-                    done += len(block)
-                    progress(done, total)
-        if done != total:
-            raise OSError(f"{done} of {total} bytes came")
-        os.replace(part, path)
-    except (OSError, http.client.HTTPException) as e:
-        if old and getattr(e, "code", None) == 416:          # there is no rest: the file has become shorter
-            old.unlink()
-            return download(url, path, progress)
-        raise DataError(f"cannot fetch {url} ({e}): run again to go on, or put it at {path.resolve()} by hand") from e
+    with urllib.request.urlopen(url, timeout=20) as response, open(path, "wb") as f:
+        total = int(response.headers["Content-Length"] or 0)                # 0: the server does not say
+        while block := response.read(1 << 20):
+            f.write(block)
+            progress(f.tell(), total)
+        if total and f.tell() != total:
+            raise OSError(f"{f.tell()} of {total} bytes came")
 
 
 def get_encoding(name):
@@ -317,7 +304,7 @@ def get_encoding(name):
         raise DataError(f"no tokenizer called {name!r}: use one of {', '.join(TOKENIZERS)}")
     result = ["no answer in 60 s"]
 
-    def fetch():          # in a thread, for tiktoken sets no timeout and a silent firewall would keep it for minutes
+    def fetch():    # in a thread: tiktoken sets no timeout, and a silent firewall would keep it for minutes
         try:
             result[0] = tiktoken.get_encoding(name)
         except Exception as e:  # requests' errors, a wrong hash, a cache that cannot be written
@@ -327,30 +314,32 @@ def get_encoding(name):
     thread.start()
     thread.join(60)
     if isinstance(result[0], str):
-        raise DataError(f"cannot get the files of the gpt2 tokenizer ({result[0]}): set TIKTOKEN_CACHE_DIR to a folder that "
-                        "a run with network has filled, or use the bytes tokenizer, which needs none")
+        raise DataError(f"cannot get the files of the gpt2 tokenizer ({result[0]}): set TIKTOKEN_CACHE_DIR "
+                        "to a folder that a run with network has filled, or use the bytes tokenizer, which "
+                        "needs none")
     return result[0]
 
 
 def get_batch(tokens, block_size, batch_size, seed, step, stream=0, start=0, stop=None):
-    """Rows start .. stop (all by default) of a random batch: idx, targets, (stop - start, block_size) int64 each.
-    Row i is a function of (seed, stream, step, i) alone: neither batch_size nor how rows are shared among processes
-    changes it, and there is no state to save. Streams keep training (0) and fresh data for other uses (1, ...) apart."""
+    """Rows start .. stop (all by default) of a random batch: idx, targets, (stop - start, block_size) int64
+    each. Row i is a function of (seed, stream, step, i) alone: neither batch_size nor how rows are shared
+    among processes changes it, and there is no state to save. Streams keep training (0) and fresh data for
+    other uses (1, ...) apart."""
     windows = all_windows(tokens, block_size)
     offsets = np.random.default_rng([seed, stream, step]).integers(len(windows), size=batch_size)
     return split_windows(windows[offsets[start:stop]])
 
 
 def val_batch(tokens, block_size, n_tokens):
-    """About n_tokens (at least one window, at most all) in evenly spaced windows that share no target: idx, targets.
-    The first begins where tokens begin and the last ends where they end; nothing is random."""
+    """About n_tokens (at least one window, at most all) in evenly spaced windows that share no target: idx,
+    targets. The first begins where tokens begin and the last ends where they end; nothing is random."""
     windows = all_windows(tokens, block_size)
     count = min(max(n_tokens // block_size, 1), (len(tokens) - 1) // block_size)
     return split_windows(windows[np.arange(count) * (len(windows) - 1) // max(count - 1, 1)])
 
 
 def all_windows(tokens, block_size):
-    """Every window of a block and its last target, without a copy: (len(tokens) - block_size, block_size + 1)."""
+    """Every window of a block and its last target, no copy: (len(tokens) - block_size, block_size + 1)."""
     if len(tokens) <= block_size:
         raise DataError(f"{len(tokens)} tokens are too few for one block of {block_size} and its target")
     return np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)

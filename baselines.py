@@ -34,9 +34,8 @@ DEFAULTS = {  # everything else, as each method's reference has it
     "adamw": dict(betas=(0.9, 0.95), weight_decay=0.1),  # GPT-3: arXiv 2005.14165, appendix B
     "adam": dict(betas=(0.9, 0.999), weight_decay=0.0),  # arXiv 1412.6980, algorithm 1
     "sgd": dict(momentum=0.9, weight_decay=0.0),  # Sutskever et al. 2013, Nesterov's form
-    "muon": dict(
-        momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1
-    ),  # Jordan 2024; decay and scale: arXiv 2502.16982
+    # Jordan 2024; decay and scale: arXiv 2502.16982
+    "muon": dict(momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1),
     "soap": dict(betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=10),  # arXiv 2409.11321
     # arXiv 1503.05671; KL clipping: 1708.05144
     "kfac": dict(momentum=0.9, weight_decay=0.0, precondition_frequency=10),
@@ -168,11 +167,9 @@ def pieces(idx, targets, micro_batch):
 
 def ranks():
     """This process's number, and how many there are; (0, 1) without torchrun."""
-    return (
-        (dist.get_rank(), dist.get_world_size())
-        if dist.is_available() and dist.is_initialized()
-        else (0, 1)
-    )
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def share(*tensors):
@@ -181,11 +178,9 @@ def share(*tensors):
     (rank, world), rows = ranks(), len(tensors[0])
     if rows < world:
         raise ValueError(f"{rows} sequences cannot be shared by {world} processes")
-    return (
-        tuple(t[rows * rank // world : rows * (rank + 1) // world] for t in tensors)
-        if world > 1
-        else tensors
-    )
+    if world == 1:
+        return tensors
+    return tuple(t[rows * rank // world : rows * (rank + 1) // world] for t in tensors)
 
 
 def reduce(*tensors):
@@ -202,11 +197,8 @@ def reduce_number(x):
     """The same for a float or an int, in float64."""
     if ranks()[1] == 1:
         return x
-    return reduce(
-        torch.tensor(
-            float(x), dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu"
-        )
-    )[0].item()
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return reduce(torch.tensor(float(x), dtype=torch.float64, device=device))[0].item()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -261,6 +253,12 @@ def logits(model, x, y=None):
     return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
 
 
+def counted_rows(idx, targets):
+    """The rows that have a target that counts, so that every share of them has some."""
+    counted = (targets != IGNORED).reshape(len(targets), -1).any(1)
+    return (idx, targets) if counted.all() else (idx[counted], targets[counted])
+
+
 def per_token(targets, n):
     """What each token's loss is divided by, (...,) -> (..., 1): n, or infinity for those that are left
     out."""
@@ -291,13 +289,14 @@ def full_precision(device_type, model=None):
     outside = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
 
     def enter(*_):
+        torch.clear_autocast_cache()  # of a forward that @torch.autocast decorates
         outside.__enter__()
 
     def leave(*_):
         outside.__exit__(None, None, None)
 
     hooks = []
-    if model is not None and enabled:
+    if model is not None:
         hooks = [
             model.register_forward_pre_hook(enter),
             model.register_forward_hook(leave, always_call=True),
@@ -371,9 +370,8 @@ class Combined(Optimizer):
 
     def move(self):
         groups = iter(self.param_groups)
-        for (
-            part
-        ) in self.parts:  # linked at every step, since load_state_dict puts new objects in their place
+        # linked at every step, since load_state_dict puts new objects in their place
+        for part in self.parts:
             count = None if part is self.parts[-1] else len(part.param_groups)
             part.param_groups = list(islice(groups, count))
             part.state = self.state
@@ -389,11 +387,9 @@ def hidden_matrices(model):
     these only (Jordan 2024).
     """
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    head = (
-        model.head
-        if isinstance(getattr(model, "head", None), nn.Linear)
-        else linears[-1] if linears else None
-    )
+    head = linears[-1] if linears else None
+    if isinstance(getattr(model, "head", None), nn.Linear):
+        head = model.head
     outer = {p for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer]
 
@@ -588,8 +584,11 @@ def linear_maps(z, params):
             if i is not None:
                 embeddings.append((i, edge, 1, node._saved_indices))
         if name in ("AddBackward0", "AddmmBackward0"):
-            added = [origin(function, index)[0] for function in inputs]
-            biases += [(i, edge, 0, None) for i in added if i is not None and params[i].dim() == 1]
+            shape = node._input_metadata[0].shape
+            for function in inputs:
+                i, _ = origin(function, index)
+                if i is not None and len(shape) > 1 and params[i].shape == tuple(shape[-1:]):
+                    biases.append((i, edge, 0, None))
     # A weight shared by an embedding and a linear map takes the map's factors.
     mapped = {i for i, *_ in weights}
     return weights + [e for e in embeddings if e[0] not in mapped] + biases
@@ -640,8 +639,7 @@ class KFAC:
         targets, n = check_targets(idx, targets)
         rows, (mine,) = len(idx), share(range(len(idx)))
         with torch.enable_grad():
-            z = logits(self.model, idx[:2])
-        check_logits(z, targets[:2])
+            z = logits(self.model, idx[:2], targets[:2])
         classes = z.shape[-1]
         factored = {i for i, *_ in linear_maps(z, self.params)}
         diagonal = [i for i, p in enumerate(self.params) if i not in factored and p.requires_grad]
@@ -730,7 +728,7 @@ class KFAC:
                 full = len(sides) == 2
                 self.eigen[i] = [eigh(side) if full and side.ndim == 2 else (side, None) for side in sides]
         if any(FAILED in str(w.message) for w in caught):
-            self.repaired = FAILED
+            self.repaired = self.repaired or FAILED
 
     def tikhonov(self, gamma):
         """`eigen` with factored damping (Martens & Grosse, section 6.3): Λ_L + γ/π and Λ_R + γπ with
@@ -778,10 +776,8 @@ class KFAC:
 class KFACOptimizer(Optimizer):
     """Natural gradient with Kronecker factors (Martens & Grosse 2015) and momentum, its step clipped in KL:
 
-        L, R = running averages of E[delta delta^T], E[a a^T], labels sampled from the model   `observe`, each
-                                                                                               step
-        n = [(L + gamma/pi) (x) (R + gamma pi)]^-1 g                    factored Tikhonov damping, gamma =
-                                                                        sqrt(damping)
+        L, R = running averages of E[delta delta^T], E[a a^T], labels sampled from the model, by `observe`
+        n = [(L + gamma/pi) (x) (R + gamma pi)]^-1 g, factored Tikhonov damping, gamma = sqrt(damping)
         n = n min(1, sqrt(kl_clip / sum of lr^2 n^T g over the groups)) Ba et al. 2017 (arXiv 1708.05144)
         M = momentum M + n;   W = W - lr wd W - lr M
 
@@ -824,6 +820,7 @@ class KFACOptimizer(Optimizer):
 
     def observe(self, inputs, targets, micro_batch=None):
         """Factors from a share of the batch; returns the work in gradients of the whole batch."""
+        inputs, targets = counted_rows(inputs, check_targets(inputs, targets)[0])
         rows = math.ceil(self.curvature_frac * len(inputs))
         decay = min(1 - 1 / (self.steps + 1), self.stat_decay)  # as the paper starts its average
         with full_precision(self.kfac.params[0].device.type, self.kfac.model):

@@ -36,6 +36,7 @@ from baselines import (
     KFAC,
     assign,
     check_targets,
+    counted_rows,
     cross_entropy_grad,
     cross_entropy_sum,
     flatten,
@@ -91,9 +92,13 @@ class GaussNewton:
     ):
         if not 0 < search_frac <= 1:
             raise ValueError(f"search_frac must be in (0, 1], got {search_frac}")
+        check_choice("line_search", line_search, LINE_SEARCHES)
+        solver = solver or inner
+        if solver and settings:
+            raise TypeError(f"{', '.join(settings)}: the settings of a solver that is given are its own")
         self.model = model
         self.params = trainable(model)
-        self.solver = solver or inner or ConjugateGradients(model, micro_batch=micro_batch, **settings)
+        self.solver = solver or ConjugateGradients(model, micro_batch=micro_batch, **settings)
         self.parts = self._indices(parts or [self.params])
         self.line_search = line_search
         self.search_frac = search_frac
@@ -110,7 +115,7 @@ class GaussNewton:
         rejects the step: parameters stay bitwise as they were, and record["reason"] says why ("" when all
         went well). Inside torch.autocast the model alone works in short numbers.
         """
-        targets, _ = check_targets(idx, targets)
+        idx, targets = counted_rows(idx, check_targets(idx, targets)[0])
         self._check_parameters()
         theta = [p.detach().clone() for p in self.params]
         accepted = False
@@ -121,12 +126,11 @@ class GaussNewton:
                 reason = found.trouble or self._search(theta, found, idx, targets, search, record)
             accepted = reason == ""
         finally:
-            if not accepted:  # rejected or interrupted: as if the step had not begun
+            if not accepted:  # rejected or interrupted: θ is as it was, and the solver starts anew
                 assign(self.params, theta)
+                self.solver.forget()
         if accepted:
             self.solver.adapt(record["rho"], record["alpha"])
-        else:
-            self.solver.forget()
         self.rejections = 0 if accepted else self.rejections + 1
         return {**record, "accepted": accepted, "reason": reason}
 
@@ -180,11 +184,13 @@ class GaussNewton:
         return parts
 
     def _check_parameters(self):
-        if [id(p) for p in trainable(self.model)] != [id(p) for p in self.params]:
-            raise ValueError(
-                "the model's trainable parameters are no longer those that this GaussNewton was made for "
-                "(frozen or unfrozen since?): make a new one"
-            )
+        now = [id(p) for p in trainable(self.model)]
+        for user in (self, self.solver):
+            if now != [id(p) for p in user.params]:
+                raise ValueError(
+                    f"this {type(user).__name__} was made for other trainable parameters than the model has "
+                    "(frozen or unfrozen since, or another model?): make a new one"
+                )
 
     def state_dict(self):
         """Everything that the next step depends on beside the parameters, in tensors and plain types."""
@@ -289,12 +295,12 @@ class ConjugateGradients:
         trouble = f"no descent direction ({bad[0]})" if bad else ""
         return Solution(loss, d, grad.dot(d).item(), decrease, trouble, record)
 
-    def _newton(self, ggn, part, g, c, start, parts):
+    def _newton(self, ggn, part, g, c, start, n_parts):
         """Newton's method for one part from d = 0, g the slope there: (d, m(0) − m(d), results of the
         solves)."""
 
         def matvec(v):
-            total = parts * self.cg_iters * self.newton_steps
+            total = n_parts * self.cg_iters * self.newton_steps
             self.progress("cg", min(ggn.products, total), total)
             return ggn.matvec(v, part) + self._damp(v, part)
 
@@ -517,7 +523,8 @@ class InnerSolver:
         x, y = share(x, y)
         arguments = [p.detach() for p in self.params], x, y, unflatten(v, self.params), n
 
-        def function(theta, x, y, v, n, double_backward=self.double_backward):
+        def function(theta, x, y, v, n, double_backward=False):
+            double_backward = double_backward or self.double_backward
             return expand_once(self.model, theta, x, y, v, self.prox_linear, at_theta, double_backward, n)
 
         key = (x.shape, at_theta)
@@ -527,15 +534,10 @@ class InnerSolver:
             found = self.programs.get(key, function)(*arguments)
         except NotImplementedError:  # an operation without a forward-mode rule
             self.double_backward = True
-            found = function(*arguments, double_backward=True)
+            found = function(*arguments)
         loss, change, *g = reduce(*found)
-        return (
-            loss,
-            change,
-            [flatten(g[:k])],
-            flatten(g[k:]) if at_theta else None,
-            (7 if at_theta else 5) / 3,
-        )
+        work = (7 if at_theta else 5) / 3
+        return loss, change, [flatten(g[:k])], flatten(g[k:]) if at_theta else None, work
 
     def _expand_parts(self, x, y, v, parts, at_theta):
         """The same for several parts, each with the others at rest, all on one linearisation."""
@@ -614,23 +616,21 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
 class CGResult(NamedTuple):
     x: torch.Tensor
     iterations: int
-    reason: str  # "residual", "progress", "max_iter", "zero" (b = 0), "indefinite" or "nonfinite"
+    reason: str  # "residual", "max_iter", "zero" (b = 0), "indefinite" or "nonfinite"
     values: list  # ½xᵀAx − bᵀx at every iterate, the start included: iterations + 1 floats
 
 
-def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0):
+def cg(matvec, b, x0=None, precond=None, max_iter=50, rtol=0.0):
     """Solve A x = b, A symmetric positive definite and given by matvec(v) = A v; equivalently minimise ½xᵀAx
     − bᵀx.
 
     x0        start (default 0, which saves a product)
     precond   v -> M⁻¹v, M ≈ A symmetric positive definite
-    tol       Martens' relative progress (2010, section 4.4): stop at iteration k once the quadratic fell by
-              less than tol·j of its value over the last j = max(10, k/10) iterations; 0 = off
     rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; below machine epsilon: at that, which is all that the numbers
               resolve
 
     Differs from the textbook in: 1. x0 is first scaled to its best multiple, (bᵀx0 / x0ᵀA x0) x0, since a
-    direction kept from an earlier system can begin uphill. 2. `tol` as above. 3. Trouble is a `reason`, not
+    direction kept from an earlier system can begin uphill. 2. Trouble is a `reason`, not
     an exception: on "indefinite" (pᵀAp <= 0, or a preconditioner that is not positive) or "nonfinite" x is
     the last good iterate.
     """
@@ -655,9 +655,6 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0):
     for k in range(max_iter + 1):
         if r.norm() <= max(rtol, eps) * bnorm:
             return CGResult(x, k, "residual", values)
-        j = max(10, k // 10)
-        if tol > 0 and k >= j and values[-1] < 0 and values[-1 - j] - values[-1] < tol * j * -values[-1]:
-            return CGResult(x, k, "progress", values)
         if k == max_iter:
             return CGResult(x, k, "max_iter", values)
         z = r if precond is None else precond(r)
@@ -677,6 +674,9 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, tol=0.0, rtol=0.0):
         values.append(-0.5 * (x.dot(b) + x.dot(r)).item())
 
 
+LINE_SEARCHES = ("armijo", "grid", "none")
+
+
 class Search(NamedTuple):
     alpha: float  # 0.0: nothing was better
     loss: float  # at alpha
@@ -694,7 +694,7 @@ def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
     none      α = 1 if its loss is finite
     A loss that is not finite counts as infinite.
     """
-    check_choice("line search", kind, ("armijo", "grid", "none"))
+    check_choice("line_search", kind, LINE_SEARCHES)
     best = (0.0, loss0)
     finite = False
     tries = 0
@@ -705,9 +705,8 @@ def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
         finite |= math.isfinite(loss)
         if kind == "armijo" and best[0] > 0 and not loss < best[1]:
             break
-        enough = (
-            kind == "grid" or (kind == "none" and math.isfinite(loss)) or loss <= loss0 + c * alpha * slope
-        )
+        fell = loss <= loss0 + c * alpha * slope
+        enough = fell or kind == "grid" or (kind == "none" and math.isfinite(loss))
         if enough and (loss < best[1] or kind == "none"):
             best = (alpha, loss)
     return Search(*best, tries, kind if best[0] else "no decrease" if finite else "nonfinite")
@@ -811,11 +810,9 @@ class GGN:
         self.grad = 0.0
         for i, ((x, y), piece) in enumerate(zip(self.data, self._pieces())):
             if i < len(self.cache):
-                self._shifted(piece)
-            chosen = piece.probs.gather(-1, y.clamp_min(0).unsqueeze(-1))
-            log_p = chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log()
-            self.loss -= (log_p / piece.weight).sum().item()
-            self.grad += piece.vjp(cross_entropy_grad(piece.probs, y, piece.weight), part)
+                self._shifted(piece, y)
+            self.loss += piece.loss / self.n
+            self.grad += piece.vjp(cross_entropy_grad(piece.probs, y, piece.divisor), part)
         self.loss, self.grad = reduce_number(self.loss), reduce(self.grad)[0]
         self.work += self._product_work(part)
 
@@ -844,11 +841,13 @@ class GGN:
         """The linearised pieces: first those that were kept, then the others one by one."""
         yield from self.cache
         for x, y in self.data[len(self.cache) :]:
-            yield self._shifted(self._linearise(x, y))
+            yield self._shifted(self._linearise(x, y), y)
 
-    def _shifted(self, piece):
+    def _shifted(self, piece, y):
         if self.offset is not None:
-            piece.probs = torch.softmax(piece.z.detach() + piece.jvp(*self.offset), dim=-1)
+            z = piece.z.detach() + piece.jvp(*self.offset)
+            piece.loss = cross_entropy_sum(z, y).item()
+            piece.probs = torch.softmax(z, dim=-1)
         return piece
 
     def _product_work(self, part):
@@ -867,11 +866,11 @@ class Piece:
 
     def __init__(self, model, params, x, y, n):
         self.params = params
-        self.weight = per_token(y, n)
+        self.divisor = per_token(y, n)
         with differentiable_attention(), torch.enable_grad():
             self.z = logits(model, x, y)
             self.probs = torch.softmax(self.z.detach(), dim=-1)
-            self.u = cross_entropy_grad(self.probs, y, self.weight).requires_grad_()
+            self.u = cross_entropy_grad(self.probs, y, self.divisor).requires_grad_()
             self.g = derivative(self.z, params, self.u, create_graph=True, materialize_grads=False)
 
     def grad(self):
@@ -889,7 +888,7 @@ class Piece:
 
     def product(self, v, part):
         Jv = self.jvp(v, part)
-        HJv = cross_entropy_hvp(self.probs, Jv, self.weight)
+        HJv = cross_entropy_hvp(self.probs, Jv, self.divisor)
         return self.vjp(HJv, part)
 
 
@@ -918,16 +917,16 @@ def expand_once(model, theta, x, y, v, prox_linear, at_theta, double_backward=Fa
                 z, Jv = forward_ad.unpack_dual(logits(model, x, y))
     with torch.no_grad():
         n = (y != IGNORED).sum() if n is None else n
-        weight = per_token(y, n)
+        divisor = per_token(y, n)
         loss = cross_entropy_sum(z, y) / n
         Jv = torch.zeros_like(z) if Jv is None else Jv.detach()
         probs = torch.softmax(z, dim=-1)
-        u = cross_entropy_grad(probs, y, weight)
+        u = cross_entropy_grad(probs, y, divisor)
         if prox_linear:
             change = cross_entropy_sum(z + Jv, y) / n - loss
-            w = cross_entropy_grad(torch.softmax(z + Jv, dim=-1), y, weight)
+            w = cross_entropy_grad(torch.softmax(z + Jv, dim=-1), y, divisor)
         else:
-            HJv = cross_entropy_hvp(probs, Jv, weight)
+            HJv = cross_entropy_hvp(probs, Jv, divisor)
             change = (Jv * (u + 0.5 * HJv)).sum()
             w = u + HJv
     return [loss, change, *derivative(z, theta, w), *(derivative(z, theta, u) if at_theta else ())]
@@ -975,9 +974,9 @@ def batch_grad(model, idx, targets, micro_batch=None):
     loss = 0.0
     grad = None
     for x, y in pieces(*share(idx, targets), micro_batch):
-        part = cross_entropy_sum(logits(model, x, y), y) / n
-        g = flatten(torch.autograd.grad(part, params, materialize_grads=True, allow_unused=True))
-        loss = loss + part.item()
+        mean = cross_entropy_sum(logits(model, x, y), y) / n
+        g = flatten(torch.autograd.grad(mean, params, materialize_grads=True, allow_unused=True))
+        loss = loss + mean.item()
         grad = g if grad is None else grad.add_(g)
     return reduce_number(loss), reduce(grad)[0]
 
@@ -1082,10 +1081,8 @@ def trace(function, *examples):
 def tolerance(graph):
     """How far two evaluations of it may differ: the root of the coarsest precision that it works in."""
     values = (node.meta.get("val") for node in graph.graph.nodes)
-    return (
-        max(torch.finfo(t.dtype).eps for t in values if torch.is_tensor(t) and t.dtype.is_floating_point)
-        ** 0.5
-    )
+    dtypes = {t.dtype for t in values if torch.is_tensor(t) and t.dtype.is_floating_point}
+    return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
 
 
 def compiled_or_eager(function, *examples):
@@ -1094,7 +1091,7 @@ def compiled_or_eager(function, *examples):
     try:
         graph = trace(lambda *arguments: function(*arguments, double_backward=True), *examples)
         compiled = torch.no_grad()(torch.compile(graph, dynamic=False))
-        for a, b in zip(function(*examples), compiled(*examples)):
+        for a, b in zip(function(*examples, double_backward=True), compiled(*examples)):
             size = a.norm() if a.dim() else 1.0  # loss and decrease: rounding of the loss, however small
             if not (a - b).norm() <= tolerance(graph) * (size + 1e-3):
                 raise RuntimeError("the compiled result differs from the eager one")

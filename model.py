@@ -27,10 +27,9 @@ from torch.overrides import TorchFunctionMode
 PRESETS = {  # everything but vocab_size, which the tokenizer decides
     "tiny": dict(n_layer=2, n_head=4, n_embd=64, block_size=64),  # 164k parameters with bytes
     "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),  # 1.1M with bytes
-    "45m": dict(
-        n_layer=4, n_head=8, n_embd=512, block_size=1024
-    ),  # the paper's, with a 32k vocabulary
-    "150m": dict(n_layer=12, n_head=16, n_embd=768, block_size=1024),  # the paper's, likewise
+    # the paper's two, which have a vocabulary of 32k
+    "45m": dict(n_layer=4, n_head=8, n_embd=512, block_size=1024),
+    "150m": dict(n_layer=12, n_head=16, n_embd=768, block_size=1024),
 }
 
 

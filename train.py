@@ -325,7 +325,7 @@ class FirstOrder:
         loss, grad = batch_grad(self.model, idx, targets, args.micro_batch)
         norm = grad.norm().item()
         record = {"accepted": False, "reason": "loss or gradient not finite", "loss": loss, "grad_norm": norm,
-                  "lr": self.base[0] * factor, "alpha": 1.0, "work": 1.0}
+                  "lr": self.base[0] * factor, "alpha": 0.0, "work": 1.0}
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return record
         if args.opt == "kfac":                          # curvature from this batch
@@ -343,8 +343,8 @@ class FirstOrder:
             return {**record, "reason": "step not finite"}
         self.rejections = 0
         slope = grad.dot(d).item()                      # what a first-order method promises
-        return {**record, "accepted": True, "reason": "", "predicted": slope, "step_norm": length,
-                "cosine": -slope / (norm * length + 1e-30)}
+        return {**record, "accepted": True, "reason": "", "alpha": 1.0, "predicted": slope,
+                "step_norm": length, "cosine": -slope / (norm * length + 1e-30)}
 
     def state_dict(self):
         return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "rejections": self.rejections}

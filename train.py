@@ -498,8 +498,8 @@ class Run:
                 **record, "peak_memory_mb": peak_memory_mb(args.device)}
 
     def describe(self, record, before, batch):
-        """Add what the optimizer does not measure: how far each layer moved, and what the loss fell, on the
-        batch (a baseline's) and on tokens that the step has not seen."""
+        """Add what the optimizer does not measure: how far each layer moved, and the change of the loss on
+        tokens that the step has not seen and, for a baseline, on its batch."""
         moved = [flatten([p.detach() - before[p] for p in layer]) for layer in self.model.layers()]
         record["layer_norms"] = [d.norm().item() for d in moved]
         step = self.progress["step"]
@@ -608,7 +608,7 @@ def start(args, given, checkpoint, command):
 
 LINE = {  # what a step's line shows of its row, each where the row has it
     "train_loss": " | loss {:.3f}", "val_loss": " | val {:.3f}",
-    "actual": " | fell {:+.3f}", "actual_fresh": ", fresh {:+.3f}", "predicted": ", model {:+.3f}",
+    "actual": " | change {:+.3f}", "actual_fresh": ", fresh {:+.3f}", "predicted": ", model {:+.3f}",
     "cg_iterations": " | cg {}", "cg_reason": " ({})", "products": ", {} products",
     "damping": " | damping {:.1e}", "inner_steps": " | inner {}", "lr": " | lr {:.1e}",
     "rho": " | rho {:.2f}", "alpha": " | alpha {:.2f}", "cosine": " | cos {:.2f}", "layer_norms": " | |d| {}",

@@ -246,8 +246,7 @@ class ConjugateGradients:
         check_choice("precond", precond, ("kfac", "none"))
         if not 0 < curvature_frac <= 1:
             raise ValueError(f"curvature_frac must be in (0, 1], got {curvature_frac}")
-        if not 0 < damping < math.inf:
-            raise ValueError(f"damping must be positive and finite, got {damping}")
+        check_positive(damping=damping, cg_iters=cg_iters, newton_steps=newton_steps)
         self.model = model
         self.params = trainable(model)
         self.kfac = KFAC(model) if precond == "kfac" else None
@@ -398,6 +397,12 @@ def check_choice(name, value, choices):
         raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
 
 
+def check_positive(**settings):
+    for name, value in settings.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
 class InnerSolver:
     """Minimise the local model by an optimizer that reads the batch once, one inner step per micro-batch
     (paper, Algorithm 1).
@@ -438,6 +443,7 @@ class InnerSolver:
     ):
         check_choice("local_model", local_model, ("gn", "prox_linear"))
         check_choice("schedule", schedule, SCHEDULES)
+        check_positive(rows=rows, lr=lr, outer_steps=outer_steps)
         self.model = model
         self.params = trainable(model)
         self.name = name

@@ -1684,6 +1684,12 @@ def test_a_solver_is_for_one_model_and_has_its_own_settings():
         GaussNewton(model, line_search="grit")
     with pytest.raises(ValueError, match="InnerSolver was made for other"):
         GaussNewton(model, InnerSolver(other)).step(*tokens())
+    for settings in ({"damping": math.nan}, {"cg_iters": 0}, {"newton_steps": -1}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            GaussNewton(model, **settings)
+    for settings in ({"rows": 0}, {"lr": math.inf}, {"outer_steps": 0}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            InnerSolver(model, **settings)
 
 
 def test_rows_that_do_not_count_are_no_share_of_a_batch():

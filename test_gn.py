@@ -1,4 +1,4 @@
-"""Tests of the whole project: `pytest test_gn.py`; no network, no GPU, one thread. GN_LONG=1 adds slow ones.
+"""Tests of the whole project: `pytest test_gn.py`; no network, no GPU, one thread.
 
 References are independent of the code under test: dense matrices from torch.func, plain loops, torch.optim,
 closed forms.
@@ -53,7 +53,6 @@ from model import GPT, PRESETS, GPTConfig, differentiable_attention
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
 EPS = torch.finfo(torch.float64).eps
-long = pytest.mark.skipif(os.environ.get("GN_LONG") != "1", reason="slow; set GN_LONG=1")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 

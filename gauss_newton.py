@@ -72,8 +72,8 @@ class GaussNewton:
                    old name
     parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
                    is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows unless step() is
-                   given others
+    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows (16 at least), which
+                   no Newton step has for its matrix, unless step() is given others
     micro_batch    rows worked on at a time
     progress       called as progress(what) or progress("cg", done, total) inside long steps
     """
@@ -84,7 +84,7 @@ class GaussNewton:
         solver=None,
         parts=None,
         line_search="armijo",
-        search_frac=1.0,
+        search_frac=1 / 16,
         micro_batch=None,
         progress=None,
         inner=None,
@@ -118,12 +118,15 @@ class GaussNewton:
         idx, targets = counted_rows(idx, check_targets(idx, targets)[0])
         self._check_parameters()
         theta = [p.detach().clone() for p in self.params]
+        rows = max(16, math.ceil(self.search_frac * len(idx)))
+        x, y = search or (idx[-rows:], targets[-rows:])
         accepted = False
         try:
             with full_precision(self.params[0].device.type, self.model):
                 found = self.solver.solve(self.parts, idx, targets)
                 record = {"alpha": 0.0, "rho": None, **found.record, "loss": found.loss}
-                reason = found.trouble or self._search(theta, found, idx, targets, search, record)
+                cost = y.numel() / targets.numel() / 3
+                reason = found.trouble or self._search(theta, found, x, y, cost, record)
             accepted = reason == ""
         finally:
             if not accepted:  # rejected or interrupted: θ is as it was, and the solver starts anew
@@ -134,30 +137,28 @@ class GaussNewton:
         self.rejections = 0 if accepted else self.rejections + 1
         return {**record, "accepted": accepted, "reason": reason}
 
-    def _search(self, theta, found, idx, targets, search, record):
-        """θ ← θ + αd for the best α found; returns "", or why there is none."""
-        loss = found.loss
+    def _search(self, theta, found, x, y, cost, record):
+        """θ ← θ + αd for the best α found on x, y, each for the work `cost`; returns "", or why there is
+        none."""
         slope = found.slope
         d = unflatten(found.direction, self.params)
         if not slope < 0:
             return f"no descent direction (slope {slope:.1e})"
-        rows = math.ceil(self.search_frac * len(idx))
-        x, y = search or (idx[-rows:], targets[-rows:])
 
-        def loss_at(alpha, x=x, y=y):
+        def loss_at(alpha):
             self.progress("line search")
             assign(self.params, [t + alpha * v if alpha else t for t, v in zip(theta, d)])
-            record["work"] += y.numel() / targets.numel() / 3
+            record["work"] += cost
             return batch_loss(self.model, x, y, self.micro_batch)
 
-        loss0 = loss if search is None and rows == len(idx) else loss_at(0.0)
-        alpha, search_loss, tries, reason = line_search(loss_at, loss0, slope, self.line_search)
+        loss0 = loss_at(0.0)
+        alpha, loss, tries, reason = line_search(loss_at, loss0, slope, self.line_search)
         if alpha == 0:
             return f"line search: {reason}"
-        change = search_loss - loss0 if search is None else loss_at(alpha, idx, targets) - loss
+        change = loss - loss0
         # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN.
         predicted = alpha * slope + alpha**2 * (-found.decrease - slope)
-        if search is None and self.line_search != "none" and change > 1e-4 * predicted:
+        if self.line_search != "none" and change > 1e-4 * predicted:
             # what is left of a decrease by the rounding of a huge loss, say
             return f"the loss fell by {-change:.1e} where the model promised {-predicted:.1e}"
         assign(self.params, [t + alpha * v for t, v in zip(theta, d)])
@@ -165,11 +166,10 @@ class GaussNewton:
         record.update(
             alpha=alpha,
             search_loss0=loss0,
-            search_loss=search_loss,
+            search_loss=loss,
             search_tries=tries,
             predicted=predicted,
             actual=change,
-            new_loss=loss + change,
             rho=change / predicted if predicted < 0 else 0.0,
             cosine=-slope / (record["grad_norm"] * length),
             step_norm=alpha * length,
@@ -210,34 +210,46 @@ def no_progress(what, done=0, total=0):
 
 
 class ConjugateGradients:
-    """Hessian-free: minimise over each part's d, with the others at rest,
+    """Hessian-free: minimise the local model m over each part's d, the others at rest, by Newton steps whose
+    systems are solved by conjugate gradients.
 
-        m(d) + λ/2 dᵀM d        m: the loss of the linearised network
+    Each Newton step has rows of the batch to itself. With their J, z and loss L, and g the slope at d = 0 on
+    the whole batch, g_k on these rows alone,
 
-    by Newton's method, (G_d + λM) δ = −(∇m(d) + λM d), d ← d + δ, each system solved by preconditioned
-    conjugate gradients, δ halved while it does not lower the objective. With one Newton step, m is the loss
-    to second order in the logits as well: that is GN, (G + λM) d = −g; with more, prox-linear.
+        m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd            prox-linear; for GN: see local_change
+        t      = argmin m_k(d + tδ), t = 1, ½, ..., 1/32, 0   δ: the last Newton step, made on other rows
+        d      ← d + tδ
+        λ      ← 0.7 λ where t = 1, else λ/t, at most 4 λ
+        δ      ≈ −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)                  by preconditioned conjugate gradients
 
-    local_model       "gn": one Newton step.  "prox_linear": newton_steps of them
-    cg_iters          iterations of each solve, at most
-    damping           λ at the start; then Levenberg-Marquardt, not below a tenth of it
-    precond           "kfac": K-FAC preconditions, and M = (L ⊗ R)^½ in its eigenbasis, so that directions of
-                      large curvature, along which the linearisation fails first, are held back more.  "none":
-                      M = I
-    curvature_frac    share of the batch's rows that G is made from; the slope is always the whole batch's
+    so that λ is judged by tokens that no solve has seen, many times in an outer step. The last δ is taken
+    whole; the line search judges it with d.
+
+    local_model       "prox_linear": the loss itself on the linearised network.  "gn": to second order in z
+    newton_steps      in an outer step
+    cg_iters          conjugate-gradient iterations of each, at most
+    damping           λ at the start, without a unit
+    precond           "kfac": K-FAC's K preconditions, and M = s^¾ K^¼, so that directions of large curvature,
+                      along which the linearisation fails first, are held back more; s, a scale, is the
+                      geometric mean of K's mean eigenvalue and the weight's own.  "none": M = I
+    curvature_frac    share of the batch's rows that the Newton steps divide among them
     micro_batch       rows worked on at a time; cache_gb: see GGN
     seed              of the labels that K-FAC samples
     """
 
+    LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0)
+    MOMENTUM = 0.5  # d starts at this times the last outer step
+    POWER = 0.25  # of K in M
+
     def __init__(
         self,
         model,
-        local_model="gn",
-        newton_steps=3,
-        cg_iters=20,
-        damping=1.0,
+        local_model="prox_linear",
+        newton_steps=8,
+        cg_iters=6,
+        damping=3.0,
         precond="kfac",
-        curvature_frac=1.0,
+        curvature_frac=0.5,
         micro_batch=None,
         cache_gb=None,
         seed=0,
@@ -250,126 +262,124 @@ class ConjugateGradients:
         self.model = model
         self.params = trainable(model)
         self.kfac = KFAC(model) if precond == "kfac" else None
-        self.newton_steps = newton_steps if local_model == "prox_linear" else 1
+        self.prox_linear = local_model == "prox_linear"
+        self.newton_steps = newton_steps
         self.cg_iters = cg_iters
-        # ρ stays near 1 for ever smaller λ, but few iterations then find less and less: with batches of a
-        # million tokens and λ from 0.1 down, 20 steps from a warmup checkpoint ended at 1.61 nats, and at
-        # 1.42 with λ held above 0.02.
         self.damping = damping
-        self.floor = 0.1 * damping
         self.curvature_frac = curvature_frac
         self.micro_batch = micro_batch
         self.cache_gb = cache_gb
         self.progress = no_progress
-        self.direction = None  # the last one, from which the next solve starts
+        self.direction = None  # of the last outer step, at the length that was taken
         self.generator = torch.Generator(device=self.params[0].device).manual_seed(seed)
 
     def solve(self, parts, idx, targets):
-        ggn, loss, grad, record = self._linearise(idx, targets)
-        record.update(damping=self.damping, grad_norm=grad.norm().item())
+        shares, loss, grad = self._linearise(idx, targets)
+        record = {
+            "work": 0.0,
+            "pieces": sum(len(ggn.data) for ggn in shares),
+            "pieces_kept": sum(len(ggn.cache) for ggn in shares),
+            "grad_norm": grad.norm().item(),
+        }
         if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
-            self._precondition(ggn, record)
-        constant = grad - ggn.grad  # what the rows outside G add to the slope of m
-        solutions = []
-        decrease = 0.0
-        results = []
-        for part in parts:
-            g, c = (select(v, self.params, part) for v in (grad, constant))
-            start = None if self.direction is None else select(self.direction, self.params, part)
-            x, promised, solves = self._newton(ggn, part, g, c, start, len(parts))
-            solutions.append(x)
-            decrease += promised
-            results += solves
-        d = join(solutions, self.params, parts)
+            self._precondition(shares[0], record)
+        found = [self._newton(shares, part, grad, len(parts)) for part in parts]
+        self.direction = join([d for d, *_ in found], self.params, parts)
+        self.damping = math.exp(sum(math.log(damping) for _, _, damping, _ in found) / len(parts))
+        results = [result for *_, solves in found for result in solves]
         bad = [r.reason for r in results if r.reason in ("nonfinite", "indefinite")]
         record.update(
+            damping=self.damping,
             cg_iterations=sum(r.iterations for r in results),
-            products=ggn.products,
+            products=sum(ggn.products for ggn in shares),
             cg_reason=bad[0] if bad else "+".join(sorted({r.reason for r in results})),
         )
-        record["work"] += ggn.work * ggn.rows / len(idx)
-        self.direction = d
+        record["work"] = 1 + sum((ggn.work - 1) * ggn.rows for ggn in shares) / len(idx)
+        decrease = sum(promised for _, promised, *_ in found)
         trouble = f"no descent direction ({bad[0]})" if bad else ""
-        return Solution(loss, d, grad.dot(d).item(), decrease, trouble, record)
+        return Solution(loss, self.direction, grad.dot(self.direction).item(), decrease, trouble, record)
 
-    def _newton(self, ggn, part, g, c, start, n_parts):
-        """Newton's method for one part from d = 0, g the slope there: (d, m(0) − m(d), results of the
-        solves)."""
-
-        def matvec(v):
-            total = n_parts * self.cg_iters * self.newton_steps
-            self.progress("cg", min(ggn.products, total), total)
-            return ggn.matvec(v, part) + self._damp(v, part)
-
-        if ggn.offset is not None:  # another part's solve has moved the logits
-            ggn.shift(torch.zeros_like(g), part)
-        loss = objective = ggn.loss
+    def _newton(self, shares, part, grad, n_parts):
+        """Newton's method for one part: (d, m(0) − m(d), λ, results of the solves)."""
+        damping = self.damping
+        g = select(grad, self.params, part)
         d = torch.zeros_like(g)
-        slope = g
+        delta = None
+        if self.direction is not None:
+            d = self.MOMENTUM * select(self.direction, self.params, part)
         results = []
-        for _ in range(self.newton_steps):
-            results.append(cg(matvec, -slope, start, self._preconditioner(part), self.cg_iters))
+        for ggn in shares:
+            c = g - select(ggn.grad, self.params, part)
+            if delta is not None:
+                changes = ggn.changes(d, delta, self.LENGTHS, part, self.prox_linear)
+                changes = [m + t * c.dot(delta).item() for m, t in zip(changes, self.LENGTHS)]
+                t = self.LENGTHS[min(range(len(changes)), key=changes.__getitem__)]
+                d = d + t * delta
+                damping *= 0.7 if t == 1 else 1 / max(t, 0.25)
+            change, slope = ggn.expand(d, part, self.prox_linear)
+
+            def matvec(v):
+                total = n_parts * self.cg_iters * self.newton_steps
+                self.progress("cg", min(sum(ggn.products for ggn in shares), total), total)
+                return ggn.matvec(v, part) + damping * self._damp(v, part)
+
+            results.append(cg(matvec, -(slope + c), self._preconditioner(damping, part), self.cg_iters))
             delta = results[-1].x
-            start = None
-            if self.newton_steps == 1:  # CG's last value is ½ dᵀ(G + λM) d + gᵀd
-                damped = 0.5 * delta.dot(self._damp(delta, part)).item()
-                return delta, damped - results[-1].values[-1], results
-            for t in (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0):
-                moved = d + t * delta
-                ggn.shift(moved, part)
-                value = ggn.loss + c.dot(moved).item() + 0.5 * moved.dot(self._damp(moved, part)).item()
-                if value <= objective or t == 0:
-                    break
-            d = moved
-            objective = value
-            slope = ggn.grad + c + self._damp(moved, part)
-            if t == 0:
-                break
-        return d, loss - ggn.loss - c.dot(d).item(), results
+        damped = 0.5 * damping * delta.dot(self._damp(delta, part)).item()
+        change += c.dot(d).item() + results[-1].values[-1] - damped
+        return d + delta, -change, damping, results
 
     def _linearise(self, idx, targets):
-        """The curvature rows linearised, loss and gradient of the whole batch, and the record so far."""
+        """The rows of each Newton step linearised, and loss and gradient of the whole batch."""
         self.progress("linearise")
-        rows = math.ceil(self.curvature_frac * len(idx))
-        ggn = GGN(self.model, idx[:rows], targets[:rows], self.micro_batch, self.cache_gb)
-        loss = ggn.loss
-        grad = ggn.grad
-        work = 0.0
-        rest = (targets[rows:] != IGNORED).sum().item()
+        rows = max(1, int(self.curvature_frac * len(idx) / self.newton_steps))
+        used = min(self.newton_steps * rows, len(idx))
+        shares = [
+            GGN(self.model, x, y, self.micro_batch, self.cache_gb)
+            for x, y in pieces(idx[:used], targets[:used], rows)
+        ]
+        n = sum(ggn.n for ggn in shares)
+        loss = sum(ggn.loss * ggn.n for ggn in shares)
+        grad = sum(ggn.grad * ggn.n for ggn in shares)
+        rest = (targets[used:] != IGNORED).sum().item()
         if rest > 0:
-            weight = rest / (rest + ggn.n)
-            work = 1 - rows / len(idx)
-            rest_loss, rest_grad = batch_grad(self.model, idx[rows:], targets[rows:], self.micro_batch)
-            loss = (1 - weight) * loss + weight * rest_loss
-            grad = (1 - weight) * grad + weight * rest_grad
-        return ggn, loss, grad, {"work": work, "pieces": len(ggn.data), "pieces_kept": len(ggn.cache)}
+            rest_loss, rest_grad = batch_grad(self.model, idx[used:], targets[used:], self.micro_batch)
+            loss += rest * rest_loss
+            grad += rest * rest_grad
+        return shares, loss / (n + rest), grad / (n + rest)
 
     def _precondition(self, ggn, record):
-        """K-FAC factors from a quarter of G's rows."""
+        """K-FAC factors from the rows of a Newton step."""
         self.progress("kfac")
-        x, y = ggn.batch
-        rows = math.ceil(len(x) / 4)
-        self.kfac.update(x[:rows], y[:rows], self.micro_batch, self.generator)
+        self.kfac.update(*ggn.batch, self.micro_batch, self.generator)
         self.kfac.decompose()
+        means = self.kfac.apply(torch.ones_like(ggn.grad), lambda S: S.mean().expand_as(S))
+        self.scale = means.mean().item() + 1e-30
         record["repaired"] = self.kfac.repaired or None
-        ggn.work += 2 / 3 * rows / len(x)  # a forward, and a backward for the activations alone
+        ggn.work += 2 / 3  # a forward, and a backward for the activations alone
+
+    def metric(self, S):
+        """K-FAC's eigenvalues -> those of M; kept away from 0 where S is: tokens never seen."""
+        s = (self.scale * S.mean()).sqrt() + 1e-30
+        return s ** (1 - self.POWER) * (S + 0.01 * s) ** self.POWER
 
     def _damp(self, v, part):
-        """λM v."""
-        return self.damping * (self.kfac.apply(v, root, part) if self.kfac else v)
+        """M v."""
+        return self.kfac.apply(v, self.metric, part) if self.kfac else v
 
-    def _preconditioner(self, part):
+    def _preconditioner(self, damping, part):
         if self.kfac:
-            return lambda v: self.kfac.apply(v, lambda S: 1 / (S + self.damping * root(S)), part)
+            return lambda v: self.kfac.apply(v, lambda S: 1 / (S + damping * self.metric(S)), part)
 
     def adapt(self, rho, alpha):
-        self.damping = levenberg_marquardt(self.damping, rho, alpha, floor=self.floor)
+        self.damping = levenberg_marquardt(self.damping, rho, alpha)
+        self.direction = alpha * self.direction
 
     def forget(self):
         """After a rejected step: λ up, and what led nowhere must not lead there again."""
-        self.adapt(0.0, 0.0)
+        self.damping = levenberg_marquardt(self.damping, 0.0, 0.0)
         self.direction = None
 
     def state_dict(self):
@@ -385,11 +395,6 @@ class ConjugateGradients:
         if self.direction is not None:
             self.direction = self.direction.to(self.params[0].device)
         self.generator.set_state(state["generator"].cpu())
-
-
-def root(S):
-    """K-FAC's eigenvalues -> those of the damping; kept away from 0 where S is: tokens never seen."""
-    return (S + 1e-6).sqrt()
 
 
 def check_choice(name, value, choices):
@@ -548,23 +553,13 @@ class InnerSolver:
     def _expand_parts(self, x, y, v, parts, at_theta):
         """The same for several parts, each with the others at rest, all on one linearisation."""
         ggn = GGN(self.model, x, y)
-        loss = ggn.loss
-        at_zero = ggn.grad
         change = 0.0
         gradients = []
         for part in parts:
-            v_part = select(v, self.params, part)
-            g = select(at_zero, self.params, part)
-            if self.prox_linear:
-                ggn.shift(v_part, part)
-                change = change + ggn.loss - loss
-                g = ggn.grad
-            else:
-                Gv = ggn.matvec(v_part, part)
-                change = change + g.dot(v_part) + 0.5 * Gv.dot(v_part)
-                g = g + Gv
-            gradients.append(g)
-        return loss, change, gradients, at_zero, ggn.work
+            difference, gradient = ggn.expand(select(v, self.params, part), part, self.prox_linear)
+            change = change + difference
+            gradients.append(gradient)
+        return ggn.loss, change, gradients, ggn.grad, ggn.work
 
     def adapt(self, rho, alpha):
         """Nothing: a streaming optimizer has no λ."""
@@ -626,19 +621,16 @@ class CGResult(NamedTuple):
     values: list  # ½xᵀAx − bᵀx at every iterate, the start included: iterations + 1 floats
 
 
-def cg(matvec, b, x0=None, precond=None, max_iter=50, rtol=0.0):
+def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
     """Solve A x = b, A symmetric positive definite and given by matvec(v) = A v; equivalently minimise ½xᵀAx
     − bᵀx.
 
-    x0        start (default 0, which saves a product)
     precond   v -> M⁻¹v, M ≈ A symmetric positive definite
     rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; below machine epsilon: at that, which is all that the numbers
               resolve
 
-    Differs from the textbook in: 1. x0 is first scaled to its best multiple, (bᵀx0 / x0ᵀA x0) x0, since a
-    direction kept from an earlier system can begin uphill. 2. Trouble is a `reason`, not
-    an exception: on "indefinite" (pᵀAp <= 0, or a preconditioner that is not positive) or "nonfinite" x is
-    the last good iterate.
+    From x = 0. Trouble is a `reason`, not an exception: on "indefinite" (pᵀAp <= 0, or a preconditioner that
+    is not positive) or "nonfinite" x is the last good iterate.
     """
     x = torch.zeros_like(b)
     r = b.clone()
@@ -648,14 +640,7 @@ def cg(matvec, b, x0=None, precond=None, max_iter=50, rtol=0.0):
         return CGResult(x, 0, "nonfinite", [0.0])
     if bnorm == 0:
         return CGResult(x, 0, "zero", [0.0])
-    if x0 is not None and x0.any():
-        Ax0 = matvec(x0)
-        xAx = x0.dot(Ax0).item()
-        if 0 < xAx < math.inf:
-            scale = b.dot(x0).item() / xAx
-            x = scale * x0
-            r = b - scale * Ax0
-    values = [-0.5 * (x.dot(b) + x.dot(r)).item()]
+    values = [0.0]
     p = None
     rz = None
     for k in range(max_iter + 1):
@@ -718,18 +703,22 @@ def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
     return Search(*best, tries, kind if best[0] else "no decrease" if finite else "nonfinite")
 
 
-def levenberg_marquardt(damping, rho, alpha, raise_by=2.0, lower_by=0.4, floor=1e-8, ceiling=1e4):
+def levenberg_marquardt(damping, rho, alpha, floor=1e-8, ceiling=1e8):
     """The next λ. ρ, actual over predicted decrease at the step taken, near 1: the model was right, trust it
     further.
 
-    λ falls if ρ > 3/4 at (nearly) full length, and grows if ρ < 1/4 or the search had to cut the step below
-    0.4: a cut step can have ρ near 1 while the model was far off at the length it asked for. Martens (2010,
-    section 4.1) has factors 3/2 and 2/3, made for hundreds of steps; here a run has tens.
+    λ / α       if the search had to cut the step below 0.4, at most 16 λ: a cut step can have ρ near 1 while
+                the model was far off at the length it asked for
+    2 λ         if ρ < 1/4
+    0.4 λ       if ρ > 3/4 at (nearly) full length
+    Martens (2010, section 4.1) has factors 3/2 and 2/3, made for hundreds of steps; here a run has tens.
     """
-    if not rho >= 0.25 or alpha < 0.4:
-        damping *= raise_by
+    if alpha < 0.4:
+        damping /= max(alpha, 1 / 16)
+    elif not rho >= 0.25:
+        damping *= 2
     elif rho > 0.75 and alpha > 0.9:
-        damping *= lower_by
+        damping *= 0.4
     return min(max(damping, floor), ceiling)
 
 
@@ -806,21 +795,34 @@ class GGN:
         self.work += self._product_work(part)
         return reduce(out)[0]
 
-    def shift(self, v, part=None):
-        """Expand at v the loss of the linearised model, f¹(v) = L(z + Jv): from now on `loss`, `grad` and
-        `matvec`'s H are those of f¹ at v, while J stays (GN-prox-linear). With `part`, v moves those
-        parameters alone and `grad` is theirs."""
+    def expand(self, d, part=None, prox_linear=True):
+        """(m(d) − m(0), ∇m(d)) of the local model (see local_change), where d moves the parameters in `part`
+        alone and the gradient is theirs. From now on matvec's H is the one at z + J d, for GN at z; J stays."""
         part = self._part(part)
-        self.offset = (v, part)
-        self.loss = 0.0
-        self.grad = 0.0
-        for i, ((x, y), piece) in enumerate(zip(self.data, self._pieces())):
-            if i < len(self.cache):
-                self._shifted(piece, y)
-            self.loss += piece.loss / self.n
-            self.grad += piece.vjp(cross_entropy_grad(piece.probs, y, piece.divisor), part)
-        self.loss, self.grad = reduce_number(self.loss), reduce(self.grad)[0]
+        self.offset = None
+        change = 0.0
+        gradient = 0.0
+        for piece in self._pieces():
+            s = piece.jvp(d, part)
+            moved, w = local_change(piece.z.detach(), s, piece.y, self.n, prox_linear)
+            piece.move(s if prox_linear else 0.0)
+            change += moved.item()
+            gradient = gradient + piece.vjp(w, part)
+        self.offset = (d, part) if prox_linear else None
         self.work += self._product_work(part)
+        return reduce_number(change), reduce(gradient)[0]
+
+    def changes(self, d, delta, lengths, part=None, prox_linear=True):
+        """m(d + tδ) − m(0) for each t of `lengths`."""
+        part = self._part(part)
+        found = [0.0] * len(lengths)
+        for piece in self._pieces():
+            s = piece.jvp(d, part)
+            e = piece.jvp(delta, part)
+            for i, t in enumerate(lengths):
+                found[i] += local_change(piece.z.detach(), s + t * e, piece.y, self.n, prox_linear)[0].item()
+        self.work += self._product_work(part)
+        return [reduce_number(change) for change in found]
 
     def _part(self, part):
         return range(len(self.params)) if part is None else part
@@ -847,14 +849,10 @@ class GGN:
         """The linearised pieces: first those that were kept, then the others one by one."""
         yield from self.cache
         for x, y in self.data[len(self.cache) :]:
-            yield self._shifted(self._linearise(x, y), y)
-
-    def _shifted(self, piece, y):
-        if self.offset is not None:
-            z = piece.z.detach() + piece.jvp(*self.offset)
-            piece.loss = cross_entropy_sum(z, y).item()
-            piece.probs = torch.softmax(z, dim=-1)
-        return piece
+            piece = self._linearise(x, y)
+            if self.offset is not None:
+                piece.move(piece.jvp(*self.offset))
+            yield piece
 
     def _product_work(self, part):
         sizes = [p.numel() for p in self.params]
@@ -872,12 +870,17 @@ class Piece:
 
     def __init__(self, model, params, x, y, n):
         self.params = params
+        self.y = y
         self.divisor = per_token(y, n)
         with differentiable_attention(), torch.enable_grad():
             self.z = logits(model, x, y)
             self.probs = torch.softmax(self.z.detach(), dim=-1)
             self.u = cross_entropy_grad(self.probs, y, self.divisor).requires_grad_()
             self.g = derivative(self.z, params, self.u, create_graph=True, materialize_grads=False)
+
+    def move(self, s):
+        """H is the one at z + s from now on."""
+        self.probs = torch.softmax(self.z.detach() + s, dim=-1)
 
     def grad(self):
         return flatten(
@@ -923,18 +926,10 @@ def expand_once(model, theta, x, y, v, prox_linear, at_theta, double_backward=Fa
                 z, Jv = forward_ad.unpack_dual(logits(model, x, y))
     with torch.no_grad():
         n = (y != IGNORED).sum() if n is None else n
-        divisor = per_token(y, n)
         loss = cross_entropy_sum(z, y) / n
         Jv = torch.zeros_like(z) if Jv is None else Jv.detach()
-        probs = torch.softmax(z, dim=-1)
-        u = cross_entropy_grad(probs, y, divisor)
-        if prox_linear:
-            change = cross_entropy_sum(z + Jv, y) / n - loss
-            w = cross_entropy_grad(torch.softmax(z + Jv, dim=-1), y, divisor)
-        else:
-            HJv = cross_entropy_hvp(probs, Jv, divisor)
-            change = (Jv * (u + 0.5 * HJv)).sum()
-            w = u + HJv
+        change, w = local_change(z, Jv, y, n, prox_linear)
+        u = cross_entropy_grad(torch.softmax(z, dim=-1), y, per_token(y, n))
     return [loss, change, *derivative(z, theta, w), *(derivative(z, theta, u) if at_theta else ())]
 
 
@@ -950,6 +945,23 @@ def derivative(outputs, inputs, cotangents, **settings):
             "activation checkpointing does not go with Gauss-Newton, which differentiates a graph more "
             "than once: switch it off (micro_batch bounds the memory)"
         ) from e
+
+
+def local_change(z, s, y, n, prox_linear):
+    """The local model of the loss at logits z + s, (..., V): its change from z, and its derivative by s; sums
+    over tokens are divided by n.
+
+    prox-linear    L(z + s) − L(z)              ∂L/∂z at z + s
+    GN             ⟨u, s⟩ + ½ ⟨s, H s⟩          u + H s,        u = ∂L/∂z and H = ∂²L/∂z² at z
+    """
+    divisor = per_token(y, n)
+    if prox_linear:
+        change = (cross_entropy_sum(z + s, y) - cross_entropy_sum(z, y)) / n
+        return change, cross_entropy_grad(torch.softmax(z + s, dim=-1), y, divisor)
+    probs = torch.softmax(z, dim=-1)
+    u = cross_entropy_grad(probs, y, divisor)
+    Hs = cross_entropy_hvp(probs, s, divisor)
+    return (s * (u + 0.5 * Hs)).sum(), u + Hs
 
 
 def cross_entropy_hvp(probs, t, n):

@@ -2,7 +2,7 @@
 
     python train.py --opt full_gn                                # tiny GPT on Python's library, 4 minutes
     python train.py --opt layerwise_gn                           # with curvature inside each layer only
-    python train.py --opt full_gn --solver cg                    # solved by conjugate gradients
+    python train.py --opt full_gn --solver soap                  # solved by an optimizer: soap, muon, adamw
     python train.py --opt soap --batch_tokens 65536              # or adamw, adam, sgd, muon, kfac
     python train.py --opt adamw --steps 60 --out_dir out/warmup
     python train.py --opt full_gn --init_from out/warmup         # start from its weights
@@ -43,16 +43,13 @@ from gauss_newton import (SCHEDULES, ConjugateGradients, GaussNewton, InnerSolve
                           first_line)
 from model import GPT, PRESETS, GPTConfig
 
-# By kind of run: Gauss-Newton by a streaming optimizer or by CG, whose steps are few and large, and all else.
-# search_frac: share of the batch that the line search is on. After a streaming solve, ten steps on all of it
-# ended at 1.554 nats and on a sixteenth at 1.556; a candidate on all of it costs a fifth of the solve.
+# By kind of run: Gauss-Newton by CG or by a streaming optimizer, whose steps are few and large, and all else.
 DEFAULTS = {
-    "inner": dict(steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1, solver="soap",
-                  search_frac=1 / 16),
-    "cg": dict(steps=12, batch_tokens=131072, eval_interval=1, checkpoint_interval=1, solver="cg",
-               search_frac=1.0),
-    "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50, search_frac=0),
+    "cg": dict(steps=12, batch_tokens=262144, eval_interval=1, checkpoint_interval=1),
+    "inner": dict(steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1),
+    "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50),
 }
+SEARCH_FRAC = 1 / 16 # share of a batch that the line search has to itself
 MAX_REJECTIONS = 8   # in a row, before a run gives up
 # What --resume may change; every other setting is the stored run's.
 RESUMABLE = "resume out_dir data_dir steps target_loss sample threads device checkpoint_interval".split()
@@ -123,10 +120,10 @@ def build_parser():
 
     flag = p.heading("what to run")
     flag("--opt", "optimizer", ("full_gn", "layerwise_gn", *BASELINES), "full_gn")
-    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 10 for GN, 12 with --solver "
-         "cg, 300 for baselines)", count)
-    flag("--batch_tokens", "tokens per step, a multiple of the block size (default 1048576 for GN, 131072 "
-         "with --solver cg, 16384 for baselines)", count)
+    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 12 for GN, 10 with another "
+         "--solver than cg, 300 for baselines)", count)
+    flag("--batch_tokens", "tokens per step, a multiple of the block size (default 262144 for GN, 1048576 "
+         "with another --solver than cg, 16384 for baselines)", count)
     flag("--micro_batch", "sequences worked on at a time; changes memory and speed, not results (default: "
          "about 8192 tokens, more on a GPU)", count)
     flag("--seed", "of initialisation, batches and sampled labels", natural, 0)
@@ -152,25 +149,24 @@ def build_parser():
     flag("--tokenizer", "bytes (256 tokens) or gpt2 (50257)", TOKENIZERS, "bytes")
     flag("--data_dir", "where prepared data is kept", str, "data")
 
-    flag = p.heading("Gauss-Newton (full_gn, layerwise_gn)", "inner", "cg")
+    flag = p.heading("Gauss-Newton (full_gn, layerwise_gn)", "cg", "inner")
     flag("--local_model", "the loss to second order in the logits, or the loss itself on the linearised "
          "network", ("gn", "prox_linear"), "prox_linear")
-    flag("--solver", "what minimises the local model: conjugate gradients, or an optimizer that streams "
-         "over the batch (default soap; cg where one of its own flags is given)",
-         ("cg", "muon", "soap", "adamw"))
+    flag("--solver", "what minimises the local model: conjugate gradients, or, as in the paper, an optimizer "
+         "that streams over the batch", ("cg", "muon", "soap", "adamw"), "cg")
     flag("--line_search", "along each step: backtracking, the best of all candidates, or none",
          ("armijo", "grid", "none"), "armijo")
-    flag("--line_search_data", "search on the batch or on fresh tokens", ("same", "fresh"), "same")
+    flag("--line_search_data", "search on the last sixteenth of the batch, which the solver does not see, or on as many "
+         "fresh tokens", ("same", "fresh"), "same")
 
     flag = p.heading("Gauss-Newton with --solver cg", "cg")
-    flag("--damping", "λ at the start, adapted by Levenberg-Marquardt from then on", positive, 0.3)
-    flag("--cg_iters", "conjugate-gradient iterations per solve, at most", count, 8)
-    flag("--newton_steps", "prox_linear: Newton steps per outer step, each of --cg_iters iterations",
-         count, 4)
+    flag("--damping", "λ at the start, without a unit; each Newton step adapts it", positive, 3.0)
+    flag("--newton_steps", "Newton steps per outer step, each on rows of its own", count, 8)
+    flag("--cg_iters", "conjugate-gradient iterations per Newton step, at most", count, 6)
     flag("--precond", "preconditioner, and what λ multiplies: K-FAC and the square root of its curvature, "
          "or the identity for both", ("kfac", "none"), "kfac")
-    flag("--curvature_frac", "share of the batch that the GN matrix is made from; the gradient uses all of "
-         "it", number(1e-6, 1), 0.25)
+    flag("--curvature_frac", "share of the batch that the Newton steps divide among them; the gradient uses "
+         "all of it", number(1e-6, 1), 0.5)
 
     flag = p.heading("Gauss-Newton with --solver muon, soap or adamw", "inner")
     flag("--inner_tokens", "tokens per inner step, of which a batch gives batch_tokens / inner_tokens",
@@ -214,8 +210,7 @@ def resolve(argv):
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in argv}
     given = {key: kinds for key, kinds in parser.used_by.items() if f"--{key}" in words}
-    by_cg = args.solver == "cg" or (args.solver is None and ("cg",) in given.values())
-    args.kind = "baseline" if args.opt in BASELINES else "cg" if by_cg else "inner"
+    args.kind = "baseline" if args.opt in BASELINES else "cg" if args.solver == "cg" else "inner"
     for key, value in DEFAULTS[args.kind].items():
         if key not in given:
             setattr(args, key, value)
@@ -270,9 +265,9 @@ def check_shares(args, rows, val_rows):
     shared = [rows, val_rows]
     if args.kind == "inner":
         inner = args.inner_tokens * rows // args.batch_tokens
-        shared += [inner, rows % inner or inner, rows * args.search_frac]
-    elif args.kind == "cg":                             # K-FAC's factors are from a quarter of these
-        shared.append(rows * args.curvature_frac / 4)
+        shared += [inner, rows % inner or inner, rows * SEARCH_FRAC]
+    elif args.kind == "cg":
+        shared += [rows * args.curvature_frac // args.newton_steps or 1, rows * SEARCH_FRAC]
     elif args.opt == "kfac":
         shared.append(rows / 4)
     share(range(math.ceil(min(shared))))
@@ -298,7 +293,7 @@ def make_stepper(model, args, progress):
         solver = InnerSolver(model, args.solver, rows, args.inner_lr, args.local_model, args.inner_schedule,
                              args.inner_warmup, args.steps, args.inner_reset, args.compile)
     parts = model.layers() if args.opt == "layerwise_gn" else None
-    return GaussNewton(model, solver, parts, args.line_search, args.search_frac, args.micro_batch, progress)
+    return GaussNewton(model, solver, parts, args.line_search, SEARCH_FRAC, args.micro_batch, progress)
 
 
 class FirstOrder:
@@ -416,8 +411,8 @@ class Run:
         self.averaged = copy.deepcopy(self.model) if args.ema else self.model
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         self.search_rows = 0                            # of fresh data
-        if args.line_search_data == "fresh":
-            self.search_rows = math.ceil(args.search_frac * self.rows)
+        if args.line_search_data == "fresh" and args.kind != "baseline":
+            self.search_rows = math.ceil(SEARCH_FRAC * self.rows)
         args.micro_batch = args.micro_batch or default_micro_batch(self.model.config, args.device)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in self.stepper.params)
@@ -505,9 +500,7 @@ class Run:
         step = self.progress["step"]
         old = self.losses.get(step - 1)
         new = self.losses.get(step)
-        if self.search_rows:
-            record["actual_fresh"] = record["search_loss"] - record["search_loss0"]
-        elif old is not None and new is not None and not self.args.ema:
+        if old is not None and new is not None and not self.args.ema:
             record["actual_fresh"] = new - old
         if new is not None and record["actual"] is None:
             record["actual"] = batch_loss(self.model, *batch, self.args.micro_batch) - record["loss"]

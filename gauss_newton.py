@@ -213,33 +213,35 @@ class ConjugateGradients:
     """Hessian-free: minimise the local model m over each part's d, the others at rest, by Newton steps whose
     systems are solved by conjugate gradients.
 
-    Each Newton step has rows of the batch to itself. With their J, z and loss L, and g the slope at d = 0 on
-    the whole batch, g_k on these rows alone,
+    Each Newton step has rows of the batch to itself. With their J, z and loss L, g the slope at d = 0 on the
+    whole batch and g_k on these rows alone,
 
         m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd            prox-linear; for GN: see local_change
-        t      = argmin m_k(d + tδ), t = 1, ½, ..., 1/32, 0   δ: the last Newton step, made on other rows
+        t      = argmin m_k(d + tδ) over LENGTHS            δ: the last Newton step, made on other rows
         d      ← d + tδ
-        λ      ← 0.7 λ where t = 1, else λ/t, at most 4 λ
-        δ      ≈ −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)                  by preconditioned conjugate gradients
+        λ      ← LOWER λ where t = 1, else λ/t, at most 4 λ
+        δ      ≈ −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)                 by preconditioned conjugate gradients
 
-    so that λ is judged by tokens that no solve has seen, many times in an outer step. The last δ is taken
-    whole; the line search judges it with d.
+    so that λ and t are judged by tokens that no solve has seen, many times in an outer step. d begins at
+    MOMENTUM times the last outer step; the last δ is taken whole, and the line search judges it with d.
 
     local_model       "prox_linear": the loss itself on the linearised network.  "gn": to second order in z
     newton_steps      in an outer step
     cg_iters          conjugate-gradient iterations of each, at most
     damping           λ at the start, without a unit
-    precond           "kfac": K-FAC's K preconditions, and M = s^¾ K^¼, so that directions of large curvature,
-                      along which the linearisation fails first, are held back more; s, a scale, is the
-                      geometric mean of K's mean eigenvalue and the weight's own.  "none": M = I
+    precond           "kfac": K-FAC's K preconditions, and M = s^(1 − POWER) K^POWER, so that directions of
+                      large curvature, along which the linearisation fails first, are held back more, and λ
+                      has no unit; s is the geometric mean of K's mean eigenvalue and the weight's own.
+                      "none": M = I
     curvature_frac    share of the batch's rows that the Newton steps divide among them
     micro_batch       rows worked on at a time; cache_gb: see GGN
     seed              of the labels that K-FAC samples
     """
 
-    LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125, 0.0)
-    MOMENTUM = 0.5  # d starts at this times the last outer step
-    POWER = 0.25  # of K in M
+    LENGTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    LOWER = 0.5
+    POWER = 0.25
+    MOMENTUM = 0.5
 
     def __init__(
         self,
@@ -314,10 +316,10 @@ class ConjugateGradients:
             c = g - select(ggn.grad, self.params, part)
             if delta is not None:
                 changes = ggn.changes(d, delta, self.LENGTHS, part, self.prox_linear)
-                changes = [m + t * c.dot(delta).item() for m, t in zip(changes, self.LENGTHS)]
-                t = self.LENGTHS[min(range(len(changes)), key=changes.__getitem__)]
+                slope = c.dot(delta).item()
+                _, t = min((change + t * slope, t) for change, t in zip(changes, self.LENGTHS))
                 d = d + t * delta
-                damping *= 0.7 if t == 1 else 1 / max(t, 0.25)
+                damping *= self.LOWER if t == 1 else 1 / max(t, 0.25)
             change, slope = ggn.expand(d, part, self.prox_linear)
 
             def matvec(v):

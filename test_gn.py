@@ -849,11 +849,8 @@ def test_kfac_sees_what_multiplies_its_input():
         assert all(close(a, b) for a, b in zip(got[i], want[i], strict=True))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_hugging_face_models_train(name):
-    """GPT-2 (transposed weights, tied) and Llama (grouped queries, tied) with random weights: solvers lower
-    the loss at each step; K-FAC has factors for all of GPT-2's maps, and with it five iterations of CG get
-    further."""
+def hugging_face(name):
+    """A small GPT-2 or Llama with random weights; it returns logits."""
     hf = pytest.importorskip("transformers")
     sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, use_cache=False)
     config = hf.GPT2Config(**sizes)
@@ -861,15 +858,23 @@ def test_hugging_face_models_train(name):
         config = hf.LlamaConfig(
             intermediate_size=32, num_key_value_heads=2, tie_word_embeddings=True, **sizes
         )
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    model.register_forward_hook(lambda m, x, out: out.logits)
+    return model
 
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_hugging_face_models_train(name):
+    """GPT-2 (transposed weights, tied) and Llama (grouped queries, tied) with random weights: solvers lower
+    the loss at each step; K-FAC has factors for all of GPT-2's maps, and with it five iterations of CG get
+    further."""
     idx, _ = tokens(24, 12, 50)
     targets = (3 * idx + 1) % 50
     for inner in (True, False):
         torch.manual_seed(0)
-        model = hf.AutoModelForCausalLM.from_config(config).eval()
-        model.register_forward_hook(lambda m, x, out: out.logits)
+        model = hugging_face(name)
         solver = InnerSolver(model, "muon", rows=2) if inner else None
-        opt = GaussNewton(model, solver or gn.ConjugateGradients(model))
+        opt = GaussNewton(model, solver)
         losses = [opt.step(idx, targets)["loss"] for _ in range(3)]
         assert losses[0] > losses[1] > losses[2]
     if name == "gpt2":
@@ -882,6 +887,46 @@ def test_hugging_face_models_train(name):
             solved = cg(lambda v: ggn.matvec(v) + 1e-3 * v, -ggn.grad, precond=precond, max_iter=5)
             found.append(solved.values[-1])
         assert found[1] < found[0] < 0
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize("kind, scale", [("perceptron", 1), ("perceptron", 100), ("gpt2", 1), ("llama", 1)])
+def test_steps_start_anywhere(kind, scale):
+    """Five steps with nothing set, on five batches of a classification or a counting task, whatever the
+    inputs' scale: none is rejected, and the loss on other data is lower than by AdamW at the best of three
+    rates."""
+    torch.manual_seed(1)
+    centres = torch.randn(10, 16)
+
+    def batch(seed):
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "perceptron":
+            y = torch.randint(0, 10, (512,), generator=generator)
+            return scale * (centres[y] + torch.randn(512, 16, generator=generator)), y
+        x = torch.randint(0, 50, (128, 12), generator=generator)
+        return x, (3 * x + 1) % 50
+
+    def build():
+        torch.manual_seed(0)
+        return perceptron() if kind == "perceptron" else hugging_face(kind)
+
+    model = build()
+    opt = GaussNewton(model)
+    assert all(opt.step(*batch(seed))["accepted"] for seed in range(5))
+    adamw = []
+    for lr in (3e-3, 1e-2, 3e-2):
+        other = build()
+        adam = torch.optim.AdamW(other.parameters(), lr)
+        for seed in range(5):
+            x, y = batch(seed)
+            adam.zero_grad()
+            F.cross_entropy(other(x).flatten(0, -2), y.flatten()).backward()
+            adam.step()
+        adamw.append(batch_loss(other, *batch(9)))
+    assert batch_loss(model, *batch(9)) < min(adamw)
 
 
 def test_kfac_gives_a_packed_projection_factors():
@@ -1156,10 +1201,10 @@ def test_newton_steps_are_the_dense_ones(local_model, layerwise):
                     return loss - few.loss + (whole.g - few.g) @ v, g + whole.g - few.g, G
 
                 if delta is not None:
-                    t = min([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 0], key=lambda t: m(own + t * delta)[0])
+                    t = min([0, *(2**-i for i in range(6))], key=lambda t: m(own + t * delta)[0])
                     lengths.add(t)
                     own = own + t * delta
-                    damping *= 0.7 if t == 1 else 1 / max(t, 1 / 4)
+                    damping *= 0.5 if t == 1 else 1 / max(t, 1 / 4)
                 value, slope, G = m(own)
                 A = G[at][:, at] + damping * torch.eye(len(at))
                 delta = 0 * own

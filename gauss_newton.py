@@ -72,8 +72,8 @@ class GaussNewton:
                    old name
     parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
                    is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows (16 at least), which
-                   no Newton step has for its matrix, unless step() is given others
+    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows (16 at least), from
+                   which the solver makes no matrix, unless step() is given others
     micro_batch    rows worked on at a time
     progress       called as progress(what) or progress("cg", done, total) inside long steps
     """
@@ -216,7 +216,8 @@ class ConjugateGradients:
     Each Newton step has rows of the batch to itself. With their J, z and loss L, g the slope at d = 0 on the
     whole batch and g_k on these rows alone,
 
-        m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd            prox-linear; for GN: see local_change
+        m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd            prox-linear
+                 gᵀd + ½ dᵀG d                              GN
         t      = argmin m_k(d + tδ) over LENGTHS            δ: the last Newton step, made on other rows
         d      ← d + tδ
         λ      ← LOWER λ where t = 1, else λ/t, at most 4 λ
@@ -251,7 +252,7 @@ class ConjugateGradients:
         cg_iters=6,
         damping=3.0,
         precond="kfac",
-        curvature_frac=0.5,
+        curvature_frac=0.45,
         micro_batch=None,
         cache_gb=None,
         seed=0,
@@ -279,8 +280,6 @@ class ConjugateGradients:
         shares, loss, grad = self._linearise(idx, targets)
         record = {
             "work": 0.0,
-            "pieces": sum(len(ggn.data) for ggn in shares),
-            "pieces_kept": sum(len(ggn.cache) for ggn in shares),
             "grad_norm": grad.norm().item(),
         }
         if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
@@ -314,13 +313,13 @@ class ConjugateGradients:
         results = []
         for ggn in shares:
             c = g - select(ggn.grad, self.params, part)
-            if delta is not None:
-                changes = ggn.changes(d, delta, self.LENGTHS, part, self.prox_linear)
-                slope = c.dot(delta).item()
-                _, t = min((change + t * slope, t) for change, t in zip(changes, self.LENGTHS))
+            if delta is None:
+                change, slope = ggn.expand(d, part, self.prox_linear)
+            else:
+                along = c.dot(delta).item()
+                t, change, slope = ggn.search(d, delta, self.LENGTHS, along, part, self.prox_linear)
                 d = d + t * delta
                 damping *= self.LOWER if t == 1 else 1 / max(t, 0.25)
-            change, slope = ggn.expand(d, part, self.prox_linear)
 
             def matvec(v):
                 total = n_parts * self.cg_iters * self.newton_steps
@@ -797,34 +796,44 @@ class GGN:
         self.work += self._product_work(part)
         return reduce(out)[0]
 
-    def expand(self, d, part=None, prox_linear=True):
+    def expand(self, d, part=None, prox_linear=False):
         """(m(d) − m(0), ∇m(d)) of the local model (see local_change), where d moves the parameters in `part`
-        alone and the gradient is theirs. From now on matvec's H is the one at z + J d, for GN at z; J stays."""
+        alone and the gradient is theirs. From now on matvec's H is the one at z + J d, for GN at z; J stays.
+        """
+        _, change, gradient = self.search(d, None, [0.0], 0.0, part, prox_linear)
+        return change, gradient
+
+    def search(self, d, delta, lengths, slope, part=None, prox_linear=False):
+        """t of `lengths` with the least m(d + tδ) + t slope, and what `expand` does and gives at d + tδ."""
         part = self._part(part)
         self.offset = None
+        totals = [0.0] * len(lengths)
+        kept = []  # J d and J δ of the pieces that were kept
+        t = lengths[0]
+        if len(lengths) > 1:
+            for i, piece in enumerate(self._pieces()):
+                Jd = piece.jvp(d, part)
+                Jdelta = piece.jvp(delta, part)
+                for j, t in enumerate(lengths):
+                    totals[j] += local_change(
+                        piece.z.detach(), Jd + t * Jdelta, piece.y, self.n, prox_linear
+                    )[0]
+                if i < len(self.cache):
+                    kept.append((Jd, Jdelta))
+            _, t = min((reduce_number(m.item()) + t * slope, t) for m, t in zip(totals, lengths))
+            d = d + t * delta
         change = 0.0
         gradient = 0.0
-        for piece in self._pieces():
-            s = piece.jvp(d, part)
+        for i, piece in enumerate(self._pieces()):
+            s = kept[i][0] + t * kept[i][1] if i < len(kept) else piece.jvp(d, part)
             moved, w = local_change(piece.z.detach(), s, piece.y, self.n, prox_linear)
             piece.move(s if prox_linear else 0.0)
             change += moved.item()
             gradient = gradient + piece.vjp(w, part)
         self.offset = (d, part) if prox_linear else None
-        self.work += self._product_work(part)
-        return reduce_number(change), reduce(gradient)[0]
-
-    def changes(self, d, delta, lengths, part=None, prox_linear=True):
-        """m(d + tδ) − m(0) for each t of `lengths`."""
-        part = self._part(part)
-        found = [0.0] * len(lengths)
-        for piece in self._pieces():
-            s = piece.jvp(d, part)
-            e = piece.jvp(delta, part)
-            for i, t in enumerate(lengths):
-                found[i] += local_change(piece.z.detach(), s + t * e, piece.y, self.n, prox_linear)[0].item()
-        self.work += self._product_work(part)
-        return [reduce_number(change) for change in found]
+        passes = 1 if len(lengths) == 1 else 1.5 if len(kept) == len(self.data) else 2
+        self.work += passes * self._product_work(part)
+        return t, reduce_number(change), reduce(gradient)[0]
 
     def _part(self, part):
         return range(len(self.params)) if part is None else part

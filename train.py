@@ -49,8 +49,8 @@ DEFAULTS = {
     "inner": dict(steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1),
     "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50),
 }
-SEARCH_FRAC = 1 / 16 # share of a batch that the line search has to itself
-MAX_REJECTIONS = 8   # in a row, before a run gives up
+SEARCH_FRAC = 1 / 16     # share of a batch that the line search is on
+MAX_REJECTIONS = 8       # in a row, before a run gives up
 # What --resume may change; every other setting is the stored run's.
 RESUMABLE = "resume out_dir data_dir steps target_loss sample threads device checkpoint_interval".split()
 
@@ -156,8 +156,8 @@ def build_parser():
          "that streams over the batch", ("cg", "muon", "soap", "adamw"), "cg")
     flag("--line_search", "along each step: backtracking, the best of all candidates, or none",
          ("armijo", "grid", "none"), "armijo")
-    flag("--line_search_data", "search on the last sixteenth of the batch, which the solver does not see, or on as many "
-         "fresh tokens", ("same", "fresh"), "same")
+    flag("--line_search_data", "search on the last sixteenth of the batch or on as many fresh tokens",
+         ("same", "fresh"), "same")
 
     flag = p.heading("Gauss-Newton with --solver cg", "cg")
     flag("--damping", "λ at the start, without a unit; each Newton step adapts it", positive, 3.0)
@@ -166,7 +166,7 @@ def build_parser():
     flag("--precond", "preconditioner, and what λ multiplies: K-FAC and the square root of its curvature, "
          "or the identity for both", ("kfac", "none"), "kfac")
     flag("--curvature_frac", "share of the batch that the Newton steps divide among them; the gradient uses "
-         "all of it", number(1e-6, 1), 0.5)
+         "all of it", number(1e-6, 1), 0.45)
 
     flag = p.heading("Gauss-Newton with --solver muon, soap or adamw", "inner")
     flag("--inner_tokens", "tokens per inner step, of which a batch gives batch_tokens / inner_tokens",

@@ -252,7 +252,7 @@ class ConjugateGradients:
         cg_iters=6,
         damping=3.0,
         precond="kfac",
-        curvature_frac=0.45,
+        curvature_frac=0.4,
         micro_batch=None,
         cache_gb=None,
         seed=0,

@@ -8,7 +8,7 @@ optimization"):
                    m(d) = L + gᵀd + ½ dᵀG d,   g = Jᵀ ∂L/∂z,   G = Jᵀ H J,   H = ∂²L/∂z² = (diag(p) − ppᵀ) / N
     2. solve       d ≈ argmin m(d), by a solver: ConjugateGradients, or the paper's InnerSolver
     3. search      f(θ + αd) over α; α = 0 when nothing is better
-    4. update      θ ← θ + αd, and the solver's λ by the ratio of actual to predicted decrease
+    4. update      θ ← θ + αd; the solver adapts its λ
 
 Any nn.Module will do whose forward(inputs) gives logits (..., classes):
 
@@ -72,8 +72,8 @@ class GaussNewton:
                    old name
     parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
                    is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows (16 at least), from
-                   which the solver makes no matrix, unless step() is given others
+    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows (16 at least), of
+                   which at the default curvature_frac no Newton step has any, unless step() is given others
     micro_batch    rows worked on at a time
     progress       called as progress(what) or progress("cg", done, total) inside long steps
     """
@@ -110,7 +110,8 @@ class GaussNewton:
         """One outer step on a batch, inputs (B, ...) and int64 classes (B, ...); returns its record, a flat
         dict.
 
-        search    (idx, targets) of other data for the line search; default: the batch itself.
+        search    (idx, targets) of other data for the line search; default: the batch's last rows.
+        Rows are in random order: some stand for all, in the search, in Newton steps and for K-FAC.
         A loss, gradient or product that is not finite, an indefinite product, or a search without a decrease
         rejects the step: parameters stay bitwise as they were, and record["reason"] says why ("" when all
         went well). Inside torch.autocast the model alone works in short numbers.
@@ -118,7 +119,7 @@ class GaussNewton:
         idx, targets = counted_rows(idx, check_targets(idx, targets)[0])
         self._check_parameters()
         theta = [p.detach().clone() for p in self.params]
-        rows = max(16, math.ceil(self.search_frac * len(idx)))
+        rows = search_rows(len(idx), self.search_frac)
         x, y = search or (idx[-rows:], targets[-rows:])
         accepted = False
         try:
@@ -201,6 +202,11 @@ class GaussNewton:
         self.rejections = state["rejections"]
 
 
+def search_rows(rows, frac):
+    """How many of a batch's rows the line search is on: a share, but 16 at least."""
+    return min(rows, max(16, math.ceil(frac * rows)))
+
+
 def no_progress(what, done=0, total=0):
     pass
 
@@ -223,13 +229,14 @@ class ConjugateGradients:
         λ      ← LOWER λ where t = 1, else λ/t, at most 4 λ
         δ      ≈ −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)                 by preconditioned conjugate gradients
 
-    so that λ and t are judged by tokens that no solve has seen, many times in an outer step. d begins at
-    MOMENTUM times the last outer step; the last δ is taken whole, and the line search judges it with d.
+    so that λ and t are judged by rows from which δ was not made, many times in an outer step. d begins at
+    MOMENTUM times the last outer step, and the first Newton step there; the last δ is taken whole: the line
+    search judges it with d, and changes λ once more (levenberg_marquardt).
 
     local_model       "prox_linear": the loss itself on the linearised network.  "gn": to second order in z
     newton_steps      in an outer step
     cg_iters          conjugate-gradient iterations of each, at most
-    damping           λ at the start, without a unit
+    damping           λ at the start; with K-FAC it has no unit
     precond           "kfac": K-FAC's K preconditions, and M = s^(1 − POWER) K^POWER, so that directions of
                       large curvature, along which the linearisation fails first, are held back more, and λ
                       has no unit; s is the geometric mean of K's mean eigenvalue and the weight's own.
@@ -273,34 +280,34 @@ class ConjugateGradients:
         self.micro_batch = micro_batch
         self.cache_gb = cache_gb
         self.progress = no_progress
+        self.scale = 1.0  # mean eigenvalue of K
         self.direction = None  # of the last outer step, at the length that was taken
         self.generator = torch.Generator(device=self.params[0].device).manual_seed(seed)
 
     def solve(self, parts, idx, targets):
         shares, loss, grad = self._linearise(idx, targets)
-        record = {
-            "work": 0.0,
-            "grad_norm": grad.norm().item(),
-        }
+        record = {"work": 1.0, "grad_norm": grad.norm().item()}
         if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
             self._precondition(shares[0], record)
-        found = [self._newton(shares, part, grad, len(parts)) for part in parts]
-        self.direction = join([d for d, *_ in found], self.params, parts)
-        self.damping = math.exp(sum(math.log(damping) for _, _, damping, _ in found) / len(parts))
-        results = [result for *_, solves in found for result in solves]
-        bad = [r.reason for r in results if r.reason in ("nonfinite", "indefinite")]
+        found = (self._newton(shares, part, grad, len(parts)) for part in parts)
+        directions, decreases, dampings, solves = zip(*found)
+        self.direction = join(directions, self.params, parts)
+        self.damping = math.prod(dampings) ** (1 / len(parts))
+        results = sum(solves, [])
+        reasons = {r.reason for r in results}
+        bad = sorted(reasons & {"nonfinite", "indefinite"})
         record.update(
             damping=self.damping,
             cg_iterations=sum(r.iterations for r in results),
             products=sum(ggn.products for ggn in shares),
-            cg_reason=bad[0] if bad else "+".join(sorted({r.reason for r in results})),
+            cg_reason="+".join(bad or sorted(reasons)),
         )
         record["work"] = 1 + sum((ggn.work - 1) * ggn.rows for ggn in shares) / len(idx)
-        decrease = sum(promised for _, promised, *_ in found)
         trouble = f"no descent direction ({bad[0]})" if bad else ""
-        return Solution(loss, self.direction, grad.dot(self.direction).item(), decrease, trouble, record)
+        d = self.direction
+        return Solution(loss, d, grad.dot(d).item(), sum(decreases), trouble, record)
 
     def _newton(self, shares, part, grad, n_parts):
         """Newton's method for one part: (d, m(0) − m(d), λ, results of the solves)."""
@@ -319,7 +326,7 @@ class ConjugateGradients:
                 along = c.dot(delta).item()
                 t, change, slope = ggn.search(d, delta, self.LENGTHS, along, part, self.prox_linear)
                 d = d + t * delta
-                damping *= self.LOWER if t == 1 else 1 / max(t, 0.25)
+                damping = bounded(damping * (self.LOWER if t == 1 else 1 / max(t, 0.25)))
 
             def matvec(v):
                 total = n_parts * self.cg_iters * self.newton_steps
@@ -337,8 +344,9 @@ class ConjugateGradients:
         self.progress("linearise")
         rows = max(1, int(self.curvature_frac * len(idx) / self.newton_steps))
         used = min(self.newton_steps * rows, len(idx))
+        room = 0.4e-9 * free_memory(idx.device) if self.cache_gb is None else self.cache_gb
         shares = [
-            GGN(self.model, x, y, self.micro_batch, self.cache_gb)
+            GGN(self.model, x, y, self.micro_batch, room / self.newton_steps)
             for x, y in pieces(idx[:used], targets[:used], rows)
         ]
         n = sum(ggn.n for ggn in shares)
@@ -363,7 +371,7 @@ class ConjugateGradients:
 
     def metric(self, S):
         """K-FAC's eigenvalues -> those of M; kept away from 0 where S is: tokens never seen."""
-        s = (self.scale * S.mean()).sqrt() + 1e-30
+        s = (self.scale * (S.mean() + 1e-6 * self.scale)).sqrt()
         return s ** (1 - self.POWER) * (S + 0.01 * s) ** self.POWER
 
     def _damp(self, v, part):
@@ -704,7 +712,11 @@ def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
     return Search(*best, tries, kind if best[0] else "no decrease" if finite else "nonfinite")
 
 
-def levenberg_marquardt(damping, rho, alpha, floor=1e-8, ceiling=1e8):
+def bounded(damping):
+    return min(max(damping, 1e-8), 1e8)
+
+
+def levenberg_marquardt(damping, rho, alpha):
     """The next λ. ρ, actual over predicted decrease at the step taken, near 1: the model was right, trust it
     further.
 
@@ -720,7 +732,7 @@ def levenberg_marquardt(damping, rho, alpha, floor=1e-8, ceiling=1e8):
         damping *= 2
     elif rho > 0.75 and alpha > 0.9:
         damping *= 0.4
-    return min(max(damping, floor), ceiling)
+    return bounded(damping)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -804,20 +816,20 @@ class GGN:
         return change, gradient
 
     def search(self, d, delta, lengths, slope, part=None, prox_linear=False):
-        """t of `lengths` with the least m(d + tδ) + t slope, and what `expand` does and gives at d + tδ."""
+        """Expand at d + tδ, where t is the one of `lengths` with the least m(d + tδ) + t slope: (t, what
+        `expand` returns)."""
         part = self._part(part)
         self.offset = None
-        totals = [0.0] * len(lengths)
+        totals = [0.0] * len(lengths)  # of m
         kept = []  # J d and J δ of the pieces that were kept
         t = lengths[0]
         if len(lengths) > 1:
             for i, piece in enumerate(self._pieces()):
                 Jd = piece.jvp(d, part)
                 Jdelta = piece.jvp(delta, part)
-                for j, t in enumerate(lengths):
-                    totals[j] += local_change(
-                        piece.z.detach(), Jd + t * Jdelta, piece.y, self.n, prox_linear
-                    )[0]
+                for j, length in enumerate(lengths):
+                    s = Jd + length * Jdelta
+                    totals[j] += local_change(piece.z.detach(), s, piece.y, self.n, prox_linear, False)[0]
                 if i < len(self.cache):
                     kept.append((Jd, Jdelta))
             _, t = min((reduce_number(m.item()) + t * slope, t) for m, t in zip(totals, lengths))
@@ -831,8 +843,7 @@ class GGN:
             change += moved.item()
             gradient = gradient + piece.vjp(w, part)
         self.offset = (d, part) if prox_linear else None
-        passes = 1 if len(lengths) == 1 else 1.5 if len(kept) == len(self.data) else 2
-        self.work += passes * self._product_work(part)
+        self.work += (1.5 if kept else 1.0) * self._product_work(part)
         return t, reduce_number(change), reduce(gradient)[0]
 
     def _part(self, part):
@@ -958,9 +969,9 @@ def derivative(outputs, inputs, cotangents, **settings):
         ) from e
 
 
-def local_change(z, s, y, n, prox_linear):
-    """The local model of the loss at logits z + s, (..., V): its change from z, and its derivative by s; sums
-    over tokens are divided by n.
+def local_change(z, s, y, n, prox_linear, differentiate=True):
+    """The local model of the loss at logits z + s, (..., V): its change from z, and its derivative by s (or
+    None); sums over tokens are divided by n.
 
     prox-linear    L(z + s) − L(z)              ∂L/∂z at z + s
     GN             ⟨u, s⟩ + ½ ⟨s, H s⟩          u + H s,        u = ∂L/∂z and H = ∂²L/∂z² at z
@@ -968,6 +979,8 @@ def local_change(z, s, y, n, prox_linear):
     divisor = per_token(y, n)
     if prox_linear:
         change = (cross_entropy_sum(z + s, y) - cross_entropy_sum(z, y)) / n
+        if not differentiate:
+            return change, None
         return change, cross_entropy_grad(torch.softmax(z + s, dim=-1), y, divisor)
     probs = torch.softmax(z, dim=-1)
     u = cross_entropy_grad(probs, y, divisor)

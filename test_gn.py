@@ -1416,10 +1416,9 @@ def test_line_search_follows_its_rules(kind, losses, i, reason):
 )
 def test_levenberg_marquardt_moves_as_documented(rho, alpha, want):
     """λ × 0.4 if ρ > 3/4 at nearly full length, × 2 if ρ < 1/4 (or no number), λ / α if α < 0.4, at most 16
-    λ, else unchanged; between floor and ceiling."""
+    λ, else unchanged; never above 1e8."""
     assert math.isclose(gn.levenberg_marquardt(3.0, rho, alpha), want)
-    bounded = gn.levenberg_marquardt(3.0, rho, alpha, floor=2.9, ceiling=3.1)
-    assert bounded == min(max(want, 2.9), 3.1)
+    assert gn.levenberg_marquardt(1e8, 0.0, 0.0) == 1e8
 
 
 # ---- the linearised batch ----
@@ -1775,8 +1774,8 @@ def test_compiled_equals_eager(monkeypatch):
 # ---- trainer ----
 
 SMALL = "--n_layer 1 --n_embd 8 --block_size 16 --batch_tokens 512 --eval_tokens 512 --eval_interval 1"
-CG = "--opt full_gn --solver cg --cg_iters 3 --newton_steps 2"
-INNER = "--opt layerwise_gn --inner_tokens 128"
+CG = "--opt full_gn --cg_iters 3 --newton_steps 2"
+INNER = "--opt layerwise_gn --solver soap --inner_tokens 128"
 METHODS = [CG, INNER, *(f"--opt {name}" for name in BASELINES)]
 TEXT = argparse.__file__  # 100 kB of Python
 CLOCKS = ("seconds", "step_seconds", "peak_memory_mb")
@@ -1884,7 +1883,7 @@ def test_a_row_says_what_the_step_did(go, flags, data_dir, capsys):
     whole = get_batch(train_tokens, 16, 32, 0, 1)
     searched = [t[-16:] for t in whole] if "gn" in flags else whole
     if "fresh" in flags:
-        searched = get_batch(train_tokens, 16, 2, 0, 1, stream=2)
+        searched = get_batch(train_tokens, 16, 16, 0, 1, stream=2)
     model.load_state_dict(after["model"])
     theta = theta_of(model)
     end = batch_loss(model, *searched)
@@ -2140,7 +2139,7 @@ def test_random_flags_run_or_are_refused(go, capsys):
     | --damping inf
     | --curvature_frac 1.5 | --ema 1 | --betas 0.9 1.0 | --betas 0.9 | --seed 99999999999999999999999
     | --init_from missing | --resume --out_dir missing | --out_dir taken/x | --out_dir taken
-    | --inner_tokens 100 | --shards 2000 --data c4""".split("|"),
+    | --solver soap --inner_tokens 100 | --shards 2000 --data c4""".split("|"),
 )
 def test_bad_setting_is_one_line(go, flags, capsys, data_dir):
     """Status 2, one line on stderr that says what is wrong, nothing on stdout, and nothing created."""

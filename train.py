@@ -40,7 +40,7 @@ from baselines import (BASELINES, DEFAULT_LR, assign, flatten, lr_schedule, make
                        reduce_number, share, trainable, unflatten)
 from data import TOKENIZERS, get_batch, prepare, val_batch
 from gauss_newton import (SCHEDULES, ConjugateGradients, GaussNewton, InnerSolver, batch_grad, batch_loss,
-                          first_line)
+                          first_line, search_rows)
 from model import GPT, PRESETS, GPTConfig
 
 # By kind of run: Gauss-Newton by CG or by a streaming optimizer, whose steps are few and large, and all else.
@@ -160,11 +160,11 @@ def build_parser():
          ("same", "fresh"), "same")
 
     flag = p.heading("Gauss-Newton with --solver cg", "cg")
-    flag("--damping", "λ at the start, without a unit; each Newton step adapts it", positive, 3.0)
+    flag("--damping", "λ at the start; each Newton step adapts it", positive, 3.0)
     flag("--newton_steps", "Newton steps per outer step, each on rows of its own", count, 8)
     flag("--cg_iters", "conjugate-gradient iterations per Newton step, at most", count, 6)
-    flag("--precond", "preconditioner, and what λ multiplies: K-FAC and the square root of its curvature, "
-         "or the identity for both", ("kfac", "none"), "kfac")
+    flag("--precond", "preconditioner, and what λ multiplies: K-FAC and a power of its curvature, or the "
+         "identity for both", ("kfac", "none"), "kfac")
     flag("--curvature_frac", "share of the batch that the Newton steps divide among them; the gradient uses "
          "all of it", number(1e-6, 1), 0.4)
 
@@ -265,9 +265,9 @@ def check_shares(args, rows, val_rows):
     shared = [rows, val_rows]
     if args.kind == "inner":
         inner = args.inner_tokens * rows // args.batch_tokens
-        shared += [inner, rows % inner or inner, rows * SEARCH_FRAC]
+        shared += [inner, rows % inner or inner, search_rows(rows, SEARCH_FRAC)]
     elif args.kind == "cg":
-        shared += [rows * args.curvature_frac // args.newton_steps or 1, rows * SEARCH_FRAC]
+        shared += [rows * args.curvature_frac // args.newton_steps or 1, search_rows(rows, SEARCH_FRAC)]
     elif args.opt == "kfac":
         shared.append(rows / 4)
     share(range(math.ceil(min(shared))))
@@ -412,7 +412,7 @@ class Run:
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         self.search_rows = 0                            # of fresh data
         if args.line_search_data == "fresh" and args.kind != "baseline":
-            self.search_rows = math.ceil(SEARCH_FRAC * self.rows)
+            self.search_rows = search_rows(self.rows, SEARCH_FRAC)
         args.micro_batch = args.micro_batch or default_micro_batch(self.model.config, args.device)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in self.stepper.params)
@@ -633,7 +633,7 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------------------
 # The log and checkpoints
 
-FORMAT = 4   # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
+FORMAT = 5   # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
 
 
 def lines_until(path, step):

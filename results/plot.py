@@ -1,6 +1,6 @@
 """Pictures, by matplotlib.
 
-    python results/plot.py                 # loss.svg, batch.svg and ablations.svg of the study
+    python results/plot.py                 # loss.svg, batch.svg, exactness.svg, ablations.svg
     python results/plot.py out/a out/b     # any runs: what each took to each loss, and a picture, loss.svg
 """
 import argparse
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from study import HERE, read_log, read_records
-from tables import best_steps, grouped
+from tables import best_steps, exactness, grouped
 
 LOSS = "validation loss, nats per token"
 
@@ -78,6 +78,16 @@ def study(records, folder):
     plain_numbers(axis.yaxis)
     axis.legend()
     save(figure, folder / "batch.svg")
+
+    figure, axis = subplots(figsize=(6.5, 4))
+    curves = {share: [list(found.values())] for share, found in exactness(records).items()}
+    for name in ("full GN, inner SOAP", "full GN, inner Muon"):
+        curves[name] = [[(run["gradients"] / run["ran"], run["curve"][0][1] - run["curve"][1][1])
+                         for _, run in grouped("steep", records)[name]]]
+    draw(axis, curves, dict(zip(curves, COLOURS)), "work of one step, gradients of a million tokens", marker="o")
+    axis.set(ylabel="fall of the validation loss")
+    axis.legend()
+    save(figure, folder / "exactness.svg")
 
     groups = grouped("ablation", records)
     figure, panels = subplots(1, len(groups), figsize=(15, 4.5))

@@ -259,7 +259,7 @@ class ConjugateGradients:
         cg_iters=6,
         damping=3.0,
         precond="kfac",
-        curvature_frac=0.4,
+        curvature_frac=0.5,
         micro_batch=None,
         cache_gb=None,
         seed=0,
@@ -344,7 +344,7 @@ class ConjugateGradients:
         self.progress("linearise")
         rows = max(1, int(self.curvature_frac * len(idx) / self.newton_steps))
         used = min(self.newton_steps * rows, len(idx))
-        room = 0.4e-9 * free_memory(idx.device) if self.cache_gb is None else self.cache_gb
+        room = 0.7e-9 * free_memory(idx.device) if self.cache_gb is None else self.cache_gb
         shares = [
             GGN(self.model, x, y, self.micro_batch, room / self.newton_steps)
             for x, y in pieces(idx[:used], targets[:used], rows)

@@ -166,7 +166,7 @@ def build_parser():
     flag("--precond", "preconditioner, and what λ multiplies: K-FAC and a power of its curvature, or the "
          "identity for both", ("kfac", "none"), "kfac")
     flag("--curvature_frac", "share of the batch that the Newton steps divide among them; the gradient uses "
-         "all of it", number(1e-6, 1), 0.4)
+         "all of it", number(1e-6, 1), 0.5)
 
     flag = p.heading("Gauss-Newton with --solver muon, soap or adamw", "inner")
     flag("--inner_tokens", "tokens per inner step, of which a batch gives batch_tokens / inner_tokens",

@@ -45,7 +45,7 @@ from model import GPT, PRESETS, GPTConfig
 
 # By kind of run: Gauss-Newton by CG or by a streaming optimizer, whose steps are few and large, and all else.
 DEFAULTS = {
-    "cg": dict(steps=12, batch_tokens=262144, eval_interval=1, checkpoint_interval=1),
+    "cg": dict(steps=15, batch_tokens=262144, eval_interval=1, checkpoint_interval=1),
     "inner": dict(steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1),
     "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50),
 }
@@ -120,7 +120,7 @@ def build_parser():
 
     flag = p.heading("what to run")
     flag("--opt", "optimizer", ("full_gn", "layerwise_gn", *BASELINES), "full_gn")
-    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 12 for GN, 10 with another "
+    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 15 for GN, 10 with another "
          "--solver than cg, 300 for baselines)", count)
     flag("--batch_tokens", "tokens per step, a multiple of the block size (default 262144 for GN, 1048576 "
          "with another --solver than cg, 16384 for baselines)", count)

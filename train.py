@@ -40,7 +40,7 @@ from baselines import (BASELINES, DEFAULT_LR, assign, flatten, lr_schedule, make
                        reduce_number, share, trainable, unflatten)
 from data import TOKENIZERS, get_batch, prepare, val_batch
 from gauss_newton import (SCHEDULES, ConjugateGradients, GaussNewton, InnerSolver, batch_grad, batch_loss,
-                          first_line, search_rows)
+                          first_line, some_rows)
 from model import GPT, PRESETS, GPTConfig
 
 # By kind of run: Gauss-Newton by CG or by a streaming optimizer, whose steps are few and large, and all else.
@@ -265,9 +265,9 @@ def check_shares(args, rows, val_rows):
     shared = [rows, val_rows]
     if args.kind == "inner":
         inner = args.inner_tokens * rows // args.batch_tokens
-        shared += [inner, rows % inner or inner, search_rows(rows, SEARCH_FRAC)]
+        shared += [inner, rows % inner or inner, some_rows(rows, SEARCH_FRAC)]
     elif args.kind == "cg":
-        shared += [rows * args.curvature_frac // args.newton_steps or 1, search_rows(rows, SEARCH_FRAC)]
+        shared += [some_rows(rows, args.curvature_frac / args.newton_steps), some_rows(rows, SEARCH_FRAC)]
     elif args.opt == "kfac":
         shared.append(rows / 4)
     share(range(math.ceil(min(shared))))
@@ -412,7 +412,7 @@ class Run:
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         self.search_rows = 0                            # of fresh data
         if args.line_search_data == "fresh" and args.kind != "baseline":
-            self.search_rows = search_rows(self.rows, SEARCH_FRAC)
+            self.search_rows = some_rows(self.rows, SEARCH_FRAC)
         args.micro_batch = args.micro_batch or default_micro_batch(self.model.config, args.device)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in self.stepper.params)

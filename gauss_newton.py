@@ -72,7 +72,7 @@ class GaussNewton:
                    old name
     parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
                    is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows (32 at least), of
+    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows, of
                    which at the default curvature_frac no Newton step has any, unless step() is given others
     micro_batch    rows worked on at a time
     progress       called as progress(what) or progress("cg", done, total) inside long steps
@@ -119,7 +119,7 @@ class GaussNewton:
         idx, targets = counted_rows(idx, check_targets(idx, targets)[0])
         self._check_parameters()
         theta = [p.detach().clone() for p in self.params]
-        rows = some_rows(len(idx), self.search_frac)
+        rows = some_rows(targets, self.search_frac)
         x, y = search or (idx[-rows:], targets[-rows:])
         accepted = False
         try:
@@ -202,9 +202,9 @@ class GaussNewton:
         self.rejections = state["rejections"]
 
 
-def some_rows(rows, frac):
-    """How many rows stand for a batch of so many: a share of them, but 32 at least, or all of fewer."""
-    return min(rows, max(32, int(frac * rows)))
+def some_rows(targets, frac):
+    """How many rows stand for a batch: a share of them, but 32 targets at least, or all of fewer."""
+    return min(len(targets), max(math.ceil(32 / targets[0].numel()), int(frac * len(targets))))
 
 
 def no_progress(what, done=0, total=0):
@@ -234,7 +234,7 @@ class ConjugateGradients:
     search judges it with d, and changes λ once more (levenberg_marquardt).
 
     local_model       "prox_linear": the loss itself on the linearised network.  "gn": to second order in z
-    newton_steps      in an outer step; fewer on a batch that has no 32 rows for each
+    newton_steps      in an outer step; fewer on a batch that has no 32 targets for each
     cg_iters          conjugate-gradient iterations of each, at most
     damping           λ at the start; with K-FAC it has no unit
     precond           "kfac": K-FAC's K preconditions, and M = s^(1 − POWER) K^POWER, so that directions of
@@ -342,7 +342,7 @@ class ConjugateGradients:
     def _linearise(self, idx, targets):
         """The rows of each Newton step linearised, and loss and gradient of the whole batch."""
         self.progress("linearise")
-        rows = some_rows(len(idx), self.curvature_frac / self.newton_steps)
+        rows = some_rows(targets, self.curvature_frac / self.newton_steps)
         used = rows * min(self.newton_steps, len(idx) // rows)
         room = 0.7e-9 * free_memory(idx.device) if self.cache_gb is None else self.cache_gb
         shares = [
@@ -727,7 +727,7 @@ def levenberg_marquardt(damping, rho, alpha):
     Martens (2010, section 4.1) has factors 3/2 and 2/3, made for hundreds of steps; here a run has tens.
     """
     if alpha < 0.4:
-        damping /= max(alpha, 1 / 16)
+        damping /= max(alpha, 0.0625)
     elif not rho >= 0.25:
         damping *= 2
     elif rho > 0.75 and alpha > 0.9:

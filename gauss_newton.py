@@ -293,7 +293,7 @@ class ConjugateGradients:
             self._precondition(shares[0], record)
         found = (self._newton(shares, part, grad, len(parts)) for part in parts)
         directions, decreases, dampings, solves = zip(*found)
-        self.direction = join(directions, self.params, parts)
+        d = self.direction = join(directions, self.params, parts)
         self.damping = math.prod(dampings) ** (1 / len(parts))
         results = sum(solves, [])
         reasons = {r.reason for r in results}
@@ -303,29 +303,26 @@ class ConjugateGradients:
             cg_iterations=sum(r.iterations for r in results),
             products=sum(ggn.products for ggn in shares),
             cg_reason="+".join(bad or sorted(reasons)),
+            work=1 + sum((ggn.work - 1) * ggn.rows for ggn in shares) / len(idx),
         )
-        record["work"] = 1 + sum((ggn.work - 1) * ggn.rows for ggn in shares) / len(idx)
         trouble = f"no descent direction ({bad[0]})" if bad else ""
-        d = self.direction
         return Solution(loss, d, grad.dot(d).item(), sum(decreases), trouble, record)
 
     def _newton(self, shares, part, grad, n_parts):
         """Newton's method for one part: (d, m(0) − m(d), λ, results of the solves)."""
         damping = self.damping
         g = select(grad, self.params, part)
-        d = torch.zeros_like(g)
-        delta = None
+        d = delta = torch.zeros_like(g)
         if self.direction is not None:
             d = self.MOMENTUM * select(self.direction, self.params, part)
         results = []
         for ggn in shares:
             c = g - select(ggn.grad, self.params, part)
-            if delta is None:
-                change, slope = ggn.expand(d, part, self.prox_linear)
-            else:
-                along = c.dot(delta).item()
-                t, change, slope = ggn.search(d, delta, self.LENGTHS, along, part, self.prox_linear)
-                d = d + t * delta
+            lengths = self.LENGTHS if results else [0.0]  # there is no δ to try yet
+            along = c.dot(delta).item()
+            t, change, slope = ggn.search(d, delta, lengths, along, part, self.prox_linear)
+            d = d + t * delta
+            if results:
                 damping = bounded(damping * (self.LOWER if t == 1 else 1 / max(t, 0.25)))
 
             def matvec(v):
@@ -812,8 +809,7 @@ class GGN:
         """(m(d) − m(0), ∇m(d)) of the local model (see local_change), where d moves the parameters in `part`
         alone and the gradient is theirs. From now on matvec's H is the one at z + J d, for GN at z; J stays.
         """
-        _, change, gradient = self.search(d, None, [0.0], 0.0, part, prox_linear)
-        return change, gradient
+        return self.search(d, None, [0.0], 0.0, part, prox_linear)[1:]
 
     def search(self, d, delta, lengths, slope, part=None, prox_linear=False):
         """Expand at d + tδ, where t is the one of `lengths` with the least m(d + tδ) + t slope: (t, what
@@ -843,7 +839,8 @@ class GGN:
             change += moved.item()
             gradient = gradient + piece.vjp(w, part)
         self.offset = (d, part) if prox_linear else None
-        self.work += (1.5 if kept else 1.0) * self._product_work(part)
+        passes = 1 if len(lengths) == 1 else 1.5 if len(kept) == len(self.data) else 2
+        self.work += passes * self._product_work(part)
         return t, reduce_number(change), reduce(gradient)[0]
 
     def _part(self, part):

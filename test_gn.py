@@ -1169,7 +1169,7 @@ def test_preconditioner_inverts_what_it_stands_for(monkeypatch):
 @pytest.mark.parametrize("local_model", ["gn", "prox_linear"])
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_newton_steps_are_the_dense_ones(local_model, layerwise):
-    """Two outer steps, each of three Newton steps on 32 of 100 rows with the slope of all: every length, λ and
+    """Two outer steps, each of three Newton steps on 32 of 100 rows with the slope of all: each length, λ and
     step by dense matrices, from half of the last outer step; and what is promised is m(0) − m(d), to second
     order in the last Newton step."""
     model = gpt()
@@ -1476,8 +1476,9 @@ def test_linear_softmax_closed_form():
 
 
 def test_work_and_products_are_counted():
-    """In gradients of this batch: 1 to begin; 4/3 a product, with a block alone 4/3 for its own weights and
-    2/3 for those behind it; and for every piece that was not kept its share of another gradient."""
+    """In gradients of this batch: 1 to begin; 4/3 a product or an expansion, with a block alone 4/3 for its
+    own weights and 2/3 for those behind it; 2 a search; and for every piece that was not kept its share of
+    another gradient each time it is gone through, and in a search of a J v more."""
     model, (idx, targets) = gpt(), tokens(6)
     for cache_gb, redone in ((1, 0), (0, 1)):
         ggn = GGN(model, idx, targets, micro_batch=2, cache_gb=cache_gb)
@@ -1486,6 +1487,9 @@ def test_work_and_products_are_counted():
         part = (4 * 28 + 2 * 200) / 228 / 3
         assert ggn.products == 2
         assert math.isclose(ggn.work, 1 + 4 / 3 + part + 2 * redone)
+        ggn.expand(ggn.grad)
+        ggn.search(ggn.grad, ggn.grad, [0.0, 1.0], 0.0)
+        assert math.isclose(ggn.work, 1 + 4 / 3 + part + 4 / 3 + 2 + redone * (2 + 1 + 2 + 2 / 3))
 
 
 @pytest.mark.parametrize("kind", FOREIGN)

@@ -260,15 +260,20 @@ def in_blocks(flag, tokens, block_size):
     return tokens // block_size
 
 
+def part_of_batch(args, rows, frac):
+    """How many of a batch's rows GaussNewton takes for a share of it."""
+    return some_rows(torch.empty(rows, args.batch_tokens // rows, device="meta"), frac)
+
+
 def check_shares(args, rows, val_rows):
     """Raises ValueError where a process would have nothing of the smallest piece that all share."""
     shared = [rows, val_rows]
-    batch = torch.empty(rows, args.batch_tokens // rows, device="meta")
     if args.kind == "inner":
         inner = args.inner_tokens * rows // args.batch_tokens
-        shared += [inner, rows % inner or inner, some_rows(batch, SEARCH_FRAC)]
+        shared += [inner, rows % inner or inner, part_of_batch(args, rows, SEARCH_FRAC)]
     elif args.kind == "cg":
-        shared += [some_rows(batch, args.curvature_frac / args.newton_steps), some_rows(batch, SEARCH_FRAC)]
+        shared += [part_of_batch(args, rows, frac)
+                   for frac in (SEARCH_FRAC, args.curvature_frac / args.newton_steps)]
     elif args.opt == "kfac":
         shared.append(rows / 4)
     share(range(math.ceil(min(shared))))
@@ -413,8 +418,7 @@ class Run:
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         self.search_rows = 0                            # of fresh data
         if args.line_search_data == "fresh" and args.kind != "baseline":
-            batch = torch.empty(self.rows, block_size, device="meta")
-            self.search_rows = some_rows(batch, SEARCH_FRAC)
+            self.search_rows = part_of_batch(args, self.rows, SEARCH_FRAC)
         args.micro_batch = args.micro_batch or default_micro_batch(self.model.config, args.device)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in self.stepper.params)

@@ -614,6 +614,9 @@ class KFAC:
 
     For a linear map s = W a the block of W (out, in) is approximated by L ⊗ R, with L = E[δ δᵀ], R = E[a aᵀ],
     the expectations over tokens and over labels sampled from the model, and δ = ∂(loss of one sequence)/∂s.
+    With own_labels they are the batch's: this is the empirical Fisher matrix, which knows from the first step
+    on which tokens are frequent. The loss of each token has a random sign then, so that different tokens'
+    derivatives do not add up.
     With L = Q_L Λ_L Q_Lᵀ, R = Q_R Λ_R Q_Rᵀ, and S = λ_L λ_Rᵀ (out, in) the products of their eigenvalues,
 
         (L ⊗ R + λI)⁻¹ V = Q_L [ (Q_Lᵀ V Q_R) / (S + λ) ] Q_Rᵀ,                   the damping exact.
@@ -623,9 +626,10 @@ class KFAC:
     parameters (norms, say): a diagonal, the mean square of the gradient with sampled labels.
     """
 
-    def __init__(self, model, max_side=4096):
+    def __init__(self, model, max_side=4096, own_labels=False):
         self.model = model
         self.max_side = max_side
+        self.own_labels = own_labels
         self.params = trainable(model)
         self.repaired = ""  # what went wrong in the last update or decomposition, and was mended
         # For each parameter, by its index, the sides [L, R], or [diagonal] in the parameter's shape; and the
@@ -634,8 +638,8 @@ class KFAC:
         self.eigen = {}
 
     def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
-        """Factors from a batch (labels are sampled; targets say which tokens count), averaged with the
-        earlier ones by `decay`; then `decompose` makes them ready for use."""
+        """Factors from a batch, averaged with the earlier ones by `decay`; then `decompose` makes them ready
+        for use. Where labels are sampled, targets say which tokens count."""
         targets, n = check_targets(idx, targets)
         rows, (mine,) = len(idx), share(range(len(idx)))
         with torch.enable_grad():
@@ -648,10 +652,10 @@ class KFAC:
         del z
         for first in range(0, rows, micro_batch or rows):
             last = min(first + (micro_batch or rows), rows)
-            # argmax p / e with exponential e has the distribution p. All processes draw for all rows, so that
-            # labels do not depend on who has them.
-            draws = torch.empty(targets[first:last].numel(), classes, device=idx.device)
-            draws = draws.exponential_(generator=generator).view(last - first, *targets.shape[1:], -1)
+            # All processes draw for all rows, so that labels and signs do not depend on who has them.
+            numbers = 1 if self.own_labels else classes
+            draws = torch.empty(*targets[first:last].shape, numbers, device=idx.device)
+            draws.exponential_(generator=generator)
             mine_too = slice(max(first, mine.start), min(last, mine.stop))
             grads = [torch.zeros_like(square) for square in squares.values()]
             if mine_too.start < mine_too.stop:
@@ -689,9 +693,12 @@ class KFAC:
         form = {}  # of several uses of a parameter, those like the first count
         maps = [m for m in linear_maps(z, self.params) if form.setdefault(m[0], m[2]) == m[2]]
         probs = torch.softmax(z.detach().float(), dim=-1)
-        labels = (probs / draws).argmax(-1)
+        # argmax p / e with exponential e has the distribution p, and e > log 2 is a coin
+        labels = y if self.own_labels else (probs / draws).argmax(-1)
         # a sum over tokens, so that each has its own gradient
         u = cross_entropy_grad(probs, labels, per_token(y, 1.0)).to(z.dtype)
+        if self.own_labels:
+            u *= torch.where(draws > math.log(2), 1.0, -1.0)
         edges = [edge for _, edge, _, _ in maps]
         grads = torch.autograd.grad(z, edges + [self.params[i] for i in diagonal], u, allow_unused=True)
         for (i, _, side, a), delta in zip(maps, grads):

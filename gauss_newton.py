@@ -202,9 +202,9 @@ class GaussNewton:
         self.rejections = state["rejections"]
 
 
-def some_rows(targets, frac):
-    """How many rows stand for a batch: a share of them, but 32 targets at least, or all of fewer."""
-    return min(len(targets), max(math.ceil(32 / targets[0].numel()), int(frac * len(targets))))
+def some_rows(targets, frac, least=32):
+    """How many rows stand for a batch: a share of them, but so many targets at least, or all of fewer."""
+    return min(len(targets), max(math.ceil(least / targets[0].numel()), int(frac * len(targets))))
 
 
 def no_progress(what, done=0, total=0):
@@ -237,19 +237,20 @@ class ConjugateGradients:
     newton_steps      in an outer step; fewer on a batch that has no 32 targets for each
     cg_iters          conjugate-gradient iterations of each, at most
     damping           λ at the start; with K-FAC it has no unit
-    precond           "kfac": K-FAC's K preconditions, and M = s^(1 − POWER) K^POWER, so that directions of
-                      large curvature, along which the linearisation fails first, are held back more, and λ
-                      has no unit; s is the geometric mean of K's mean eigenvalue and the weight's own.
-                      "none": M = I
+    precond           "kfac": K-FAC's K, from the batch's own labels, preconditions, and
+                      M = s^(1 − POWER) K^POWER, so that directions of large curvature, along which the
+                      linearisation fails first, are held back more, and λ has no unit; s is the geometric
+                      mean of K's mean eigenvalue and the weight's own.  "none": M = I
     curvature_frac    share of the batch's rows that the Newton steps divide among them
     micro_batch       rows worked on at a time; cache_gb: see GGN
-    seed              of the labels that K-FAC samples
+    seed              of the random signs in K-FAC's factors
     """
 
     LENGTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     LOWER = 0.5
     POWER = 0.25
     MOMENTUM = 0.5
+    KFAC_TARGETS = 16384
 
     def __init__(
         self,
@@ -271,7 +272,7 @@ class ConjugateGradients:
         check_positive(damping=damping, cg_iters=cg_iters, newton_steps=newton_steps)
         self.model = model
         self.params = trainable(model)
-        self.kfac = KFAC(model) if precond == "kfac" else None
+        self.kfac = KFAC(model, own_labels=True) if precond == "kfac" else None
         self.prox_linear = local_model == "prox_linear"
         self.newton_steps = newton_steps
         self.cg_iters = cg_iters
@@ -290,7 +291,7 @@ class ConjugateGradients:
         if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
-            self._precondition(shares[0], record)
+            self._precondition(idx, targets, record)
         found = (self._newton(shares, part, grad, len(parts)) for part in parts)
         directions, decreases, dampings, solves = zip(*found)
         d = self.direction = join(directions, self.params, parts)
@@ -303,7 +304,7 @@ class ConjugateGradients:
             cg_iterations=sum(r.iterations for r in results),
             products=sum(ggn.products for ggn in shares),
             cg_reason="+".join(bad or sorted(reasons)),
-            work=1 + sum((ggn.work - 1) * ggn.rows for ggn in shares) / len(idx),
+            work=record["work"] + sum((ggn.work - 1) * ggn.rows for ggn in shares) / len(idx),
         )
         trouble = f"no descent direction ({bad[0]})" if bad else ""
         return Solution(loss, d, grad.dot(d).item(), sum(decreases), trouble, record)
@@ -356,15 +357,16 @@ class ConjugateGradients:
             grad += rest * rest_grad
         return shares, loss / (n + rest), grad / (n + rest)
 
-    def _precondition(self, ggn, record):
-        """K-FAC factors from the rows of a Newton step."""
+    def _precondition(self, idx, targets, record):
+        """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
         self.progress("kfac")
-        self.kfac.update(*ggn.batch, self.micro_batch, self.generator)
+        rows = some_rows(targets, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
+        self.kfac.update(idx[:rows], targets[:rows], self.micro_batch, self.generator)
         self.kfac.decompose()
-        means = self.kfac.apply(torch.ones_like(ggn.grad), lambda S: S.mean().expand_as(S))
-        self.scale = means.mean().item() + 1e-30
+        ones = flatten([torch.ones_like(p) for p in self.params])
+        self.scale = self.kfac.apply(ones, lambda S: S.mean().expand_as(S)).mean().item() + 1e-30
         record["repaired"] = self.kfac.repaired or None
-        ggn.work += 2 / 3  # a forward, and a backward for the activations alone
+        record["work"] += 2 / 3 * rows / len(idx)  # a forward, and a backward for the activations alone
 
     def metric(self, S):
         """K-FAC's eigenvalues -> those of M; kept away from 0 where S is: tokens never seen."""
@@ -763,7 +765,6 @@ class GGN:
         targets, self.n = check_targets(idx, targets)
         self.model = model
         self.params = trainable(model)
-        self.batch = (idx, targets)
         self.rows = len(idx)
         self.data = pieces(*share(idx, targets), micro_batch)
         self.cache = []

@@ -614,9 +614,9 @@ class KFAC:
 
     For a linear map s = W a the block of W (out, in) is approximated by L ⊗ R, with L = E[δ δᵀ], R = E[a aᵀ],
     the expectations over tokens and over labels sampled from the model, and δ = ∂(loss of one sequence)/∂s.
-    With own_labels they are the batch's: this is the empirical Fisher matrix, which knows from the first step
-    on which tokens are frequent. The loss of each token has a random sign then, so that different tokens'
-    derivatives do not add up.
+    With own_labels they are the batch's, as in the empirical Fisher matrix, which knows from the first step
+    on which tokens are frequent. Each sequence's loss has a random sign then, so that their gradients do not
+    add up.
     With L = Q_L Λ_L Q_Lᵀ, R = Q_R Λ_R Q_Rᵀ, and S = λ_L λ_Rᵀ (out, in) the products of their eigenvalues,
 
         (L ⊗ R + λI)⁻¹ V = Q_L [ (Q_Lᵀ V Q_R) / (S + λ) ] Q_Rᵀ,                   the damping exact.
@@ -653,9 +653,8 @@ class KFAC:
         for first in range(0, rows, micro_batch or rows):
             last = min(first + (micro_batch or rows), rows)
             # All processes draw for all rows, so that labels and signs do not depend on who has them.
-            numbers = 1 if self.own_labels else classes
-            draws = torch.empty(*targets[first:last].shape, numbers, device=idx.device)
-            draws.exponential_(generator=generator)
+            shape = [1] * targets.ndim if self.own_labels else [*targets.shape[1:], classes]
+            draws = torch.empty(last - first, *shape, device=idx.device).exponential_(generator=generator)
             mine_too = slice(max(first, mine.start), min(last, mine.stop))
             grads = [torch.zeros_like(square) for square in squares.values()]
             if mine_too.start < mine_too.stop:

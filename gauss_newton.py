@@ -53,6 +53,8 @@ from baselines import (
 )
 from model import differentiable_attention
 
+SEARCH_FRAC = 1 / 16  # share of a batch that the line search is on
+
 
 class Solution(NamedTuple):
     """What a solver found for a batch."""
@@ -68,8 +70,7 @@ class Solution(NamedTuple):
 class GaussNewton:
     """Gauss-Newton steps for any nn.Module whose forward(inputs) gives logits (..., classes).
 
-    solver         what minimises the local model; None: ConjugateGradients(model, **settings). `inner` is its
-                   old name
+    solver         what minimises the local model; None: ConjugateGradients(model, **settings)
     parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
                    is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
     line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows, of
@@ -84,16 +85,14 @@ class GaussNewton:
         solver=None,
         parts=None,
         line_search="armijo",
-        search_frac=1 / 16,
+        search_frac=SEARCH_FRAC,
         micro_batch=None,
         progress=None,
-        inner=None,
         **settings,
     ):
         if not 0 < search_frac <= 1:
             raise ValueError(f"search_frac must be in (0, 1], got {search_frac}")
         check_choice("line_search", line_search, LINE_SEARCHES)
-        solver = solver or inner
         if solver and settings:
             raise TypeError(f"{', '.join(settings)}: the settings of a solver that is given are its own")
         self.model = model
@@ -739,8 +738,7 @@ def levenberg_marquardt(damping, rho, alpha):
 
 
 class GGN:
-    """One batch linearised at the model's current parameters: `loss`, `grad`, `jvp(v)` and `matvec(v)` = JᵀHJ
-    v.
+    """One batch linearised at the model's current parameters: `loss`, `grad` and `matvec(v)` = JᵀHJ v.
 
     idx, targets   inputs (B, ...) and int64 classes (B, ...), as the model takes them; logits are (B, ..., V)
     micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
@@ -788,11 +786,6 @@ class GGN:
                 self.cache.append(piece)
             del piece
         self.loss, self.grad = reduce_number(self.loss), reduce(self.grad)[0]
-
-    def jvp(self, v, part=None):
-        """J v: the change of every logit (of this process's share), (B, ..., V), for the parameter change v
-        (P,)."""
-        return torch.cat([piece.jvp(v, self._part(part)) for piece in self._pieces()])
 
     def matvec(self, v, part=None):
         """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those

@@ -39,8 +39,8 @@ import torch.distributed as dist
 from baselines import (BASELINES, DEFAULT_LR, assign, flatten, lr_schedule, make_optimizer, ranks,
                        reduce_number, share, trainable, unflatten)
 from data import TOKENIZERS, get_batch, prepare, val_batch
-from gauss_newton import (SCHEDULES, ConjugateGradients, GaussNewton, InnerSolver, batch_grad, batch_loss,
-                          first_line, some_rows)
+from gauss_newton import (SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewton, InnerSolver, batch_grad,
+                          batch_loss, first_line, some_rows)
 from model import GPT, PRESETS, GPTConfig
 
 # By kind of run: Gauss-Newton by CG or by a streaming optimizer, whose steps are few and large, and all else.
@@ -49,7 +49,6 @@ DEFAULTS = {
     "inner": dict(steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1),
     "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50),
 }
-SEARCH_FRAC = 1 / 16     # share of a batch that the line search is on
 MAX_REJECTIONS = 8       # in a row, before a run gives up
 # What --resume may change; every other setting is the stored run's.
 RESUMABLE = "resume out_dir data_dir steps target_loss sample threads device checkpoint_interval".split()

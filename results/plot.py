@@ -1,6 +1,6 @@
 """Pictures, by matplotlib.
 
-    python results/plot.py                 # loss.svg, batch.svg, exactness.svg, ablations.svg
+    python results/plot.py                 # frontier.svg, loss.svg, exactness.svg
     python results/plot.py out/a out/b     # any runs: what each took to each loss, and a picture, loss.svg
 """
 import argparse
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from study import HERE, read_log, read_records
-from tables import best_steps, exactness, grouped
+from tables import exactness, frontier, grouped
 
 LOSS = "validation loss, nats per token"
 
@@ -61,42 +61,39 @@ def against_steps(stage, records):
 
 
 def study(records, folder):
-    steep = against_steps("steep", records)
-    colours = dict(zip(steep, COLOURS))
+    methods = frontier(records)
+    colours = dict(zip(methods, COLOURS))
+    figure, axis = subplots(figsize=(8, 5))
+    draw(axis, {name: [list(found.values())] for name, found in methods.items()}, colours,
+         "work to 1.60, gradients of a million tokens", marker="o")
+    for name, found in methods.items():
+        for size, point in found.items():
+            axis.annotate(f"{size // 1024}k", point, xytext=(4, 3), textcoords="offset points", fontsize=7,
+                          color=colours[name])
+    axis.set(yscale="log", ylabel="steps to 1.60")
+    plain_numbers(axis.yaxis)
+    axis.legend()
+    save(figure, folder / "frontier.svg")
+
+    steep = against_steps("same batch", records)
     figure, (left, right) = subplots(1, 2, figsize=(11, 5))
-    draw(left, steep, colours, "outer steps, to 1.60")
-    left.set(ylim=(1.55, 2.5), ylabel=LOSS)              # Muon and AdamW first rise to 4
+    colours = dict(zip([*methods, *steep], COLOURS))
+    draw(left, steep, colours, "outer steps of 262,144 tokens, to 1.60")
+    left.set(ylim=(1.55, 2.5), ylabel=LOSS)
     draw(right, against_steps("slow", records), colours, "outer steps, to 1.33, with a rate that falls")
     right.set_ylim(1.3, 2.5)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     save(figure, folder / "loss.svg")
 
     figure, axis = subplots(figsize=(6.5, 4))
-    curves = {method: [list(steps.items())] for method, steps in best_steps(records).items()}
-    draw(axis, curves, colours, "tokens a step", marker="o")
-    axis.set(yscale="log", ylabel="steps to 1.60")
-    plain_numbers(axis.yaxis)
-    axis.legend()
-    save(figure, folder / "batch.svg")
-
-    figure, axis = subplots(figsize=(6.5, 4))
     curves = {share: [list(found.values())] for share, found in exactness(records).items()}
     for name in ("full GN, inner SOAP", "full GN, inner Muon"):
         curves[name] = [[(run["gradients"] / run["ran"], run["curve"][0][1] - run["curve"][1][1])
-                         for _, run in grouped("steep", records)[name]]]
+                         for _, run in grouped("large batch", records)[name]]]
     draw(axis, curves, dict(zip(curves, COLOURS)), "work of one step, gradients of a million tokens", marker="o")
     axis.set(ylabel="fall of the validation loss")
     axis.legend()
     save(figure, folder / "exactness.svg")
-
-    groups = grouped("ablation", records)
-    figure, panels = subplots(1, len(groups), figsize=(15, 4.5))
-    for axis, (group, runs) in zip(panels, groups.items()):
-        names = [which for which, _ in runs]
-        axis.plot([run["loss"] for _, run in runs], names, "o")
-        axis.invert_yaxis()
-        axis.set(title=group, xlabel=f"loss after {runs[0][1]['ran']} steps")
-    save(figure, folder / "ablations.svg")
 
 
 def compare(folders, path):

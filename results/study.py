@@ -6,7 +6,8 @@
     python results/study.py --records again.jsonl    # everything anew, recorded in that file
 
 study.txt is the list, `stage | method | which | flags of train.py`; runs.jsonl has a line for each run that
-is complete. Runs lie under --out; one that was cut off goes on from its checkpoint.
+is complete. Runs lie under --out; one that was cut off goes on from its checkpoint. English text has to be
+there already: python results/english.py out/study/english
 """
 import argparse
 import json
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-WARMUP = "warmup"                # stage and folder of the run whose weights the others start from
 EVERY_RUN = "--threads 1 --sample 0 --eval_interval 1 --overwrite"
 
 
@@ -125,18 +125,18 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="the runs' folders")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     args = parser.parse_args()
-    warmup, *lines = read_list(args.list)
-    lines = [line for line in lines if not line.gone and args.only in line.name
-             and line.stage.startswith("quick") == args.quick]
+    every = read_list(args.list)
+    lines = [line for line in every if not line.gone and args.only in line.name
+             and line.stage != "warmup" and line.stage.startswith("quick") == args.quick]
     recorded = read_records(args.records)
     missing = {line.flags: line for line in lines if line.flags not in recorded}
     print(f"{len(lines)} lines, {len(missing)} runs to make, {args.jobs} at a time in {args.out}", flush=True)
-    if not missing:
-        return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    path = os.devnull if warmup.flags in recorded else args.records
-    if not make_and_record(warmup, args.out / WARMUP, path):             # makes nothing where it is complete
-        return 1
+    for line in every:                     # the runs whose weights others start from, in folders of that name
+        if line.stage == "warmup" and any(f"--init_from {line.which} " in flags + " " for flags in missing):
+            path = os.devnull if line.flags in recorded else args.records
+            if not make_and_record(line, args.out / line.which, path):       # at once where it is complete
+                return 1
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = [args.out / re.sub(r"[^\w.]+", "-", flags).strip("-") for flags in missing]
         futures = [pool.submit(make_and_record, line, folder, args.records)

@@ -615,15 +615,15 @@ class KFAC:
     For a linear map s = W a the block of W (out, in) is approximated by L ⊗ R, with L = E[δ δᵀ], R = E[a aᵀ],
     the expectations over tokens and over labels sampled from the model, and δ = ∂(loss of one sequence)/∂s.
     With own_labels they are the batch's, as in the empirical Fisher matrix, which knows from the first step
-    on which tokens are frequent. Each sequence's loss has a random sign then, so that their gradients do not
-    add up.
+    on which tokens are frequent.
     With L = Q_L Λ_L Q_Lᵀ, R = Q_R Λ_R Q_Rᵀ, and S = λ_L λ_Rᵀ (out, in) the products of their eigenvalues,
 
         (L ⊗ R + λI)⁻¹ V = Q_L [ (Q_Lᵀ V Q_R) / (S + λ) ] Q_Rᵀ,                   the damping exact.
 
     A weight kept as (in, out) has the two the other way round. Embedding (tokens, width): L is diagonal, the
     frequency of each token, and R = E[δ δᵀ]. A bias: R = 1. A side above `max_side`: diagonal. All other
-    parameters (norms, say): a diagonal, the mean square of the gradient with sampled labels.
+    parameters (norms, say): a diagonal, the mean square of the gradient with sampled labels, or with the
+    batch's and a random sign for each sequence.
     """
 
     def __init__(self, model, max_side=4096, own_labels=False):
@@ -660,8 +660,7 @@ class KFAC:
             if mine_too.start < mine_too.stop:
                 own_draws = draws[mine_too.start - first : mine_too.stop - first]
                 grads = self._add(sums, idx[mine_too], targets[mine_too], own_draws, diagonal)
-            # Labels of different tokens are independent: the square of a sum has the mean of the sum of
-            # squares.
+            # Labels or signs are independent: the square of a sum has the mean of the sum of squares.
             for square, g in zip(squares.values(), reduce(*grads)):
                 square += g * g
         flat = reduce(*(t for pair in sums.values() for t in pair))
@@ -692,12 +691,12 @@ class KFAC:
         form = {}  # of several uses of a parameter, those like the first count
         maps = [m for m in linear_maps(z, self.params) if form.setdefault(m[0], m[2]) == m[2]]
         probs = torch.softmax(z.detach().float(), dim=-1)
-        # argmax p / e with exponential e has the distribution p, and e > log 2 is a coin
+        # argmax p / e with exponential e has the distribution p; e > log 2 is a coin
         labels = y if self.own_labels else (probs / draws).argmax(-1)
         # a sum over tokens, so that each has its own gradient
         u = cross_entropy_grad(probs, labels, per_token(y, 1.0)).to(z.dtype)
         if self.own_labels:
-            u *= torch.where(draws > math.log(2), 1.0, -1.0)
+            u *= (draws - math.log(2)).sign()
         edges = [edge for _, edge, _, _ in maps]
         grads = torch.autograd.grad(z, edges + [self.params[i] for i in diagonal], u, allow_unused=True)
         for (i, _, side, a), delta in zip(maps, grads):

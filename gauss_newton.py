@@ -24,6 +24,7 @@ import random
 import warnings
 import weakref
 from contextlib import contextmanager
+from statistics import geometric_mean
 from typing import NamedTuple
 
 import torch
@@ -73,8 +74,8 @@ class GaussNewton:
     solver         what minimises the local model; None: ConjugateGradients(model, **settings)
     parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
                    is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows, of
-                   which at the default curvature_frac no Newton step has any, unless step() is given others
+    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows, unless step() is
+                   given others (in a large batch no Newton step has any of them, at the default share)
     micro_batch    rows worked on at a time
     progress       called as progress(what) or progress("cg", done, total) inside long steps
     """
@@ -110,7 +111,7 @@ class GaussNewton:
         dict.
 
         search    (idx, targets) of other data for the line search; default: the batch's last rows.
-        Rows are in random order: some stand for all, in the search, in Newton steps and for K-FAC.
+        Rows must be in random order: some stand for all, in the search, in Newton steps and for K-FAC.
         A loss, gradient or product that is not finite, an indefinite product, or a search without a decrease
         rejects the step: parameters stay bitwise as they were, and record["reason"] says why ("" when all
         went well). Inside torch.autocast the model alone works in short numbers.
@@ -202,7 +203,7 @@ class GaussNewton:
 
 
 def some_rows(targets, frac, least=32):
-    """How many rows stand for a batch: a share of them, but so many targets at least, or all of fewer."""
+    """How many rows stand for a batch: a share of them, enough for so many targets, and at most all."""
     return min(len(targets), max(math.ceil(least / targets[0].numel()), int(frac * len(targets))))
 
 
@@ -294,7 +295,7 @@ class ConjugateGradients:
         found = (self._newton(shares, part, grad, len(parts)) for part in parts)
         directions, decreases, dampings, solves = zip(*found)
         d = self.direction = join(directions, self.params, parts)
-        self.damping = math.prod(dampings) ** (1 / len(parts))
+        self.damping = geometric_mean(dampings)
         results = sum(solves, [])
         reasons = {r.reason for r in results}
         bad = sorted(reasons & {"nonfinite", "indefinite"})
@@ -319,19 +320,21 @@ class ConjugateGradients:
         for ggn in shares:
             c = g - select(ggn.grad, self.params, part)
             lengths = self.LENGTHS if results else [0.0]  # there is no δ to try yet
-            along = c.dot(delta).item()
-            t, change, slope = ggn.search(d, delta, lengths, along, part, self.prox_linear)
+            t, change, gradient = ggn.search(
+                d, delta, lengths, c.dot(delta).item(), part, self.prox_linear
+            )
             d = d + t * delta
             if results:
                 damping = bounded(damping * (self.LOWER if t == 1 else 1 / max(t, 0.25)))
 
             def matvec(v):
                 total = n_parts * self.cg_iters * self.newton_steps
-                self.progress("cg", min(sum(ggn.products for ggn in shares), total), total)
+                self.progress("cg", sum(ggn.products for ggn in shares), total)
                 return ggn.matvec(v, part) + damping * self._damp(v, part)
 
-            results.append(cg(matvec, -(slope + c), self._preconditioner(damping, part), self.cg_iters))
+            results.append(cg(matvec, -(gradient + c), self._preconditioner(damping, part), self.cg_iters))
             delta = results[-1].x
+        # m at d + δ, by the last system without its damping
         damped = 0.5 * damping * delta.dot(self._damp(delta, part)).item()
         change += c.dot(d).item() + results[-1].values[-1] - damped
         return d + delta, -change, damping, results
@@ -805,11 +808,12 @@ class GGN:
         """
         return self.search(d, None, [0.0], 0.0, part, prox_linear)[1:]
 
-    def search(self, d, delta, lengths, slope, part=None, prox_linear=False):
-        """Expand at d + tδ, where t is the one of `lengths` with the least m(d + tδ) + t slope: (t, what
+    def search(self, d, delta, lengths, tilt, part=None, prox_linear=False):
+        """Expand at d + tδ, where t is the one of `lengths` with the least m(d + tδ) + t tilt: (t, what
         `expand` returns)."""
         part = self._part(part)
         self.offset = None
+        product = self._product_work(part)
         totals = [0.0] * len(lengths)  # of m
         kept = []  # J d and J δ of the pieces that were kept
         t = lengths[0]
@@ -822,7 +826,7 @@ class GGN:
                     totals[j] += local_change(piece.z.detach(), s, piece.y, self.n, prox_linear, False)[0]
                 if i < len(self.cache):
                     kept.append((Jd, Jdelta))
-            _, t = min((reduce_number(m.item()) + t * slope, t) for m, t in zip(totals, lengths))
+            _, t = min((reduce_number(m.item()) + t * tilt, t) for m, t in zip(totals, lengths))
             d = d + t * delta
         change = 0.0
         gradient = 0.0
@@ -834,7 +838,7 @@ class GGN:
             gradient = gradient + piece.vjp(w, part)
         self.offset = (d, part) if prox_linear else None
         passes = 1 if len(lengths) == 1 else 1.5 if len(kept) == len(self.data) else 2
-        self.work += passes * self._product_work(part)
+        self.work += passes * product
         return t, reduce_number(change), reduce(gradient)[0]
 
     def _part(self, part):
@@ -871,7 +875,8 @@ class GGN:
         sizes = [p.numel() for p in self.params]
         own = sum(sizes[i] for i in part)
         behind = sum(sizes[max(part) + 1 :])
-        return 4 / 3 * (own + behind / 2) / sum(sizes) + 1 - len(self.cache) / len(self.data)
+        again = 1 - len(self.cache) / len(self.data)  # that are linearised, and moved, once more
+        return 4 / 3 * (own + behind / 2) / sum(sizes) + again * (5 / 3 if self.offset else 1)
 
 
 class Piece:

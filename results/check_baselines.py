@@ -1,8 +1,8 @@
 """AdamW and Muon once more, by torch.optim alone: python results/check_baselines.py
 
 Of this repository it has the model and the texts; batches, rates, clipping and evaluation are written here.
-Each starts from a warmup of 60 AdamW steps, and has 262,144 tokens a step and the settings that the study found
-best for it; steps and validation loss are printed until that is 1.60.
+Each starts from a warmup of 60 AdamW steps, and has 262,144 tokens a step and the settings that the study
+found best for it, but that norms decay too. Printed are steps and validation loss, until that is 1.60.
 """
 import copy
 import sys

@@ -1,11 +1,11 @@
-"""English text for `train.py --data FOLDER`, from a package of Debian, "anarchism", a book of 2 million words:
+"""English text for `train.py --data FOLDER`: "anarchism", a book of 2 million words, from Debian.
 
     python results/english.py FOLDER        # needs apt-get and dpkg-deb, no root
 """
-import argparse
 import html
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,19 +14,16 @@ NO_TEXT = re.compile(r"<(script|style|head)\b.*?</\1>|<[^>]*>", re.DOTALL | re.I
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temp:
         subprocess.run(["apt-get", "download", PACKAGE], cwd=temp, check=True)
         [package] = Path(temp).glob("*.deb")
         subprocess.run(["dpkg-deb", "-x", package, temp], check=True)
-        pages = sorted(Path(temp).rglob("*.html"))
-        for page in pages:
+        for page in Path(temp).rglob("*.html"):
             text = html.unescape(NO_TEXT.sub("", page.read_text(encoding="utf-8", errors="replace")))
             (folder / f"{page.stem}.txt").write_text(text, encoding="utf-8")
-    print(f"{len(pages)} texts in {folder}")
+    print(f"{len(list(folder.iterdir()))} texts in {folder}, from {package.name}")
 
 
 if __name__ == "__main__":

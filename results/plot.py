@@ -14,8 +14,8 @@ from tables import exactness, frontier, grouped
 LOSS = "validation loss, nats per token"
 
 
-COLOURS = ["#d62728", "#ff7f0e", "#e377c2", "#8c564b", "#9467bd", "#1f77b4", "#2ca02c", "#17becf", "#7f7f7f",
-           "#bcbd22", "#000000", "#f7a8a0", "#393b79", "#aa8800"]
+def coloured(names):
+    return {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(names))}
 
 
 def subplots(*shape, **options):
@@ -62,7 +62,9 @@ def against_steps(stage, records):
 
 def study(records, folder):
     methods = frontier(records)
-    colours = dict(zip(methods, COLOURS))
+    steep = against_steps("same batch", records)
+    slow = against_steps("slow", records)
+    colours = coloured([*methods, *steep, *slow])
     figure, axis = subplots(figsize=(8, 5))
     draw(axis, {name: [list(found.values())] for name, found in methods.items()}, colours,
          "work to 1.60, gradients of a million tokens", marker="o")
@@ -75,12 +77,10 @@ def study(records, folder):
     axis.legend()
     save(figure, folder / "frontier.svg")
 
-    steep = against_steps("same batch", records)
     figure, (left, right) = subplots(1, 2, figsize=(11, 5))
-    colours = dict(zip([*methods, *steep], COLOURS))
     draw(left, steep, colours, "outer steps of 262,144 tokens, to 1.60")
     left.set(ylim=(1.55, 2.5), ylabel=LOSS)
-    draw(right, against_steps("slow", records), colours, "outer steps, to 1.33, with a rate that falls")
+    draw(right, slow, colours, "outer steps, to 1.33, with a rate that falls")
     right.set_ylim(1.3, 2.5)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     save(figure, folder / "loss.svg")
@@ -89,8 +89,8 @@ def study(records, folder):
     curves = {share: [list(found.values())] for share, found in exactness(records).items()}
     for name in ("full GN, inner SOAP", "full GN, inner Muon"):
         curves[name] = [[(run["gradients"] / run["ran"], run["curve"][0][1] - run["curve"][1][1])
-                         for _, run in grouped("large batch", records)[name]]]
-    draw(axis, curves, dict(zip(curves, COLOURS)), "work of one step, gradients of a million tokens", marker="o")
+                         for _, run in grouped("large batch", records).get(name, [])]]
+    draw(axis, curves, coloured(curves), "work of one step, gradients of a million tokens", marker="o")
     axis.set(ylabel="fall of the validation loss")
     axis.legend()
     save(figure, folder / "exactness.svg")
@@ -118,7 +118,7 @@ def compare(folders, path):
     labels = ("outer steps", "M tokens", "work, gradients of 1M tokens")
     for i, (axis, label) in enumerate(zip(panels, labels)):
         lines = {name: [[(point[i], point[-1]) for point in points[1:]]] for name, points in runs.items()}
-        draw(axis, lines, dict(zip(lines, COLOURS)), label)
+        draw(axis, lines, coloured(lines), label)
     panels[0].set_ylabel(LOSS)
     panels[0].legend()
     save(figure, path)

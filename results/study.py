@@ -2,8 +2,8 @@
 
     python results/study.py                          # what is missing, as many runs at once as cores
     python results/study.py --quick                  # one seed, no tuning, to 1.75: 15 minutes on two cores
-    python results/study.py --only 'steep | K-FAC'   # the lines that contain this
-    python results/study.py --records again.jsonl    # everything anew, recorded in that file
+    python results/study.py --only 'batch | K-FAC'   # the lines that contain this
+    python results/study.py --records again.jsonl --out out/again       # everything anew, recorded there
 
 study.txt is the list, `stage | method | which | flags of train.py`; runs.jsonl has a line for each run that
 is complete. Runs lie under --out; one that was cut off goes on from its checkpoint. English text has to be
@@ -35,8 +35,12 @@ class Line(NamedTuple):
         return " | ".join(self[:3])
 
     @property
+    def key(self):
+        return self.flags.removeprefix("was ")
+
+    @property
     def gone(self):              # flags of an earlier program: a record, and no way to make it again
-        return self.flags.startswith("was ")
+        return self.key != self.flags
 
 
 def read_list(path=HERE / "study.txt"):
@@ -63,7 +67,7 @@ def summary(folder):
     config = head["config"]
     target = config["target_loss"]
     evaluated = [row for row in rows if row["val_loss"] is not None]
-    curve = [[row["step"], round(row["val_loss"], 4)] for row in evaluated]
+    curve = [[row["step"], round(row["val_loss"], 6)] for row in evaluated]
     hits = [row for row in evaluated if target is not None and row["val_loss"] <= target]
     given_up = len(rows) > 8 and not any(row["accepted"] for row in rows[-8:])
     if not evaluated or not (hits or given_up or rows[-1]["step"] >= config["steps"]):
@@ -71,6 +75,7 @@ def summary(folder):
     last = [*hits, evaluated[-1]][0]
     work = last["grad_equivalents"] * config["batch_tokens"] / 1e6       # in gradients of a million tokens
     return {
+        **{key: head.get(key) for key in ("device", "torch", "commit", "command")},
         "target": target,
         "steps": last["step"] if hits else None,
         "ran": last["step"],
@@ -78,11 +83,7 @@ def summary(folder):
         "tokens": last["tokens"],
         "gradients": round(work, 3),
         "seconds": round(last["seconds"], 1),
-        "device": head["device"],
-        "torch": head["torch"],
         "batch_tokens": config["batch_tokens"],
-        "commit": head.get("commit"),
-        "command": head["command"],
         "curve": [point for point in curve if point[0] <= last["step"]]}
 
 

@@ -11,6 +11,8 @@ from statistics import mean, stdev
 
 from study import HERE, read_list, read_log, read_records
 
+STUDY = "tuning", "ending", "batch", "same batch", "large batch"   # stages that go from the warmup to 1.60
+
 
 def show(title, header, rows):
     print(f"\n**{title}**\n")
@@ -22,23 +24,25 @@ def grouped(stage, records):
     """{method: [(which, record), ...]} of a stage, in the list's order."""
     methods = {}
     for line in read_list():
-        record = records.get(line.flags.removeprefix("was "))
+        record = records.get(line.key)
         if line.stage == stage and record:
             methods.setdefault(line.method, []).append((line.which, record))
     return methods
 
 
 def crossing(run):
-    """Steps to the target, between two evaluations by the logarithm of the loss; None of a run that missed."""
-    if not run["steps"]:
-        return None
-    (before, high), (after, low) = run["curve"][-2:]
-    return before + (after - before) * math.log(high / run["target"]) / math.log(high / low)
+    """Steps to the target, between two evaluations by the logarithm of the loss; all, if it missed."""
+    if run["steps"] is None:
+        return run["ran"]
+    before, high = run["curve"][-2]
+    over = math.log(max(high, run["target"]) / run["target"])
+    under = math.log(run["target"] / run["loss"])
+    return before + (run["steps"] - before) * over / (over + under + 1e-12)
 
 
-def work(run):
-    """Gradients of a million tokens up to there, or in all."""
-    return run["gradients"] * (crossing(run) or run["ran"]) / run["ran"]
+def cost(run):
+    """Gradients of a million tokens up to there."""
+    return run["gradients"] * crossing(run) / run["ran"]
 
 
 def outcome(run):
@@ -48,77 +52,85 @@ def outcome(run):
     return f"> {run['ran']} ({run['loss']:.3f})" if run["target"] else f"{run['loss']:.3f}"
 
 
-def deviation(values):
-    return stdev(values) if len(values) > 1 else 0.0
-
-
 def race(title, stage, records):
     """Methods by their steps to the target, the best first: mean ± standard deviation of a run. A run that
-    missed it counts with its length. Ratios to the first method, with their standard error."""
-    methods = {method: [run for _, run in runs] for method, runs in grouped(stage, records).items()}
-    steps = {method: [crossing(run) or run["ran"] for run in runs] for method, runs in methods.items()}
+    missed counts with its length. Ratios to the first method, with their standard error."""
+    ranked = []
+    for method, named in grouped(stage, records).items():
+        runs = [run for _, run in named]
+        steps = [crossing(run) for run in runs]
+        missed = any(run["steps"] is None for run in runs)
+        spread = None if missed or len(runs) == 1 else stdev(steps)
+        ranked.append((missed, mean(steps), method, runs, spread))
     rows = []
-    for method, counts in sorted(steps.items(), key=lambda item: mean(item[1])):
-        best = min(steps.values(), key=mean)
-        runs = methods[method]
-        missed = "" if all(run["steps"] for run in runs) else "> "
-        ratio = mean(counts) / mean(best)
-        errors = [(deviation(values) / mean(values)) ** 2 / len(values) for values in (counts, best)]
-        core = [run["seconds"] for run in runs if run["device"].startswith("cpu")]
+    for missed, steps, method, runs, spread in sorted(ranked, key=lambda r: r[:2]):
+        _, best, _, best_runs, best_spread = min(ranked, key=lambda r: r[:2])
+        ratio = steps / best
+        error = ""
+        if spread is not None and best_spread is not None:
+            parts = (spread / steps) ** 2 / len(runs) + (best_spread / best) ** 2 / len(best_runs)
+            error = f" ± {ratio * parts ** 0.5:.2f}"
+        seconds = [run["seconds"] for run in runs if run["device"] == "cpu, 1 thread(s)"]
         rows.append([
             method,
             f"{runs[0]['batch_tokens'] // 1024}k",
-            f"{missed}{mean(counts):.1f} ± {deviation(counts):.1f}" if len(runs) > 1 else f"{missed}{counts[0]:.1f}",
+            "> " * missed + f"{steps:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""),
             ", ".join(map(outcome, runs)),
-            f"{missed}{ratio:.2f} ± {ratio * sum(errors) ** 0.5:.2f}" if counts is not best else "",
-            f"{mean(map(work, runs)):.3g}",
-            f"{mean(core):,.0f}" if core else ""])
-    show(title, ["method", "batch", "steps", "each seed", "ratio", "gradients", "seconds"], rows)
+            "> " * missed + f"{ratio:.2f}{error}" if rows else "",
+            f"{mean(map(cost, runs)):.3g}",
+            f"{mean(seconds):,.0f}" if seconds else ""])
+    show(title, ["method", "batch", "steps", "each run", "ratio", "gradients", "seconds"], rows)
 
 
 def frontier(records):
-    """{method: {batch: (work, steps)}}, means over seeds, at the best of the settings that were tried there."""
+    """{method: {batch: (gradients, steps)}} to 1.60 from the warmup, means over seeds, at the best of all
+    settings that were tried with that batch."""
     found = {}
-    same = grouped("same batch", records)
-    for method, runs in grouped("batch", records).items():
-        tried = {}
-        for run in {run["flags"]: run for _, run in runs + same[method]}.values():
-            if run["steps"]:
-                settings = re.sub(r"--seed \d+", "", run["flags"])
-                tried.setdefault((run["batch_tokens"], settings), []).append((work(run), crossing(run)))
+    for line in read_list():
+        run = records.get(line.key)
+        method = line.method.split(", G from")[0]
+        if line.stage in STUDY and run and run["steps"] and not line.gone:
+            settings = run["batch_tokens"], re.sub(r"--seed \d+|--steps \d+", "", run["flags"])
+            found.setdefault(method, {}).setdefault(settings, {})[run["flags"]] = cost(run), crossing(run)
+    drawn = {}
+    for method, tried in found.items():
         for (size, _), points in sorted(tried.items()):
-            point = tuple(map(mean, zip(*points)))
-            old = found.setdefault(method, {}).get(size, point)
-            found[method][size] = min(point, old, key=lambda p: p[1])
-    return found
+            point = tuple(map(mean, zip(*points.values())))
+            old = drawn.setdefault(method, {}).get(size, point)
+            drawn[method][size] = min(point, old, key=lambda p: p[1])
+    return {method: points for method, points in drawn.items() if len(points) > 2}
 
 
-def steps_for(work, points):
-    """Steps that a method takes with so much work, between two of its batches by the logarithms; None outside
-    of them."""
-    points = sorted(points)
-    for (less, many), (more, few) in zip(points, points[1:]):
-        if less <= work <= more:
-            return many * (few / many) ** (math.log(work / less) / math.log(more / less))
-    return None
+def steps_for(gradients, points):
+    """Steps that a method takes with so much work: between two of its batches by the logarithms, none of
+    which a smaller batch beats; None below the smallest."""
+    best = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    if gradients < best[0][0]:
+        return None
+    for (less, many), (more, few) in zip(best, best[1:]):
+        if gradients < more:
+            return many * (few / many) ** (math.log(gradients / less) / math.log(more / less))
+    return best[-1][1]
 
 
 def batches(records):
     methods = frontier(records)
+    baselines = [name for name in methods if " GN" not in name]
     sizes = sorted(set().union(*methods.values()))
-    rows = [[method, *("{1:.1f} ({0:.3g})".format(*found[size]) if size in found else "" for size in sizes)]
-            for method, found in methods.items()]
+    rows = [[method, *("{1:.1f} ({0:.3g})".format(*points[size]) if size in points else "" for size in sizes)]
+            for method, points in methods.items()]
     show("Steps to 1.60 (gradients) at a batch of", ["tokens", *(f"{size // 1024}k" for size in sizes)], rows)
     rows = []
-    for method, found in methods.items():
-        for size, (work, steps) in found.items():
-            if method.startswith("full GN"):
-                others = [steps_for(work, points.values()) for name, points in methods.items()
-                          if not name.startswith("full GN")]
-                cells = [f"{other:.1f} ({other / steps:.2g})" if other else "" for other in others]
-                rows.append([method, f"{size // 1024}k", f"{steps:.1f}", f"{work:.3g}", *cells])
-    names = [name for name in methods if not name.startswith("full GN")]
-    show("Steps to 1.60 with the same work (times full GN's)", ["", "batch", "steps", "gradients", *names], rows)
+    for method in methods.keys() - baselines:
+        for size, (gradients, steps) in methods[method].items():
+            others = [steps_for(gradients, methods[name].values()) for name in baselines]
+            cells = [f"{other:.1f} ({other / steps:.2g})" if other else "" for other in others]
+            rows.append([method, f"{size // 1024}k", f"{steps:.1f}", f"{gradients:.3g}", *cells])
+    header = ["", "batch", "steps", "gradients", *baselines]
+    show("Steps to 1.60 with the same work (times full GN's)", header, sorted(rows, key=lambda row: row[0]))
 
 
 def inline(title, stage, records):
@@ -133,7 +145,7 @@ def inline(title, stage, records):
 
 
 def exactness(records):
-    """{share of the batch that G is made from: {iterations: (work, how far the loss fell)}}, one step each."""
+    """{share of the batch that G is made from: {iterations: (work, fall of the loss)}}, one step each."""
     return {share: {which: (run["gradients"], run["curve"][0][1] - run["loss"]) for which, run in runs}
             for share, runs in grouped("exactness", records).items()}
 
@@ -158,7 +170,7 @@ def totals(records):
     """What the stages took; a run that two of them share counts for the first."""
     stages = {}
     for line in read_list():
-        run = records.pop(line.flags.removeprefix("was "), None)
+        run = records.pop(line.key, None)
         if run:
             stages.setdefault(line.stage, []).append(run["gradients"])
     rows = [[stage, len(work), f"{sum(work):,.0f}"] for stage, work in stages.items()]

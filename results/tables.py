@@ -12,6 +12,22 @@ from statistics import mean, stdev
 from study import HERE, read_list, read_log, read_records
 
 STUDY = "tuning", "ending", "batch", "same batch", "large batch"   # stages that go from the warmup to 1.60
+RACES = {
+    "same batch": "To 1.60 from the warmup, every method with 262,144 tokens a step",
+    "large batch": "To 1.60 from the warmup, batches that large ones help",
+    "slow": "To 1.33 from the warmup",
+    "random": "To 1.60 from random initialisation",
+    "41k parameters": "41 thousand parameters, to 1.77 from a warmup of their own",
+    "1.1M parameters": "1.1 million parameters, to 1.39 from a warmup of their own",
+    "English": "English, to 1.54 from a warmup of its own",
+    "quick": "The quick study: steps to 1.75"}
+TRIALS = {
+    "tuning": "Tuning: steps to 1.60 at half the batch, seed 0",
+    "ending": "Endings of the baselines: steps to 1.60, seed 0",
+    "slow trials": "Other runs to 1.33",
+    "random tuning": "From random initialisation at 262,144 tokens a step, 68 steps, to 1.60",
+    "ablation": "One thing changed: loss after 10 steps (CG 6, baselines 40)",
+    "earlier CG": "An earlier CG"}
 
 
 def show(title, header, rows):
@@ -181,22 +197,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=Path, default=HERE / "runs.jsonl")
     records = read_records(parser.parse_args().records)
-    race("To 1.60 from the warmup, every method with 262,144 tokens a step", "same batch", records)
-    race("To 1.60 from the warmup, batches that large ones help", "large batch", records)
+    for stage, title in RACES.items():
+        race(title, stage, records)
     batches(records)
-    race("To 1.33 from the warmup", "slow", records)
-    race("To 1.60 from random initialisation", "random", records)
-    race("41 thousand parameters", "41k parameters", records)
-    race("1.1 million parameters", "1.1M parameters", records)
-    race("English", "English", records)
     solves(records)
-    inline("From random initialisation at 262,144 tokens a step, 68 steps, to 1.60", "random tuning", records)
-    inline("One thing changed: loss after 10 steps (CG 6, baselines 40)", "ablation", records)
-    inline("An earlier CG", "earlier CG", records)
-    inline("Tuning: steps to 1.60 at half the batch, seed 0", "tuning", records)
-    inline("Endings of the baselines: steps to 1.60, seed 0", "ending", records)
-    inline("Other runs to 1.33", "slow trials", records)
-    race("The quick study: steps to 1.75", "quick", records)
+    for stage, title in TRIALS.items():
+        inline(title, stage, records)
     totals(records)
     for folder in ("default_run", "choosing_defaults", "bf16_and_fp32"):
         logs(folder)

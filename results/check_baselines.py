@@ -25,7 +25,7 @@ def train(name, model, optimizers, steps, warmup, tail, rows, data):
     print(name)
     schedules = [LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1.0, (steps - step) / tail))
                  for optimizer in optimizers]
-    tokens = torch.from_numpy(data.train[:])
+    tokens = torch.from_numpy(data.train.copy())
     x, y = val_batch(data.val, 64, 65536)
     for step in range(1, steps + 1):
         starts = torch.randint(len(tokens) - 64, (rows, 1))

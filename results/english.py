@@ -14,6 +14,8 @@ NO_TEXT = re.compile(r"<(script|style|head)\b.*?</\1>|<[^>]*>", re.DOTALL | re.I
 
 
 def main():
+    if len(sys.argv) != 2:
+        sys.exit(__doc__.strip())
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temp:

@@ -132,6 +132,8 @@ def main():
     recorded = read_records(args.records)
     missing = {line.flags: line for line in lines if line.flags not in recorded}
     print(f"{len(lines)} lines, {len(missing)} runs to make, {args.jobs} at a time in {args.out}", flush=True)
+    if not missing:
+        return 0
     args.out.mkdir(parents=True, exist_ok=True)
     for line in every:                     # the runs whose weights others start from, in folders of that name
         if line.stage == "warmup" and any(f"--init_from {line.which} " in flags + " " for flags in missing):

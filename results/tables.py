@@ -78,9 +78,10 @@ def race(title, stage, records):
         missed = any(run["steps"] is None for run in runs)
         spread = None if missed or len(runs) == 1 else stdev(steps)
         ranked.append((missed, mean(steps), method, runs, spread))
+    ranked.sort(key=lambda entry: entry[:2])
     rows = []
-    for missed, steps, method, runs, spread in sorted(ranked, key=lambda r: r[:2]):
-        _, best, _, best_runs, best_spread = min(ranked, key=lambda r: r[:2])
+    for missed, steps, method, runs, spread in ranked:
+        _, best, _, best_runs, best_spread = ranked[0]
         ratio = steps / best
         error = ""
         if spread is not None and best_spread is not None:
@@ -106,7 +107,7 @@ def frontier(records):
         run = records.get(line.key)
         method = line.method.split(", G from")[0]
         if line.stage in STUDY and run and run["steps"] and not line.gone:
-            settings = run["batch_tokens"], re.sub(r"--seed \d+|--steps \d+", "", run["flags"])
+            settings = run["batch_tokens"], re.sub(r"--seed \d+", "", run["flags"])
             found.setdefault(method, {}).setdefault(settings, {})[run["flags"]] = cost(run), crossing(run)
     drawn = {}
     for method, tried in found.items():

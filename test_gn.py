@@ -1512,6 +1512,10 @@ def test_work_and_products_are_counted():
         ggn.expand(ggn.grad)
         ggn.search(ggn.grad, ggn.grad, [0.0, 1.0], 0.0)
         assert math.isclose(ggn.work, 1 + 4 / 3 + part + 4 / 3 + 2 + redone * (2 + 1 + 2 + 2 / 3))
+        before = ggn.work
+        ggn.expand(ggn.grad, prox_linear=True)
+        ggn.matvec(ggn.grad)  # pieces that were not kept are moved to z + J d once more
+        assert math.isclose(ggn.work - before, 8 / 3 + redone * (1 + 1 + 2 / 3))
 
 
 @pytest.mark.parametrize("kind", FOREIGN)

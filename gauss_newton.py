@@ -119,7 +119,7 @@ class GaussNewton:
         idx, targets = counted_rows(idx, check_targets(idx, targets)[0])
         self._check_parameters()
         theta = [p.detach().clone() for p in self.params]
-        rows = some_rows(targets, self.search_frac)
+        rows = some_rows(targets.shape, self.search_frac)
         x, y = search or (idx[-rows:], targets[-rows:])
         accepted = False
         try:
@@ -202,9 +202,12 @@ class GaussNewton:
         self.rejections = state["rejections"]
 
 
-def some_rows(targets, frac, least=32):
-    """How many rows stand for a batch: a share of them, enough for so many targets, and at most all."""
-    return min(len(targets), max(math.ceil(least / targets[0].numel()), int(frac * len(targets))))
+def some_rows(shape, frac, least=32):
+    """How many rows stand for a batch whose targets have this shape: a share of them, enough to hold `least`
+    targets, and at most all."""
+    rows, *row = shape
+    enough = math.ceil(least / math.prod(row))
+    return min(rows, max(enough, int(frac * rows)))
 
 
 def no_progress(what, done=0, total=0):
@@ -342,7 +345,7 @@ class ConjugateGradients:
     def _linearise(self, idx, targets):
         """The rows of each Newton step linearised, and loss and gradient of the whole batch."""
         self.progress("linearise")
-        rows = some_rows(targets, self.curvature_frac / self.newton_steps)
+        rows = some_rows(targets.shape, self.curvature_frac / self.newton_steps)
         used = rows * min(self.newton_steps, len(idx) // rows)
         room = 0.7e-9 * free_memory(idx.device) if self.cache_gb is None else self.cache_gb
         shares = [
@@ -362,7 +365,7 @@ class ConjugateGradients:
     def _precondition(self, idx, targets, record):
         """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
         self.progress("kfac")
-        rows = some_rows(targets, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
+        rows = some_rows(targets.shape, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
         self.kfac.update(idx[:rows], targets[:rows], self.micro_batch, self.generator)
         self.kfac.decompose()
         ones = flatten([torch.ones_like(p) for p in self.params])
@@ -646,11 +649,11 @@ def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
     r = b.clone()
     eps = torch.finfo(b.dtype).eps
     bnorm = b.norm()
-    if not bnorm.isfinite():
-        return CGResult(x, 0, "nonfinite", [0.0])
-    if bnorm == 0:
-        return CGResult(x, 0, "zero", [0.0])
     values = [0.0]
+    if not bnorm.isfinite():
+        return CGResult(x, 0, "nonfinite", values)
+    if bnorm == 0:
+        return CGResult(x, 0, "zero", values)
     p = None
     rz = None
     for k in range(max_iter + 1):
@@ -698,11 +701,9 @@ def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
     check_choice("line_search", kind, LINE_SEARCHES)
     best = (0.0, loss0)
     finite = False
-    tries = 0
     for i in range(1 if kind == "none" else candidates):
         alpha = 2 ** (-i / 2)
         loss = loss_at(alpha)
-        tries += 1
         finite |= math.isfinite(loss)
         if kind == "armijo" and best[0] > 0 and not loss < best[1]:
             break
@@ -710,7 +711,7 @@ def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
         enough = fell or kind == "grid" or (kind == "none" and math.isfinite(loss))
         if enough and (loss < best[1] or kind == "none"):
             best = (alpha, loss)
-    return Search(*best, tries, kind if best[0] else "no decrease" if finite else "nonfinite")
+    return Search(*best, i + 1, kind if best[0] else "no decrease" if finite else "nonfinite")
 
 
 def bounded(damping):

@@ -259,19 +259,15 @@ def in_blocks(flag, tokens, block_size):
     return tokens // block_size
 
 
-def part_of_batch(args, rows, frac):
-    """How many of a batch's rows GaussNewton takes for a share of it."""
-    return some_rows(torch.empty(rows, args.batch_tokens // rows, device="meta"), frac)
-
-
-def check_shares(args, rows, val_rows):
+def check_shares(args, rows, block_size, val_rows):
     """Raises ValueError where a process would have nothing of the smallest piece that all share."""
+    shape = rows, block_size
     shared = [rows, val_rows]
     if args.kind == "inner":
-        inner = args.inner_tokens * rows // args.batch_tokens
-        shared += [inner, rows % inner or inner, part_of_batch(args, rows, SEARCH_FRAC)]
+        inner = args.inner_tokens // block_size
+        shared += [inner, rows % inner or inner, some_rows(shape, SEARCH_FRAC)]
     elif args.kind == "cg":
-        shared += [part_of_batch(args, rows, frac)
+        shared += [some_rows(shape, frac)
                    for frac in (SEARCH_FRAC, args.curvature_frac / args.newton_steps)]
     elif args.opt == "kfac":
         shared.append(rows / 4)
@@ -417,11 +413,11 @@ class Run:
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         self.search_rows = 0                            # of fresh data
         if args.line_search_data == "fresh" and args.kind != "baseline":
-            self.search_rows = part_of_batch(args, self.rows, SEARCH_FRAC)
+            self.search_rows = some_rows((self.rows, block_size), SEARCH_FRAC)
         args.micro_batch = args.micro_batch or default_micro_batch(self.model.config, args.device)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in self.stepper.params)
-        check_shares(args, self.rows, len(self.val[0]))
+        check_shares(args, self.rows, block_size, len(self.val[0]))
         if checkpoint:
             self.stepper.load_state_dict(checkpoint["optimizer"])
             self.stepper.rejections %= MAX_REJECTIONS   # after giving up, as many again

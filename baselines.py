@@ -626,6 +626,8 @@ class KFAC:
     batch's and a random sign for each sequence.
     """
 
+    SQUARES = 8  # gradients, each of a part of the rows, that the diagonals are made from
+
     def __init__(self, model, max_side=4096, own_labels=False):
         self.model = model
         self.max_side = max_side
@@ -650,17 +652,21 @@ class KFAC:
         squares = {i: torch.zeros_like(self.params[i]) for i in diagonal}
         sums = {}  # (parameter, side) -> [its sum over rows, number of rows, 0 for n]
         del z
-        for first in range(0, rows, micro_batch or rows):
-            last = min(first + (micro_batch or rows), rows)
-            # All processes draw for all rows, so that labels and signs do not depend on who has them.
-            shape = [1] * targets.ndim if self.own_labels else [*targets.shape[1:], classes]
-            draws = torch.empty(last - first, *shape, device=idx.device).exponential_(generator=generator)
-            mine_too = slice(max(first, mine.start), min(last, mine.stop))
+        # Labels or signs are independent: the square of a sum over rows has the mean of the sum of squares.
+        size = math.ceil(rows / self.SQUARES)
+        for start in range(0, rows, size):
+            end = min(start + size, rows)
             grads = [torch.zeros_like(square) for square in squares.values()]
-            if mine_too.start < mine_too.stop:
-                own_draws = draws[mine_too.start - first : mine_too.stop - first]
-                grads = self._add(sums, idx[mine_too], targets[mine_too], own_draws, diagonal)
-            # Labels or signs are independent: the square of a sum has the mean of the sum of squares.
+            for first in range(start, end, micro_batch or size):
+                last = min(first + (micro_batch or size), end)
+                # All processes draw for all rows, so that labels and signs do not depend on who has them.
+                shape = [1] * targets.ndim if self.own_labels else [*targets.shape[1:], classes]
+                draws = torch.empty(last - first, *shape, device=idx.device).exponential_(generator=generator)
+                mine_too = slice(max(first, mine.start), min(last, mine.stop))
+                if mine_too.start < mine_too.stop:
+                    own_draws = draws[mine_too.start - first : mine_too.stop - first]
+                    found = self._add(sums, idx[mine_too], targets[mine_too], own_draws, diagonal)
+                    grads = [total + g for total, g in zip(grads, found)]
             for square, g in zip(squares.values(), reduce(*grads)):
                 square += g * g
         flat = reduce(*(t for pair in sums.values() for t in pair))

@@ -758,9 +758,9 @@ def readable(tie):
     return model.double()
 
 
-def plain_factors(model, idx, micro_batch, labels=None):
+def plain_factors(model, idx, rows, labels=None):
     """{parameter: [L, R] or [diagonal]}, L = mean δδᵀ and R = mean aaᵀ, module by module, for the likeliest
-    labels or those given."""
+    labels or those given; the diagonal from squares of sums over so many rows."""
     found = {}
     n = idx.numel()
 
@@ -768,8 +768,8 @@ def plain_factors(model, idx, micro_batch, labels=None):
         old = found.get(p, [0, 0])
         found[p] = [a + b / n for a, b in zip(old, sides)]
 
-    for first in range(0, len(idx), micro_batch):
-        piece = slice(first, first + micro_batch)
+    for first in range(0, len(idx), rows):
+        piece = slice(first, first + rows)
         h = [idx[piece]]
         for m in model:
             h.append(m(h[-1]))
@@ -799,9 +799,11 @@ def plain_factors(model, idx, micro_batch, labels=None):
 @pytest.mark.parametrize("max_side", [4096, 5])
 def test_kfac_is_the_kronecker_product_of_plain_factors(tie, max_side, own_labels, monkeypatch):
     """For weights, embedding (its side the token frequencies; tied: the head's factors), biases and norms
-    (a diagonal) `apply` is the dense K = L ⊗ R in K (K + λI)⁻¹, from uneven pieces and a running average;
-    sides above max_side are diagonal. Every draw is 1 here: the likeliest labels, and no sign changes."""
+    (a diagonal) `apply` is the dense K = L ⊗ R in K (K + λI)⁻¹, from two squares of uneven pieces and a
+    running average; sides above max_side are diagonal. Every draw is 1 here: the likeliest labels, and no
+    sign changes."""
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda draws, generator=None: draws.fill_(1.0))
+    monkeypatch.setattr(KFAC, "SQUARES", 2)
     torch.manual_seed(0)
     model = readable(tie)
     wanted = []
@@ -809,7 +811,7 @@ def test_kfac_is_the_kronecker_product_of_plain_factors(tie, max_side, own_label
     kfac.update(*tokens(), micro_batch=2, decay=0.75)
     kfac.decompose()
     batches = tokens(seed=1), tokens()
-    first, second = (plain_factors(model, x, 2, y if own_labels else None) for x, y in batches)
+    first, second = (plain_factors(model, x, 3, y if own_labels else None) for x, y in batches)
     v = torch.randn_like(theta_of(model))
     for p, own in zip(kfac.params, gn.unflatten(v, kfac.params)):
         K = torch.ones(1, 1).double()

@@ -98,12 +98,12 @@ def make_optimizer(
     return Combined([muon, torch.optim.AdamW(decayed(rest), lr=lr, betas=o["betas"])])
 
 
-def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_frac=0.2, min_ratio=0.0):
+def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_frac=0.2):
     """The factor in [0, 1] for the base rate at `step`, which counts from 0.
 
     Warmup is linear, (step + 1) / warmup_steps, so that no step is lost. Then "constant" stays at 1; "cosine"
-    falls to min_ratio at step == total_steps (Loshchilov & Hutter 2017); "wsd", warmup-stable-decay (arXiv
-    2404.06395), holds 1 and falls linearly to min_ratio over the last decay_frac of total_steps."""
+    falls to 0 at step == total_steps (Loshchilov & Hutter 2017); "wsd", warmup-stable-decay (arXiv
+    2404.06395), holds 1 and falls linearly to 0 over the last decay_frac of total_steps."""
     if schedule not in ("constant", "cosine", "wsd"):
         raise ValueError(f"unknown schedule {schedule!r}; choose from constant, cosine, wsd")
     if step < warmup_steps:
@@ -112,9 +112,9 @@ def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_fr
         return 1.0
     if schedule == "cosine":
         done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+        return 0.5 * (1 + math.cos(math.pi * done))
     left = max(0, total_steps - step) / max(1.0, decay_frac * total_steps)
-    return min_ratio + (1 - min_ratio) * min(1.0, left)
+    return min(1.0, left)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -341,15 +341,6 @@ class Optimizer(torch.optim.Optimizer):
         return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
 
 
-def check_dtypes(method, params):
-    for p in params:
-        if p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{method} needs parameters in float32 or float64, and one is {p.dtype}: "
-                "keep them in float32 and call the model under torch.autocast"
-            )
-
-
 class Combined(Optimizer):
     """Optimizers over disjoint parameters as one. Its param_groups are theirs in order, and its state is
     theirs; a group that is added later is the last one's. The `momentum` of every group is what schedulers
@@ -453,7 +444,12 @@ class SOAP(Optimizer):
         )
 
     def check(self, params):
-        check_dtypes("SOAP", params)
+        for p in params:
+            if p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"SOAP needs parameters in float32 or float64, and one is {p.dtype}: "
+                    "keep them in float32 and call the model under torch.autocast"
+                )
 
     def move(self):
         for group in self.param_groups:
@@ -650,7 +646,7 @@ class KFAC:
         factored = {i for i, *_ in linear_maps(z, self.params)}
         diagonal = [i for i, p in enumerate(self.params) if i not in factored and p.requires_grad]
         squares = {i: torch.zeros_like(self.params[i]) for i in diagonal}
-        sums = {}  # (parameter, side) -> [its sum over rows, number of rows, 0 for n]
+        sums = {}  # (parameter, side) -> [sum, what to divide it by; 0: n, the number of targets]
         del z
         # Labels or signs are independent: the square of a sum over rows has the mean of the sum of squares.
         size = math.ceil(rows / self.SQUARES)
@@ -818,9 +814,6 @@ class KFACOptimizer(Optimizer):
         self.curvature_frac = curvature_frac
         self.steps = 0
         self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(seed)
-
-    def check(self, params):
-        check_dtypes("K-FAC", params)
 
     def add_param_group(self, group):
         if hasattr(self, "kfac"):

@@ -320,14 +320,13 @@ def get_encoding(name):
     return result[0]
 
 
-def get_batch(tokens, block_size, batch_size, seed, step, stream=0, start=0, stop=None):
-    """Rows start .. stop (all by default) of a random batch: idx, targets, (stop - start, block_size) int64
-    each. Row i is a function of (seed, stream, step, i) alone: neither batch_size nor how rows are shared
-    among processes changes it, and there is no state to save. Streams keep training (0) and fresh data for
-    other uses (1, ...) apart."""
+def get_batch(tokens, block_size, batch_size, seed, step, stream=0):
+    """A random batch: idx, targets, (batch_size, block_size) int64 each. Row i is a function of (seed,
+    stream, step, i) alone: batch_size does not change it, and there is no state to save. Streams keep
+    training (0) and fresh data for other uses (1, ...) apart."""
     windows = all_windows(tokens, block_size)
     offsets = np.random.default_rng([seed, stream, step]).integers(len(windows), size=batch_size)
-    return split_windows(windows[offsets[start:stop]])
+    return split_windows(windows[offsets])
 
 
 def val_batch(tokens, block_size, n_tokens):

@@ -76,7 +76,7 @@ class GaussNewton:
                    is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
     line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows, unless step() is
                    given others (in a large batch no Newton step has any of them, at the default share)
-    micro_batch    rows worked on at a time
+    micro_batch    rows worked on at a time; None: all at once
     progress       called as progress(what) or progress("cg", done, total) inside long steps
     """
 
@@ -130,11 +130,10 @@ class GaussNewton:
                 reason = found.trouble or self._search(theta, found, x, y, cost, record)
             accepted = reason == ""
         finally:
-            if not accepted:  # rejected or interrupted: θ is as it was, and the solver starts anew
+            if not accepted:  # rejected or interrupted: θ is as it was
                 assign(self.params, theta)
                 self.solver.forget()
-        if accepted:
-            self.solver.adapt(record["rho"], record["alpha"])
+        self.solver.adapt(record["rho"], record["alpha"])
         self.rejections = 0 if accepted else self.rejections + 1
         return {**record, "accepted": accepted, "reason": reason}
 
@@ -157,7 +156,7 @@ class GaussNewton:
         if alpha == 0:
             return f"line search: {reason}"
         change = loss - loss0
-        # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN.
+        # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN by CG.
         predicted = alpha * slope + alpha**2 * (-found.decrease - slope)
         if self.line_search != "none" and change > 1e-4 * predicted:
             # what is left of a decrease by the rounding of a huge loss, say
@@ -289,13 +288,13 @@ class ConjugateGradients:
         self.generator = torch.Generator(device=self.params[0].device).manual_seed(seed)
 
     def solve(self, parts, idx, targets):
-        shares, loss, grad = self._linearise(idx, targets)
+        ggns, loss, grad = self._linearise(idx, targets)
         record = {"work": 1.0, "grad_norm": grad.norm().item()}
         if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
             self._precondition(idx, targets, record)
-        found = (self._newton(shares, part, grad, len(parts)) for part in parts)
+        found = (self._newton(ggns, part, grad, len(parts)) for part in parts)
         directions, decreases, dampings, solves = zip(*found)
         d = self.direction = join(directions, self.params, parts)
         self.damping = geometric_mean(dampings)
@@ -305,14 +304,14 @@ class ConjugateGradients:
         record.update(
             damping=self.damping,
             cg_iterations=sum(r.iterations for r in results),
-            products=sum(ggn.products for ggn in shares),
+            products=sum(ggn.products for ggn in ggns),
             cg_reason="+".join(bad or sorted(reasons)),
-            work=record["work"] + sum((ggn.work - 1) * ggn.rows for ggn in shares) / len(idx),
+            work=record["work"] + sum((ggn.work - 1) * ggn.rows for ggn in ggns) / len(idx),
         )
         trouble = f"no descent direction ({bad[0]})" if bad else ""
         return Solution(loss, d, grad.dot(d).item(), sum(decreases), trouble, record)
 
-    def _newton(self, shares, part, grad, n_parts):
+    def _newton(self, ggns, part, grad, n_parts):
         """Newton's method for one part: (d, m(0) − m(d), λ, results of the solves)."""
         damping = self.damping
         g = select(grad, self.params, part)
@@ -320,11 +319,11 @@ class ConjugateGradients:
         if self.direction is not None:
             d = self.MOMENTUM * select(self.direction, self.params, part)
         results = []
-        for ggn in shares:
-            c = g - select(ggn.grad, self.params, part)
+        for ggn in ggns:
+            tilt = g - select(ggn.grad, self.params, part)
             lengths = self.LENGTHS if results else [0.0]  # there is no δ to try yet
-            t, change, gradient = ggn.search(
-                d, delta, lengths, c.dot(delta).item(), part, self.prox_linear
+            t, change, gradient = ggn.expand_along(
+                d, delta, lengths, tilt.dot(delta).item(), part, self.prox_linear
             )
             d = d + t * delta
             if results:
@@ -332,35 +331,37 @@ class ConjugateGradients:
 
             def matvec(v):
                 total = n_parts * self.cg_iters * self.newton_steps
-                self.progress("cg", sum(ggn.products for ggn in shares), total)
+                self.progress("cg", sum(ggn.products for ggn in ggns), total)
                 return ggn.matvec(v, part) + damping * self._damp(v, part)
 
-            results.append(cg(matvec, -(gradient + c), self._preconditioner(damping, part), self.cg_iters))
+            results.append(cg(matvec, -(gradient + tilt), self._preconditioner(damping, part), self.cg_iters))
             delta = results[-1].x
-        # m at d + δ, by the last system without its damping
+        # m(d + δ) − m(0): what m is at d, and what the last system promises, its damping left out
+        at_d = change + tilt.dot(d).item()
         damped = 0.5 * damping * delta.dot(self._damp(delta, part)).item()
-        change += c.dot(d).item() + results[-1].values[-1] - damped
-        return d + delta, -change, damping, results
+        promise = results[-1].values[-1] - damped
+        return d + delta, -(at_d + promise), damping, results
 
     def _linearise(self, idx, targets):
         """The rows of each Newton step linearised, and loss and gradient of the whole batch."""
         self.progress("linearise")
         rows = some_rows(targets.shape, self.curvature_frac / self.newton_steps)
         used = rows * min(self.newton_steps, len(idx) // rows)
-        room = 0.7e-9 * free_memory(idx.device) if self.cache_gb is None else self.cache_gb
-        shares = [
-            GGN(self.model, x, y, self.micro_batch, room / self.newton_steps)
+        if self.cache_gb is None:  # found once, since torch keeps the memory that it frees
+            self.cache_gb = 0.7e-9 * free_memory(idx.device)
+        ggns = [
+            GGN(self.model, x, y, self.micro_batch, self.cache_gb / self.newton_steps)
             for x, y in pieces(idx[:used], targets[:used], rows)
         ]
-        n = sum(ggn.n for ggn in shares)
-        loss = sum(ggn.loss * ggn.n for ggn in shares)
-        grad = sum(ggn.grad * ggn.n for ggn in shares)
+        n = sum(ggn.n for ggn in ggns)
+        loss = sum(ggn.loss * ggn.n for ggn in ggns)
+        grad = sum(ggn.grad * ggn.n for ggn in ggns)
         rest = (targets[used:] != IGNORED).sum().item()
         if rest > 0:
             rest_loss, rest_grad = batch_grad(self.model, idx[used:], targets[used:], self.micro_batch)
             loss += rest * rest_loss
             grad += rest * rest_grad
-        return shares, loss / (n + rest), grad / (n + rest)
+        return ggns, loss / (n + rest), grad / (n + rest)
 
     def _precondition(self, idx, targets, record):
         """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
@@ -387,12 +388,13 @@ class ConjugateGradients:
             return lambda v: self.kfac.apply(v, lambda S: 1 / (S + damping * self.metric(S)), part)
 
     def adapt(self, rho, alpha):
+        """After a step; alpha 0: it was rejected."""
         self.damping = levenberg_marquardt(self.damping, rho, alpha)
-        self.direction = alpha * self.direction
+        if alpha:
+            self.direction = alpha * self.direction
 
     def forget(self):
-        """After a rejected step: λ up, and what led nowhere must not lead there again."""
-        self.damping = levenberg_marquardt(self.damping, 0.0, 0.0)
+        """What led nowhere must not lead there again."""
         self.direction = None
 
     def state_dict(self):
@@ -430,8 +432,8 @@ class InnerSolver:
         prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v)
         θ̂ ← optimizer(θ̂, ∇), ∇ clipped in norm for each part
 
-    Slope and decrease are means over the last sixteenth of the micro-batches, each taken before its inner
-    step: on data that the step has not been fitted to.
+    Slope and decrease are means over the last sixteenth of the micro-batches, the decrease of each taken
+    before its inner step: on data that v has not been fitted to.
 
     name              of an optimizer for baselines.make_optimizer: "soap", "muon", "adamw", ...
     rows              sequences in a micro-batch: a batch of B rows gives B / rows inner steps
@@ -459,6 +461,8 @@ class InnerSolver:
         reset=False,
         compile=False,
     ):
+        if name == "kfac":
+            raise ValueError("kfac cannot be an inner solver: it has to observe each batch")
         check_choice("local_model", local_model, ("gn", "prox_linear"))
         check_choice("schedule", schedule, SCHEDULES)
         check_positive(rows=rows, lr=lr, outer_steps=outer_steps)
@@ -506,10 +510,10 @@ class InnerSolver:
             self.progress("inner", k, len(batches))
             v = flatten([e.detach() for e in self.ends]) - theta
             local = self._expand if len(parts) == 1 else self._expand_parts
-            value, difference, gradients, at_theta, cost = local(x, y, v, parts, k >= late)
+            value, difference, gradients, g_theta, cost = local(x, y, v, parts, k >= late)
             loss = loss + value * (counts[k] / n)
             if k >= late:
-                grad = grad + at_theta * (counts[k] / n_late)
+                grad = grad + g_theta * (counts[k] / n_late)
                 change = change + difference * (counts[k] / n_late)
             work += cost * y.numel() / targets.numel()
             norm = self._inner_step(parts, gradients, k, len(batches))
@@ -560,7 +564,7 @@ class InnerSolver:
             self.double_backward = True
             found = function(*arguments)
         loss, change, *g = reduce(*found)
-        work = (7 if at_theta else 5) / 3
+        work = (5 + 2 * at_theta + 2 * self.double_backward) / 3
         return loss, change, [flatten(g[:k])], flatten(g[k:]) if at_theta else None, work
 
     def _expand_parts(self, x, y, v, parts, at_theta):
@@ -578,7 +582,7 @@ class InnerSolver:
         """Nothing: a streaming optimizer has no λ."""
 
     def forget(self):
-        """After a rejected step: the next solve starts at θ with fresh moments."""
+        """The next solve starts at θ with fresh moments."""
         self.stale = True
 
     def state_dict(self):
@@ -705,11 +709,15 @@ def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
         alpha = 2 ** (-i / 2)
         loss = loss_at(alpha)
         finite |= math.isfinite(loss)
-        if kind == "armijo" and best[0] > 0 and not loss < best[1]:
+        lower = loss < best[1]
+        if kind == "armijo" and best[0] > 0 and not lower:
             break
-        fell = loss <= loss0 + c * alpha * slope
-        enough = fell or kind == "grid" or (kind == "none" and math.isfinite(loss))
-        if enough and (loss < best[1] or kind == "none"):
+        wanted = {
+            "armijo": lower and loss <= loss0 + c * alpha * slope,
+            "grid": lower,
+            "none": math.isfinite(loss),
+        }
+        if wanted[kind]:
             best = (alpha, loss)
     return Search(*best, i + 1, kind if best[0] else "no decrease" if finite else "nonfinite")
 
@@ -807,11 +815,11 @@ class GGN:
         """(m(d) − m(0), ∇m(d)) of the local model (see local_change), where d moves the parameters in `part`
         alone and the gradient is theirs. From now on matvec's H is the one at z + J d, for GN at z; J stays.
         """
-        return self.search(d, None, [0.0], 0.0, part, prox_linear)[1:]
+        return self.expand_along(d, None, [0.0], 0.0, part, prox_linear)[1:]
 
-    def search(self, d, delta, lengths, tilt, part=None, prox_linear=False):
-        """Expand at d + tδ, where t is the one of `lengths` with the least m(d + tδ) + t tilt: (t, what
-        `expand` returns)."""
+    def expand_along(self, d, delta, lengths, tilt, part=None, prox_linear=False):
+        """Expand at d + tδ, where t is the one of `lengths` with the least m(d + tδ) + t tilt, tilt a number:
+        (t, what `expand` returns)."""
         part = self._part(part)
         self.offset = None
         product = self._product_work(part)
@@ -915,8 +923,7 @@ class Piece:
         return flatten(derivative(self.z, [self.params[i] for i in part], w))
 
     def product(self, v, part):
-        Jv = self.jvp(v, part)
-        HJv = cross_entropy_hvp(self.probs, Jv, self.divisor)
+        HJv = cross_entropy_hvp(self.probs, self.jvp(v, part), self.divisor)
         return self.vjp(HJv, part)
 
 

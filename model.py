@@ -147,8 +147,10 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
     def forward(self, idx):
-        with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
-            return self._forward(idx).float() if self.bf16 else self._forward(idx)
+        if not self.bf16:
+            return self._forward(idx)
+        with torch.autocast(idx.device.type, torch.bfloat16):
+            return self._forward(idx).float()
 
     def _forward(self, idx):
         T = idx.shape[1]

@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from baselines import (BASELINES, DEFAULT_LR, assign, flatten, lr_schedule, make_optimizer, ranks,
+from baselines import (BASELINES, DEFAULT_LR, DEFAULTS, assign, flatten, lr_schedule, make_optimizer, ranks,
                        reduce_number, share, trainable, unflatten)
 from data import TOKENIZERS, get_batch, prepare, val_batch
 from gauss_newton import (SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewton, InnerSolver, batch_grad,
@@ -44,7 +44,7 @@ from gauss_newton import (SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewto
 from model import GPT, PRESETS, GPTConfig
 
 # By kind of run: Gauss-Newton by CG or by a streaming optimizer, whose steps are few and large, and all else.
-DEFAULTS = {
+RUN_DEFAULTS = {
     "cg": dict(steps=15, batch_tokens=262144, eval_interval=1, checkpoint_interval=1),
     "inner": dict(steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1),
     "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50),
@@ -67,16 +67,16 @@ class Parser(argparse.ArgumentParser):
 
     def heading(self, title, *kinds):
         """A function that adds a flag under it."""
-        return partial(self.flag, self.add_argument_group(title), kinds or DEFAULTS)
+        return partial(self.flag, self.add_argument_group(title), kinds or RUN_DEFAULTS)
 
-    def flag(self, group, kinds, name, text, kind, default=None, **extra):
-        """kind: a type, bool for a switch, or a list of choices."""
-        if kind is bool:
+    def flag(self, group, kinds, name, text, values, default=None, **extra):
+        """values: a type, bool for a switch, or a list of choices."""
+        if values is bool:
             extra = {"action": "store_true"}
-        elif callable(kind):
-            extra.update(type=kind, default=default)
+        elif callable(values):
+            extra.update(type=values, default=default)
         else:
-            extra.update(choices=list(kind), default=default)
+            extra.update(choices=list(values), default=default)
         shown = "" if default is None else f" (default {default})"
         action = group.add_argument(name, help=text + shown, **extra)
         self.used_by[action.dest] = kinds
@@ -210,7 +210,7 @@ def resolve(argv):
     words = {word.split("=")[0] for word in argv}
     given = {key: kinds for key, kinds in parser.used_by.items() if f"--{key}" in words}
     args.kind = "baseline" if args.opt in BASELINES else "cg" if args.solver == "cg" else "inner"
-    for key, value in DEFAULTS[args.kind].items():
+    for key, value in RUN_DEFAULTS[args.kind].items():
         if key not in given:
             setattr(args, key, value)
     return args, given
@@ -221,7 +221,7 @@ def stored_settings(args, given):
     if args.out_dir is None:
         raise UsageError("--resume needs the run's --out_dir")
     checkpoint = load_checkpoint(args.out_dir)
-    stored = argparse.Namespace(**checkpoint["config"])
+    stored = argparse.Namespace(**{**vars(args), **checkpoint["config"]})
     stored.overwrite = False
     for key in [*given, "device"]:
         new = getattr(args, key)
@@ -267,8 +267,9 @@ def check_shares(args, rows, block_size, val_rows):
         inner = args.inner_tokens // block_size
         shared += [inner, rows % inner or inner, some_rows(shape, SEARCH_FRAC)]
     elif args.kind == "cg":
-        shared += [some_rows(shape, frac)
-                   for frac in (SEARCH_FRAC, args.curvature_frac / args.newton_steps)]
+        newton = some_rows(shape, args.curvature_frac / args.newton_steps)
+        rest = rows - newton * min(args.newton_steps, rows // newton)
+        shared += [newton, rest or newton, some_rows(shape, SEARCH_FRAC)]
     elif args.opt == "kfac":
         shared.append(rows / 4)
     share(range(math.ceil(min(shared))))
@@ -276,9 +277,7 @@ def check_shares(args, rows, block_size, val_rows):
 
 def default_micro_batch(config, device):
     """Sequences: 8,192 tokens fit a CPU's caches, a GPU wants more; their logits stay under 256 MB."""
-    tokens = 8192
-    if on_gpu(device):
-        tokens = max(tokens, 2 ** 23 // (config.n_layer * config.n_embd))
+    tokens = max(8192, 2 ** 23 // (config.n_layer * config.n_embd)) if on_gpu(device) else 8192
     return max(1, min(tokens, 2 ** 26 // config.vocab_size) // config.block_size)
 
 
@@ -435,16 +434,16 @@ class Run:
             f"{meta['val_tokens']:,} validation tokens ({args.tokenizer}), sha256 {meta['sha256'][:12]}\n"
             f"batch: {args.batch_tokens:,} tokens = {self.rows:,} x {self.model.config.block_size} | "
             f"guessing evenly is a loss of {math.log(self.data.vocab_size):.3f} nats per token")
-        unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds]
+        others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(args.opt, ()))
+        unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds or key in others]
         if unused:
-            method = args.opt if args.kind == "baseline" else f"{args.opt} by {args.solver}"
-            say(f"note: {method} does not use {', '.join(unused)}")
+            say(f"note: {args.opt} ({args.kind}) does not use {', '.join(unused)}")
 
     def header(self, command):
         """The log's first line: all that it takes to make the run again."""
         return {"config": vars(self.args), "parameters": self.size,
                 "torch": torch.__version__, "python": platform.python_version(), "commit": git_commit(),
-                "device": device_name(self.args.device), "threads": torch.get_num_threads(),
+                "device": device_name(self.args.device),
                 "model": vars(self.model.config), "data": self.data.meta, "command": command}
 
     def train(self, log):
@@ -501,7 +500,7 @@ class Run:
         step = self.progress["step"]
         old = self.losses.get(step - 1)
         new = self.losses.get(step)
-        if old is not None and new is not None and not self.args.ema:
+        if None not in (old, new) and not self.args.ema:
             record["actual_fresh"] = new - old
         if new is not None and record["actual"] is None:
             record["actual"] = batch_loss(self.model, *batch, self.args.micro_batch) - record["loss"]
@@ -552,7 +551,7 @@ class Run:
             encoding = self.data.encoding
             torch.manual_seed(args.seed)
             newline = torch.tensor([encoding.encode_ordinary("\n")], device=args.device)
-            tokens = self.model.generate(newline, args.sample)[0].tolist()
+            tokens = self.averaged.generate(newline, args.sample)[0].tolist()
             text = encoding.decode(tokens).strip("\n")
             say(f"\n{args.sample} tokens from the model:\n{text}")
 
@@ -574,7 +573,7 @@ def start(args, given, checkpoint, command):
     tune_allocator()
     try:
         run = Run(args, checkpoint)
-    except (ValueError, OSError) as e:                  # settings that do not fit, a folder that cannot be
+    except (ValueError, OSError) as e:                  # what does not fit, cannot be made
         raise UsageError(first_line(e)) from e
     run.introduce(given)
     path = run.out / "log.jsonl" if is_first() else Path(os.devnull)
@@ -603,7 +602,7 @@ def start(args, given, checkpoint, command):
 LINE = {  # what a step's line shows of its row, each where the row has it
     "train_loss": " | loss {:.3f}", "val_loss": " | val {:.3f}",
     "actual": " | change {:+.3f}", "actual_fresh": ", fresh {:+.3f}", "predicted": ", model {:+.3f}",
-    "cg_iterations": " | cg {}", "cg_reason": " ({})", "products": ", {} products",
+    "cg_iterations": " | cg {}", "cg_reason": " ({})",
     "damping": " | damping {:.1e}", "inner_steps": " | inner {}", "lr": " | lr {:.1e}",
     "rho": " | rho {:.2f}", "alpha": " | alpha {:.2f}", "cosine": " | cos {:.2f}", "layer_norms": " | |d| {}",
     "repaired": " | repaired: {}", "reason": " | REJECTED: {}", "grad_equivalents": " | work {:.4g}",
@@ -652,7 +651,7 @@ def lines_until(path, step):
 
 
 def write_row(log, row):
-    """One JSON line, on disk before the next step; what is not finite is null, as JSON has it."""
+    """One JSON line, with the system before the next step; what is not finite is null, as JSON has it."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     log.write(json.dumps(clean) + "\n")
     log.flush()
@@ -670,8 +669,8 @@ def load_checkpoint(path):
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"it has format {checkpoint['format']}")
     except Exception as e:
-        raise UsageError(f"{path} is no checkpoint of format {FORMAT}, or damaged ({type(e).__name__}: "
-                         f"{first_line(e)}); a run keeps the one before it as checkpoint.previous.pt") from e
+        raise UsageError(f"{path} is missing, damaged or no checkpoint of format {FORMAT} ({type(e).__name__}"
+                         f": {first_line(e)}); a run keeps the one before as checkpoint.previous.pt") from e
     return checkpoint
 
 
@@ -716,11 +715,10 @@ def is_first():
 
 def check_equal(model, step):
     """Raises RuntimeError where the processes' parameters differ in a bit: they have come apart."""
-    if ranks()[1] > 1:
-        checksum = zlib.crc32(flatten(model.parameters()).detach().cpu().numpy())
-        if reduce_number(checksum) != ranks()[1] * checksum:
-            raise RuntimeError(f"after step {step} the processes' parameters are not the same; "
-                               "the last checkpoint is whole")
+    checksum = zlib.crc32(flatten(model.parameters()).detach().cpu().numpy())
+    if reduce_number(checksum) != ranks()[1] * checksum:
+        raise RuntimeError(f"after step {step} the processes' parameters are not the same; "
+                           "the last checkpoint is whole")
 
 
 @contextmanager
@@ -738,7 +736,7 @@ def signals(handler):
 
 
 def on_gpu(device):
-    return torch.device(device).type == "cuda"
+    return "cuda" in str(device)
 
 
 def tune_allocator():
@@ -765,7 +763,7 @@ def peak_memory_mb(device):
 def main(argv=None):
     """Returns the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot be used,
     130 for a second Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else argv
     process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
     try:
         args, given = resolve(argv)
@@ -782,14 +780,14 @@ def main(argv=None):
         if process in ("", "0"):                        # all of them found it
             complain(e)
         return 2
-    except (OSError, torch.OutOfMemoryError) as e:      # a full disk, too large a --micro_batch
-        complain(f"{first_line(e)}; the last checkpoint is whole")
+    except (OSError, MemoryError, torch.OutOfMemoryError) as e:     # a full disk, too large a batch
+        complain(f"{first_line(e)}; the last checkpoint, if there is one, is whole")
     except RuntimeError as e:                           # another process is gone, or has come apart
         if not process:
             raise
         complain(f"process {process}: {first_line(e)}")
     except KeyboardInterrupt:
-        complain("interrupted; the last checkpoint is whole")
+        complain("interrupted; the last checkpoint, if there is one, is whole")
         return 130
     return 1
 

@@ -25,6 +25,7 @@ TRIALS = {
     "tuning": "Tuning: steps to 1.60 at half the batch, seed 0",
     "ending": "Endings of the baselines: steps to 1.60, seed 0",
     "slow trials": "Other runs to 1.33",
+    "small batch": "Small batches, steps to 1.75",
     "random tuning": "From random initialisation at 262,144 tokens a step, 68 steps, to 1.60",
     "ablation": "One thing changed: loss after 10 steps (CG 6, baselines 40)",
     "earlier CG": "An earlier CG"}
@@ -101,7 +102,7 @@ def race(title, stage, records):
 
 def frontier(records):
     """{method: {batch: (gradients, steps)}} to 1.60 from the warmup, means over seeds, at the best of all
-    settings that were tried with that batch."""
+    settings that were tried with that batch; for full GN of those with three seeds, where there are any."""
     found = {}
     for line in read_list():
         run = records.get(line.key)
@@ -111,10 +112,13 @@ def frontier(records):
             found.setdefault(method, {}).setdefault(settings, {})[run["flags"]] = cost(run), crossing(run)
     drawn = {}
     for method, tried in found.items():
+        ranked = {}
         for (size, _), points in sorted(tried.items()):
-            point = tuple(map(mean, zip(*points.values())))
-            old = drawn.setdefault(method, {}).get(size, point)
-            drawn[method][size] = min(point, old, key=lambda p: p[1])
+            gradients, steps = map(mean, zip(*points.values()))
+            seeds = min(len(points), 3) if " GN" in method else 0
+            ranked.setdefault(size, []).append((-seeds, steps, gradients))
+        best = {size: min(settings) for size, settings in ranked.items()}
+        drawn[method] = {size: (gradients, steps) for size, (_, steps, gradients) in best.items()}
     return {method: points for method, points in drawn.items() if len(points) > 2}
 
 

@@ -2195,6 +2195,14 @@ def test_bad_setting_is_one_line(go, flags, capsys, data_dir):
     assert left_in(data_dir) == before
 
 
+def test_flags_that_a_run_does_not_use_are_named(go, capsys):
+    """Those of other kinds of runs, and settings that other baselines have."""
+    assert go(f"{SMALL} --opt adamw --betas 0.8 0.9 --momentum 0.5 --damping 2 --steps 1 --out_dir a") == 0
+    assert "note: adamw (baseline) does not use --damping, --momentum\n" in capsys.readouterr().out
+    assert go(f"{SMALL} {CG} --momentum 0.5 --damping 2 --steps 1 --out_dir b") == 0
+    assert "note: full_gn (cg) does not use --momentum\n" in capsys.readouterr().out
+
+
 def test_help_explains_every_flag(capsys):
     """Each flag is in --help, in a group, with a text of its own."""
     with pytest.raises(SystemExit) as e:

@@ -798,7 +798,7 @@ class KFACOptimizer(Optimizer):
         params,
         lr=3e-2,
         momentum=0.9,
-        damping=1e-3,
+        damping=3e-4,
         kl_clip=1e-2,
         stat_decay=0.95,
         precondition_frequency=10,

@@ -154,11 +154,16 @@ def assign(params, values):
         p.copy_(v)
 
 
+def runs(rows, size):
+    """Neighbouring rows of a tensor, or of a range, at most `size` (None: all) at a time."""
+    size = size or len(rows)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def pieces(idx, targets, micro_batch):
     """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole
     batch)."""
-    step = micro_batch or len(idx)
-    return [(idx[i : i + step], targets[i : i + step]) for i in range(0, len(idx), step)]
+    return list(zip(runs(idx, micro_batch), runs(targets, micro_batch)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -639,7 +644,7 @@ class KFAC:
         """Factors from a batch, averaged with the earlier ones by `decay`; then `decompose` makes them ready
         for use. Where labels are sampled, targets say which tokens count."""
         targets, n = check_targets(idx, targets)
-        rows, (mine,) = len(idx), share(range(len(idx)))
+        every = range(len(idx))
         with torch.enable_grad():
             z = logits(self.model, idx[:2], targets[:2])
         classes = z.shape[-1]
@@ -648,21 +653,21 @@ class KFAC:
         squares = {i: torch.zeros_like(self.params[i]) for i in diagonal}
         sums = {}  # (parameter, side) -> [sum, what to divide it by; 0: n, the number of targets]
         del z
-        # Labels or signs are independent: the square of a sum over rows has the mean of the sum of squares.
-        size = math.ceil(rows / self.SQUARES)
-        for start in range(0, rows, size):
-            end = min(start + size, rows)
+        # All processes draw for all rows, so that labels and signs do not depend on who has them.
+        shape = [1] * targets.ndim if self.own_labels else [*targets.shape[1:], classes]
+        [mine] = share(every)
+        for group in runs(every, math.ceil(len(every) / self.SQUARES)):
             grads = [torch.zeros_like(square) for square in squares.values()]
-            for first in range(start, end, micro_batch or size):
-                last = min(first + (micro_batch or size), end)
-                # All processes draw for all rows, so that labels and signs do not depend on who has them.
-                shape = [1] * targets.ndim if self.own_labels else [*targets.shape[1:], classes]
-                draws = torch.empty(last - first, *shape, device=idx.device).exponential_(generator=generator)
-                mine_too = slice(max(first, mine.start), min(last, mine.stop))
-                if mine_too.start < mine_too.stop:
-                    own_draws = draws[mine_too.start - first : mine_too.stop - first]
-                    found = self._add(sums, idx[mine_too], targets[mine_too], own_draws, diagonal)
+            for piece in runs(group, micro_batch):
+                draws = torch.empty(len(piece), *shape, device=idx.device).exponential_(generator=generator)
+                own = range(max(piece.start, mine.start), min(piece.stop, mine.stop))
+                if own:
+                    draws = draws[own.start - piece.start :][: len(own)]
+                    rows = slice(own.start, own.stop)
+                    found = self._add(sums, idx[rows], targets[rows], draws, diagonal)
                     grads = [total + g for total, g in zip(grads, found)]
+            # Labels or signs are independent: the square of a sum over rows has the mean of the sum of
+            # squares.
             for square, g in zip(squares.values(), reduce(*grads)):
                 square += g * g
         flat = reduce(*(t for pair in sums.values() for t in pair))

@@ -427,7 +427,7 @@ def test_kfac_baseline_equals_dense_derivation():
     """Averaged factors, eigenbases anew every 2nd step, [(L + γ/π) ⊗ (R + γπ)]⁻¹ g with dense matrices, one
     KL clip for groups of unequal rates, momentum, decay on matrices; each step from the same parameters."""
     model = gpt()
-    gamma = 1e-3**0.5
+    gamma = 3e-4**0.5
     averages = None
     M = 0
     opt = make_optimizer("kfac", model, lr=0.3, momentum=0.8, weight_decay=0.1, precondition_frequency=2)

@@ -27,6 +27,7 @@ TRIALS = {
     "slow trials": "Other runs to 1.33",
     "small batch": "Small batches, steps to 1.75",
     "random tuning": "From random initialisation at 262,144 tokens a step, 68 steps, to 1.60",
+    "starts": "Five steps from random weights with nothing set but the batch: validation loss",
     "ablation": "One thing changed: loss after 10 steps (CG 6, baselines 40)",
     "earlier CG": "An earlier CG"}
 

@@ -17,6 +17,7 @@ Sizes, epsilon and initialisation follow "The Potential of Second-Order Optimiza
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -31,6 +32,9 @@ PRESETS = {  # everything but vocab_size, which the tokenizer decides
     "45m": dict(n_layer=4, n_head=8, n_embd=512, block_size=1024),
     "150m": dict(n_layer=12, n_head=16, n_embd=768, block_size=1024),
 }
+
+
+Linear = partial(nn.Linear, bias=False)
 
 
 @dataclass
@@ -71,10 +75,10 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_head = c.n_head
-        self.wq = nn.Linear(c.n_embd, c.n_embd, bias=False)
-        self.wk = nn.Linear(c.n_embd, c.n_embd, bias=False)
-        self.wv = nn.Linear(c.n_embd, c.n_embd, bias=False)
-        self.wo = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.wq = Linear(c.n_embd, c.n_embd)
+        self.wk = Linear(c.n_embd, c.n_embd)
+        self.wv = Linear(c.n_embd, c.n_embd)
+        self.wo = Linear(c.n_embd, c.n_embd)
 
     def forward(self, x, cos, sin):
         B, T, C = x.shape
@@ -93,9 +97,9 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate = nn.Linear(c.n_embd, c.ff_mult * c.n_embd, bias=False)
-        self.up = nn.Linear(c.n_embd, c.ff_mult * c.n_embd, bias=False)
-        self.down = nn.Linear(c.ff_mult * c.n_embd, c.n_embd, bias=False)
+        self.gate = Linear(c.n_embd, c.ff_mult * c.n_embd)
+        self.up = Linear(c.n_embd, c.ff_mult * c.n_embd)
+        self.down = Linear(c.ff_mult * c.n_embd, c.n_embd)
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -126,7 +130,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
-        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.head = Linear(c.n_embd, c.vocab_size)
         hs = c.n_embd // c.n_head
         freq = c.rope_theta ** (-torch.arange(0, hs, 2, dtype=torch.float64) / hs)
         positions = torch.arange(c.block_size, dtype=torch.float64)
@@ -220,34 +224,26 @@ def attention(
     enable_gqa=False,
 ):
     """torch's scaled_dot_product_attention, by _Attention where it can be."""
-    q = query
-    k = key
-    v = value
+    qkv = query, key, value
     # where they are not alike, torch may broadcast
-    alike = q.shape[:-2] == k.shape[:-2] == v.shape[:-2] and q.dtype == k.dtype == v.dtype
+    alike = len({(t.shape[:-2], t.dtype) for t in qkv}) == 1
     if attn_mask is not None or dropout_p or enable_gqa or not alike:
         return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
+            *qkv, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    if torch.is_autocast_enabled(q.device.type):  # which would have done it further down
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    return _Attention.apply(
-        q, k, v, is_causal, q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # which would have done it further down
+        qkv = (t.to(torch.get_autocast_dtype(device)) for t in qkv)
+    q, k, v = qkv
+    return _Attention.apply(q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, is_causal)
 
 
 class _Attention(torch.autograd.Function):
-    """o = P v, P = softmax(s q kᵀ + mask), (..., T, head size), with P kept and every derivative written out:
+    """o = P v, P = softmax(q kᵀ + mask), (..., T, head size), where q has the scale in it, with P kept and every
+    derivative written out:
 
-        Jᵀ    v̄ = Pᵀ w,   T = P ∘ (W − rowsum(P ∘ W)),  W = w vᵀ,   q̄ = s T k,   k̄ = s Tᵀ q
-        J     o' = t v + P v',   t = P ∘ (D − rowsum(P ∘ D)),   D = s (q' kᵀ + q k'ᵀ)
+        Jᵀ    v̄ = Pᵀ w,   T = P ∘ (W − rowsum(P ∘ W)),  W = w vᵀ,   q̄ = T k,   k̄ = Tᵀ q
+        J     o' = t v + P v',   t = P ∘ (D − rowsum(P ∘ D)),   D = q' kᵀ + q k'ᵀ
 
     The fused kernels have no derivative of their backward nor a forward-mode one, and each of their calls
     makes P anew. The graph of the backward is to be differentiated by the cotangent w alone, in which it is
@@ -255,88 +251,67 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, scale):
-        P = probabilities(q, k, causal, scale)
+    def forward(ctx, q, k, v, causal):
+        out = []
+        P = []
+        for rows, keys in blocks(q.shape[-2], causal):
+            scores = q[..., rows, :] @ k[..., keys, :].transpose(-1, -2)
+            if causal:
+                future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+                scores.masked_fill_(future.triu_(rows.start + 1), -math.inf)
+            P.append(torch.softmax(scores, -1).to(scores.dtype))  # autocast on a GPU gives float32
+            out.append(P[-1] @ v[..., keys, :])
         ctx.causal = causal
-        ctx.scale = scale
         ctx.save_for_backward(q, k, v, *P)
         ctx.save_for_forward(q, k, v, *P)
-        rows = [
-            p @ v[..., :seen, :] for p, (_, _, seen) in zip(P, blocks(q.shape[-2], causal))
-        ]
-        return torch.cat(rows, -2)
+        return torch.cat(out, -2)
 
     @staticmethod
     def backward(ctx, w):
-        return (
-            *_AttentionBackward.apply(w, ctx.causal, ctx.scale, *ctx.saved_tensors),
-            None,
-            None,
-        )
+        return *_AttentionBackward.apply(w, ctx.causal, *ctx.saved_tensors), None
 
     @staticmethod
-    def jvp(ctx, dq, dk, dv, *_):
-        return apply_jacobian(dq, dk, dv, ctx.causal, ctx.scale, *ctx.saved_tensors)
+    def jvp(ctx, dq, dk, dv, _):
+        return apply_jacobian(dq, dk, dv, ctx.causal, *ctx.saved_tensors)
 
 
 class _AttentionBackward(torch.autograd.Function):
+    """Jᵀ w; its backward is J."""
+
     @staticmethod
-    def forward(ctx, w, causal, scale, *saved):
-        ctx.save_for_backward(*saved)
+    def forward(ctx, w, causal, q, k, v, *P):
         ctx.causal = causal
-        ctx.scale = scale
-        return apply_transpose(w, causal, scale, *saved)
+        ctx.save_for_backward(q, k, v, *P)
+        dq = []
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
+        for p, (rows, keys) in zip(P, blocks(q.shape[-2], causal)):
+            W = w[..., rows, :] @ v[..., keys, :].transpose(-1, -2)
+            t = torch.ops.aten._softmax_backward_data(W, p, -1, p.dtype)
+            dq.append(t @ k[..., keys, :])
+            dk[..., keys, :] += t.transpose(-1, -2) @ q[..., rows, :]
+            dv[..., keys, :] += p.transpose(-1, -2) @ w[..., rows, :]
+        return torch.cat(dq, -2), dk, dv
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
-        constants = [None] * (2 + len(ctx.saved_tensors))
-        return (
-            apply_jacobian(dq, dk, dv, ctx.causal, ctx.scale, *ctx.saved_tensors),
-            *constants,
-        )
+        constants = [None] * (1 + len(ctx.saved_tensors))
+        return apply_jacobian(dq, dk, dv, ctx.causal, *ctx.saved_tensors), *constants
 
 
-def blocks(T, causal):
-    """Rows of P from, to, and the keys that they see, to: in four blocks, causal attention has 5/8 of the
-    square."""
-    size = max(64, -(-T // 4)) if causal else T
-    ends = [(i, min(i + size, T)) for i in range(0, T, size)]
-    return [(start, end, end if causal else None) for start, end in ends]
-
-
-def probabilities(q, k, causal, scale):
-    """P, block by block."""
-    P = []
-    for i, j, seen in blocks(q.shape[-2], causal):
-        scores = (q[..., i:j, :] * scale) @ k[..., :seen, :].transpose(-1, -2)
-        if causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(
-                i + 1
-            )
-            scores.masked_fill_(future, -math.inf)
-        P.append(torch.softmax(scores, -1).to(scores.dtype))  # autocast on a GPU gives float32
-    return P
-
-
-def apply_jacobian(dq, dk, dv, causal, scale, q, k, v, *P):
+def apply_jacobian(dq, dk, dv, causal, q, k, v, *P):
     out = []
     left = torch.cat((dq, q), -1)
     right = torch.cat((k, dk), -1).transpose(-1, -2)
-    for p, (i, j, seen) in zip(P, blocks(q.shape[-2], causal)):
-        D = (left[..., i:j, :] @ right[..., :seen]).mul_(scale)  # q' kᵀ + q k'ᵀ as one product
+    for p, (rows, keys) in zip(P, blocks(q.shape[-2], causal)):
+        D = left[..., rows, :] @ right[..., keys]  # q' kᵀ + q k'ᵀ as one product
         t = torch.ops.aten._softmax_backward_data(D, p, -1, p.dtype)
-        out.append(t @ v[..., :seen, :] + p @ dv[..., :seen, :])
+        out.append(t @ v[..., keys, :] + p @ dv[..., keys, :])
     return torch.cat(out, -2)
 
 
-def apply_transpose(w, causal, scale, q, k, v, *P):
-    dq = []
-    dk = torch.zeros_like(k)
-    dv = torch.zeros_like(v)
-    for p, (i, j, seen) in zip(P, blocks(q.shape[-2], causal)):
-        W = (w[..., i:j, :] * scale) @ v[..., :seen, :].transpose(-1, -2)
-        t = torch.ops.aten._softmax_backward_data(W, p, -1, p.dtype)
-        dq.append(t @ k[..., :seen, :])
-        dk[..., :seen, :] += t.transpose(-1, -2) @ q[..., i:j, :]
-        dv[..., :seen, :] += p.transpose(-1, -2) @ w[..., i:j, :]
-    return torch.cat(dq, -2), dk, dv
+def blocks(T, causal):
+    """Rows of P, and the keys that they see: in four blocks, causal attention has 5/8 of the square."""
+    size = max(64, -(-T // 4)) if causal else T
+    starts = range(0, T, size)
+    return [(slice(i, i + size), slice(i + size if causal else None)) for i in starts]

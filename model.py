@@ -33,8 +33,7 @@ PRESETS = {  # everything but vocab_size, which the tokenizer decides
     "150m": dict(n_layer=12, n_head=16, n_embd=768, block_size=1024),
 }
 
-
-Linear = partial(nn.Linear, bias=False)
+Linear = partial(nn.Linear, bias=False)  # every one in this file
 
 
 @dataclass
@@ -97,9 +96,10 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate = Linear(c.n_embd, c.ff_mult * c.n_embd)
-        self.up = Linear(c.n_embd, c.ff_mult * c.n_embd)
-        self.down = Linear(c.ff_mult * c.n_embd, c.n_embd)
+        width = c.ff_mult * c.n_embd
+        self.gate = Linear(c.n_embd, width)
+        self.up = Linear(c.n_embd, width)
+        self.down = Linear(width, c.n_embd)
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -235,12 +235,13 @@ def attention(
     if torch.is_autocast_enabled(device):  # which would have done it further down
         qkv = (t.to(torch.get_autocast_dtype(device)) for t in qkv)
     q, k, v = qkv
-    return _Attention.apply(q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, is_causal)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _Attention.apply(q * scale, k, v, is_causal)
 
 
 class _Attention(torch.autograd.Function):
-    """o = P v, P = softmax(q kᵀ + mask), (..., T, head size), where q has the scale in it, with P kept and every
-    derivative written out:
+    """o = P v, P = softmax(q kᵀ + mask), (..., T, head size), q with the scale in it; P is kept, and every
+    derivative is written out:
 
         Jᵀ    v̄ = Pᵀ w,   T = P ∘ (W − rowsum(P ∘ W)),  W = w vᵀ,   q̄ = T k,   k̄ = Tᵀ q
         J     o' = t v + P v',   t = P ∘ (D − rowsum(P ∘ D)),   D = q' kᵀ + q k'ᵀ

@@ -62,7 +62,7 @@ def make_optimizer(
         momentum=momentum,
         precondition_frequency=precondition_frequency,
     )
-    o = {**DEFAULTS[name], **{k: v for k, v in given.items() if v is not None}}
+    o = {key: default if given.get(key) is None else given[key] for key, default in DEFAULTS[name].items()}
     params = [p for p in model.parameters() if p.requires_grad]  # a tied matrix comes once
 
     def decayed(params):
@@ -72,30 +72,22 @@ def make_optimizer(
         ]
 
     if name == "adamw":
-        return torch.optim.AdamW(decayed(params), lr=lr, betas=o["betas"])
+        return torch.optim.AdamW(decayed(params), lr, **o)
     if name == "adam":
-        return torch.optim.Adam(decayed(params), lr=lr, betas=o["betas"])
+        return torch.optim.Adam(decayed(params), lr, **o)
     if name == "sgd":
-        return torch.optim.SGD(decayed(params), lr=lr, momentum=o["momentum"], nesterov=o["momentum"] > 0)
+        return torch.optim.SGD(decayed(params), lr, nesterov=o["momentum"] > 0, **o)
     if name == "soap":
-        return SOAP(
-            decayed(params), lr=lr, betas=o["betas"], precondition_frequency=o["precondition_frequency"]
-        )
+        return SOAP(decayed(params), lr, **o)
     if name == "kfac":
-        return KFACOptimizer(
-            model, decayed(params), lr, o["momentum"], precondition_frequency=o["precondition_frequency"]
-        )
-    # Muon with match_rms_adamw: steps of AdamW's size, 0.2 sqrt(max(m, n)) U V^T, so that one rate suits both
+        return KFACOptimizer(model, decayed(params), lr, **o)
     hidden = hidden_matrices(model)
     rest = [p for p in params if p not in set(hidden)]
-    muon = torch.optim.Muon(
-        [dict(params=hidden)],
-        lr=lr,
-        momentum=o["momentum"],
-        weight_decay=o["weight_decay"],
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return Combined([muon, torch.optim.AdamW(decayed(rest), lr=lr, betas=o["betas"])])
+    betas = o.pop("betas")
+    adamw = torch.optim.AdamW(decayed(rest), lr, betas, weight_decay=o["weight_decay"])
+    # match_rms_adamw: steps of AdamW's size, 0.2 sqrt(max(m, n)) U V^T, so that one rate suits both
+    muon = torch.optim.Muon([dict(params=hidden)], lr, adjust_lr_fn="match_rms_adamw", **o)
+    return Combined([muon, adamw])
 
 
 def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_frac=0.2):
@@ -183,19 +175,17 @@ def share(*tensors):
     (rank, world), rows = ranks(), len(tensors[0])
     if rows < world:
         raise ValueError(f"{rows} sequences cannot be shared by {world} processes")
-    if world == 1:
-        return tensors
     return tuple(t[rows * rank // world : rows * (rank + 1) // world] for t in tensors)
 
 
 def reduce(*tensors):
     """Each tensor's sum over the processes, with the same bits on all of them; all of one dtype. In one
     process, what was given."""
-    if ranks()[1] > 1 and tensors:
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
-        return [t.view_as(like) for t, like in zip(flat.split([t.numel() for t in tensors]), tensors)]
-    return tensors
+    if ranks()[1] == 1 or not tensors:
+        return tensors
+    flat = flatten(tensors)
+    dist.all_reduce(flat)
+    return unflatten(flat, tensors)
 
 
 def reduce_number(x):
@@ -286,7 +276,7 @@ def cross_entropy_grad(probs, targets, n):
 
 
 @contextmanager
-def full_precision(device_type, model=None):
+def full_precision(device_type, model):
     """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of
     short weights is off too: inside a context it would outlive a change of the weights."""
     enabled = torch.is_autocast_enabled(device_type)
@@ -300,18 +290,12 @@ def full_precision(device_type, model=None):
     def leave(*_):
         outside.__exit__(None, None, None)
 
-    hooks = []
-    if model is not None:
-        hooks = [
-            model.register_forward_pre_hook(enter),
-            model.register_forward_hook(leave, always_call=True),
-        ]
-    try:
-        with torch.autocast(device_type, enabled=False, cache_enabled=False):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with (
+        model.register_forward_pre_hook(enter),
+        model.register_forward_hook(leave, always_call=True),
+        torch.autocast(device_type, enabled=False, cache_enabled=False),
+    ):
+        yield
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -328,7 +312,7 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         devices = (p.device.type for group in self.param_groups for p in group["params"])
-        with full_precision(next(devices, "cpu")):
+        with torch.autocast(next(devices, "cpu"), enabled=False):
             self.move()
         return loss
 
@@ -394,12 +378,12 @@ class SOAP(Optimizer):
     """Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, algorithm 3). For a matrix of
     gradient G (m, n):
 
+        L  = b3 L + (1 - b3) G G^T                        Shampoo's two sides
+        R  = b3 R + (1 - b3) G^T G
         G' = Q_L^T G Q_R                                  the gradient in the basis
         M  = b1 M + (1 - b1) G'                           Adam's moments, with bias correction
         V  = b2 V + (1 - b2) G' * G'
         W  = W - lr wd W - lr Q_L (M / (sqrt V + eps)) Q_R^T
-        L  = b3 L + (1 - b3) G G^T                        Shampoo's two sides
-        R  = b3 R + (1 - b3) G^T G
         every f-th step, for Q_L by L and Q_R by R:       one power iteration (algorithm 4)
             sort Q's columns, and V with them, by diag(Q^T L Q), largest first
             Q = orthonormal factor of QR(L Q)
@@ -425,28 +409,22 @@ class SOAP(Optimizer):
         precondition_frequency=10,
         max_precond_dim=10_000,
     ):
-        if lr < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(
-                f"lr ({lr}), eps ({eps}) and weight_decay ({weight_decay}) must not be negative"
-            )
-        if not all(0 <= b < 1 for b in betas) or shampoo_beta >= 1:
-            raise ValueError(
-                f"betas ({betas}) must lie in [0, 1) and shampoo_beta ({shampoo_beta}) below 1"
-            )
-        if precondition_frequency < 1:
-            raise ValueError(f"precondition_frequency must be at least 1, got {precondition_frequency}")
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                betas=betas,
-                shampoo_beta=shampoo_beta,
-                eps=eps,
-                weight_decay=weight_decay,
-                precondition_frequency=precondition_frequency,
-                max_precond_dim=max_precond_dim,
-            ),
+        settings = dict(
+            lr=lr,
+            betas=betas,
+            shampoo_beta=shampoo_beta,
+            eps=eps,
+            weight_decay=weight_decay,
+            precondition_frequency=precondition_frequency,
+            max_precond_dim=max_precond_dim,
         )
+        in_range = min(lr, eps, weight_decay, *betas) >= 0 and max(*betas, shampoo_beta) < 1
+        if not in_range or precondition_frequency < 1:
+            raise ValueError(
+                "lr, eps and weight_decay must not be negative, betas in [0, 1), shampoo_beta below 1, "
+                f"precondition_frequency at least 1, and the settings are {settings}"
+            )
+        super().__init__(params, settings)
 
     def check(self, params):
         for p in params:
@@ -465,20 +443,26 @@ class SOAP(Optimizer):
     def _update(self, p, G, s, group):
         (b1, b2), b3, lr = group["betas"], group["shampoo_beta"], group["lr"]
         b3 = b2 if b3 < 0 else b3
-        if first := not s:
-            on = [d <= group["max_precond_dim"] for d in G.shape] if G.ndim == 2 else [False, False]
-            cov = [None if c is None else c * (1 - b3) for c in covariances(G, on)]  # L (m, m), R (n, n)
-            basis = [None if c is None else eigh(c)[1] for c in cov]  # Q_L, Q_R
-            s.update(step=0, M=torch.zeros_like(p), V=torch.zeros_like(p), cov=cov, basis=basis)
+        sides = [k for k in (0, 1) if G.ndim == 2 and G.shape[k] <= group["max_precond_dim"]]
+        first = not s
+        if first:
+            s.update(step=0, M=torch.zeros_like(p), V=torch.zeros_like(p))
+            s.update(cov=[None, None], basis=[None, None])  # None: the identity
         s["step"] += 1
         M = s["M"]
         V = s["V"]
-        cov = s["cov"]
-        basis = s["basis"]
-        rotated = any(q is not None for q in basis)
+        cov = s["cov"]  # L (m, m), R (n, n)
+        basis = s["basis"]  # Q_L, Q_R
+        for k in sides:
+            new = G @ G.T if k == 0 else G.T @ G
+            if first:
+                cov[k] = new * (1 - b3)
+                basis[k] = eigh(cov[k])[1]
+            else:
+                cov[k].lerp_(new, 1 - b3)
 
         G_rot = to_basis(G, basis)  # (m, n)
-        if first and rotated:
+        if first and sides:
             # In its own eigenbasis G is diagonal, but L = G G^T resolves its singular values only down to
             # sqrt(machine eps) of the largest. Adam would enlarge what rounding leaves below that to full
             # steps.
@@ -490,23 +474,13 @@ class SOAP(Optimizer):
         p.mul_(1 - lr * group["weight_decay"])
         p.sub_(from_basis(m_hat / (v_hat.sqrt() + group["eps"]), basis), alpha=lr)
 
-        if not first:  # the first G is in L and R
-            for c, new in zip(cov, covariances(G, [c is not None for c in cov])):
-                if c is not None:
-                    c.lerp_(new, 1 - b3)
-        if s["step"] % group["precondition_frequency"] == 0 and rotated:
+        if s["step"] % group["precondition_frequency"] == 0:
             M = from_basis(M, basis)
-            for side in (0, 1):
-                if cov[side] is not None:
-                    basis[side], order = power_iteration(cov[side], basis[side])
-                    V = V.index_select(side, order)
+            for k in sides:
+                basis[k], order = power_iteration(cov[k], basis[k])
+                V = V.index_select(k, order)
             s["M"] = to_basis(M, basis)
             s["V"] = V
-
-
-def covariances(G, on):
-    """G G^T (m, m) and G^T G (n, n), each only where it is on, since a side may be a vocabulary."""
-    return G @ G.T if on[0] else None, G.T @ G if on[1] else None
 
 
 def to_basis(X, basis):
@@ -809,8 +783,9 @@ class KFACOptimizer(Optimizer):
         precondition_frequency=10,
         curvature_frac=0.25,
         seed=0,
+        weight_decay=0.0,
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=0.0))
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.kfac = KFAC(model)
         self.gamma = damping**0.5
         self.kl_clip = kl_clip

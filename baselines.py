@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 
 # peak rates: the best of 2 to 6 each for preset tiny on Python source at 16k tokens a step; retune elsewhere
 DEFAULT_LR = {"adamw": 1e-2, "adam": 1e-2, "sgd": 3e-1, "muon": 3e-2, "soap": 1e-2, "kfac": 3e-2}
@@ -120,7 +121,7 @@ def trainable(model):
     if not params:
         raise ValueError("the model has no trainable parameters")
     dtypes = {p.dtype for p in params}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+    if dtypes not in ({torch.float32}, {torch.float64}):
         raise ValueError(
             "trainable parameters must all be float32, or all float64, and these are "
             f"{' and '.join(sorted(str(t) for t in dtypes))}; for products in bfloat16 open "
@@ -245,7 +246,7 @@ def logits(model, x, y=None):
     z = model(x)
     if y is not None:
         check_logits(z, y)
-    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+    return z if z.dtype == torch.float64 else z.float()
 
 
 def counted_rows(idx, targets):
@@ -366,11 +367,10 @@ def hidden_matrices(model):
     or else the last nn.Linear. A matrix tied to either is out too. Muon's orthogonal steps are meant for
     these only (Jordan 2024).
     """
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    head = linears[-1] if linears else None
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
     if isinstance(getattr(model, "head", None), nn.Linear):
-        head = model.head
-    outer = {p for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
+        heads = [model.head]
+    outer = {p for m in model.modules() if isinstance(m, nn.Embedding) or m in heads for p in m.parameters()}
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer]
 
 
@@ -503,19 +503,16 @@ def power_iteration(C, Q):
     return torch.linalg.qr(CQ[:, order]).Q, order
 
 
-def eigh(C):
+def eigh(C, warn=warnings.warn):
     """Eigenvalues, not negative, and eigenvectors of a symmetric C (d, d), found in float64: in float32
     LAPACK can return NaN, without a word, where entries underflow. Where it fails, the diagonal and the
     identity, with a warning."""
     try:
         values, vectors = torch.linalg.eigh(C.double())
     except torch.linalg.LinAlgError as e:
-        warnings.warn(f"{FAILED}: {str(e).splitlines()[0]}")
+        warn(f"an eigendecomposition failed, the matrix's diagonal takes its place: {str(e).splitlines()[0]}")
         return C.diagonal().clamp_min(0), torch.eye(len(C), dtype=C.dtype, device=C.device)
     return values.clamp_min(0).to(C.dtype), vectors.to(C.dtype)
-
-
-FAILED = "an eigendecomposition failed, and the matrix's diagonal takes its place"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -524,8 +521,8 @@ FAILED = "an eigendecomposition failed, and the matrix's diagonal takes its plac
 
 def linear_maps(z, params):
     """What multiplies a parameter in the graph of z, found by a walk through it, whatever modules made it. A
-    list of (i, edge, side, inputs): parameter i; where the derivative by the map's output s arrives, for
-    torch.autograd.grad; the side of the parameter that s has; and what goes in:
+    list of (i, side, edge, inputs): parameter i; the side of it that the map's output s has; where the
+    derivative by s arrives, for torch.autograd.grad; and what goes in:
 
         s = a Wᵀ, as in nn.Linear    side 0    a (rows, in)
         s = a W, W (in, out)         side 1    a (rows, in)
@@ -536,8 +533,7 @@ def linear_maps(z, params):
     """
     index = {id(p): i for i, p in enumerate(params)}
     weights = []
-    embeddings = []
-    biases = []
+    others = []
     seen = set()
     stack = [z.grad_fn]
     while stack:
@@ -550,38 +546,36 @@ def linear_maps(z, params):
         edge = torch.autograd.graph.GradientEdge(node, 0)
         stack += inputs
         if name in ("MmBackward0", "AddmmBackward0"):  # a W, or b + a W
-            i, transposed = origin(inputs[-1], index)
-            if i is not None:
-                a = node._saved_self if name == "MmBackward0" else node._saved_mat1
-                weights.append((i, edge, 0 if transposed else 1, a.detach()))
+            a = node._saved_self if name == "MmBackward0" else node._saved_mat1
+            weights.append((*origin(inputs[-1], index), edge, a))
         if name == "EmbeddingBackward0":
-            i, _ = origin(inputs[0], index)
-            if i is not None:
-                embeddings.append((i, edge, 1, node._saved_indices))
+            others.append((*origin(inputs[0], index), edge, node._saved_indices))
         if name in ("AddBackward0", "AddmmBackward0"):
             shape = node._input_metadata[0].shape
             for function in inputs:
                 i, _ = origin(function, index)
                 if i is not None and len(shape) > 1 and params[i].shape == tuple(shape[-1:]):
-                    biases.append((i, edge, 0, None))
+                    others.append((i, 0, edge, None))
     # A weight shared by an embedding and a linear map takes the map's factors.
-    mapped = {i for i, *_ in weights}
-    return weights + [e for e in embeddings if e[0] not in mapped] + biases
+    weights = [m for m in weights if m[0] is not None]
+    taken = {None, *(i for i, *_ in weights)}
+    return weights + [m for m in others if m[0] not in taken]
 
 
 def origin(node, index):
-    """The index of the parameter that a node of the graph hands on, or None; and whether it comes
-    transposed."""
-    flips = 0
+    """The index of the parameter that a node of the graph hands on, or None; and its side that s = a W has: 1,
+    or 0 where it comes transposed."""
+    side = 1
     while node is not None and node.name() in (
         "TBackward0",
         "TransposeBackward0",
         "PermuteBackward0",
         "ToCopyBackward0",
     ):
-        flips += node.name() != "ToCopyBackward0"  # which is a cast, by autocast
+        if node.name() != "ToCopyBackward0":  # which is a cast, by autocast
+            side = 1 - side
         node = node.next_functions[0][0]
-    return index.get(id(getattr(node, "variable", None))), flips % 2 == 1
+    return index.get(id(getattr(node, "variable", None))), side
 
 
 class KFAC:
@@ -614,63 +608,57 @@ class KFAC:
         self.factors = {}
         self.eigen = {}
 
+    @torch.enable_grad()
     def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
         """Factors from a batch, averaged with the earlier ones by `decay`; then `decompose` makes them ready
         for use. Where labels are sampled, targets say which tokens count."""
         targets, n = check_targets(idx, targets)
         every = range(len(idx))
-        with torch.enable_grad():
-            z = logits(self.model, idx[:2], targets[:2])
-        classes = z.shape[-1]
-        factored = {i for i, *_ in linear_maps(z, self.params)}
-        diagonal = [i for i, p in enumerate(self.params) if i not in factored and p.requires_grad]
-        squares = {i: torch.zeros_like(self.params[i]) for i in diagonal}
-        sums = {}  # (parameter, side) -> [sum, what to divide it by; 0: n, the number of targets]
-        del z
-        # All processes draw for all rows, so that labels and signs do not depend on who has them.
-        shape = [1] * targets.ndim if self.own_labels else [*targets.shape[1:], classes]
         [mine] = share(every)
+        z = logits(self.model, idx[:2], targets[:2])
+        shape = [1] * targets.ndim if self.own_labels else z.shape[1:]  # of a row's draws
+        output = {}  # the side of a parameter that the map's output has: of several uses those like the first count
+        for i, side, _, _ in linear_maps(z, self.params):
+            output.setdefault(i, side)
+        del z
+        squares = {
+            i: torch.zeros_like(p) for i, p in enumerate(self.params) if i not in output and p.requires_grad
+        }
+        sums = {}  # of δδᵀ, aaᵀ and the number of tokens that went in
+        # All processes draw for all rows, so that labels and signs do not depend on who has them.
         for group in runs(every, math.ceil(len(every) / self.SQUARES)):
-            grads = [torch.zeros_like(square) for square in squares.values()]
+            grads = {i: torch.zeros_like(square) for i, square in squares.items()}
             for piece in runs(group, micro_batch):
                 draws = torch.empty(len(piece), *shape, device=idx.device).exponential_(generator=generator)
-                own = range(max(piece.start, mine.start), min(piece.stop, mine.stop))
+                own = [row for row in piece if row in mine]
                 if own:
-                    draws = draws[own.start - piece.start :][: len(own)]
-                    rows = slice(own.start, own.stop)
-                    found = self._add(sums, idx[rows], targets[rows], draws, diagonal)
-                    grads = [total + g for total, g in zip(grads, found)]
+                    draws = draws[[row - piece.start for row in own]]
+                    self._add(idx[own], targets[own], draws, output, sums, grads)
             # Labels or signs are independent: the square of a sum over rows has the mean of the sum of
             # squares.
-            for square, g in zip(squares.values(), reduce(*grads)):
+            for square, g in zip(squares.values(), reduce(*grads.values())):
                 square += g * g
-        flat = reduce(*(t for pair in sums.values() for t in pair))
-        means = {}
-        for key, total, count in zip(sums, flat[::2], flat[1::2]):
-            means[key] = total / torch.where(count > 0, count, n)
         self.repaired = ""
         for i, p in enumerate(self.params):
-            if (i, 0) in means:
-                self._average(i, [means[i, 0], means[i, 1]], decay)
+            if i in sums:
+                outer, inner, count = reduce(*sums[i])
+                # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over
+                # both.
+                new = [outer / n, inner / count]
+                if output[i] == 1:
+                    new.reverse()
             else:
-                self._average(i, [squares.get(i, torch.zeros_like(p)) / n], decay)
+                new = [squares.get(i, torch.zeros_like(p)) / n]
+            if not all(side.isfinite().all() for side in new):
+                self.repaired = "K-FAC factors not finite"
+                new = self.factors.get(i, [torch.zeros_like(side) for side in new])
+            old = self.factors.get(i, new)
+            self.factors[i] = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
 
-    def _average(self, i, new, decay):
-        old = self.factors.get(i)
-        if not all(side.isfinite().all() for side in new):
-            self.repaired = "K-FAC factors not finite"
-            new = old or [torch.zeros_like(side) for side in new]
-        if old is not None and decay > 0:
-            new = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
-        self.factors[i] = new
-
-    def _add(self, sums, x, y, draws, diagonal):
-        """Add some rows to the factors' sums; returns the gradients of the parameters that have no
-        factors."""
-        with torch.enable_grad():
-            z = logits(self.model, x)
-        form = {}  # of several uses of a parameter, those like the first count
-        maps = [m for m in linear_maps(z, self.params) if form.setdefault(m[0], m[2]) == m[2]]
+    def _add(self, x, y, draws, output, sums, grads):
+        """Add some rows to the factors' sums, and to the gradients of the parameters that have no factors."""
+        z = logits(self.model, x)
+        maps = [m for m in linear_maps(z, self.params) if m[1] == output.get(m[0])]
         probs = torch.softmax(z.detach().float(), dim=-1)
         # argmax p / e with exponential e has the distribution p; e > log 2 is a coin
         labels = y if self.own_labels else (probs / draws).argmax(-1)
@@ -678,29 +666,23 @@ class KFAC:
         u = cross_entropy_grad(probs, labels, per_token(y, 1.0)).to(z.dtype)
         if self.own_labels:
             u *= (draws - math.log(2)).sign()
-        edges = [edge for _, edge, _, _ in maps]
-        grads = torch.autograd.grad(z, edges + [self.params[i] for i in diagonal], u, allow_unused=True)
-        for (i, _, side, a), delta in zip(maps, grads):
+        edges = [edge for _, _, edge, _ in maps]
+        found = torch.autograd.grad(z, edges + [self.params[i] for i in grads], u, allow_unused=True)
+        for (i, _, _, a), delta in zip(maps, found):
             if delta is None:
                 continue
             delta = delta.to(self.params[i].dtype).flatten(0, -2)  # (rows, out); autocast's is short
             if a is None:
-                inside = delta.new_ones(1)
-                count = 1
+                inside = delta.new_full((1,), len(delta))
             elif a.is_floating_point():
-                inside = self._gram(a.to(delta.dtype))
-                count = len(a)
+                inside = self._gram(a.detach().to(delta.dtype))
             else:
-                counts = torch.bincount(a.flatten(), minlength=len(self.params[i]))
-                inside = counts.to(delta.dtype)
-                count = a.numel()
-            # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over both.
-            for key, value, number in (((i, side), self._gram(delta), 0), ((i, 1 - side), inside, count)):
-                total = sums.setdefault(key, [torch.zeros_like(value), value.new_zeros(())])
-                total[0] += value
-                total[1] += number
-        rest = zip(diagonal, grads[len(maps) :])
-        return [torch.zeros_like(self.params[i]) if g is None else g for i, g in rest]
+                inside = torch.bincount(a.flatten(), minlength=len(self.params[i])).to(delta.dtype)
+            new = self._gram(delta), inside, delta.new_tensor(len(delta))
+            sums[i] = [old + t for old, t in zip(sums.get(i, (0, 0, 0)), new)]
+        for i, g in zip(grads, found[len(maps) :]):
+            if g is not None:
+                grads[i] += g
 
     def _gram(self, m):
         """mᵀm (side, side), or its diagonal where the side is too large to decompose."""
@@ -708,25 +690,26 @@ class KFAC:
 
     def decompose(self):
         """Eigenvalues and eigenvectors of the factors."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for i, sides in self.factors.items():
-                full = len(sides) == 2
-                self.eigen[i] = [eigh(side) if full and side.ndim == 2 else (side, None) for side in sides]
-        if any(FAILED in str(w.message) for w in caught):
-            self.repaired = self.repaired or FAILED
+        failures = []
+        for i, sides in self.factors.items():
+            full = len(sides) == 2
+            self.eigen[i] = [
+                eigh(side, failures.append) if full and side.ndim == 2 else (side, None) for side in sides
+            ]
+        if failures:
+            self.repaired = self.repaired or failures[0]
 
     def tikhonov(self, gamma):
         """`eigen` with factored damping (Martens & Grosse, section 6.3): Λ_L + γ/π and Λ_R + γπ with
         π² = mean(Λ_R) / mean(Λ_L)."""
         damped = {}
         for i, sides in self.eigen.items():
-            if len(sides) == 1:
-                damped[i] = [(sides[0][0] + gamma**2, None)]
-                continue
-            (left, QL), (right, QR) = sides
-            pi = ((right.mean() + 1e-30) / (left.mean() + 1e-30)).sqrt()
-            damped[i] = [(left + gamma / pi, QL), (right + gamma * pi, QR)]
+            shifts = [gamma**2]
+            if len(sides) == 2:
+                left, right = (values.mean() + 1e-30 for values, _ in sides)
+                pi = (right / left).sqrt()
+                shifts = gamma / pi, gamma * pi
+            damped[i] = [(values + shift, Q) for (values, Q), shift in zip(sides, shifts)]
         return damped
 
     def apply(self, v, function, part=None, eigen=None):
@@ -747,66 +730,42 @@ class KFAC:
             out.append(from_basis(t * function(S), bases))
         return flatten(out)
 
-    def state_dict(self):
-        return {"factors": self.factors, "eigen": self.eigen}
-
-    def load_state_dict(self, state):
-        device = self.params[0].device
-        self.factors = {i: [side.to(device) for side in sides] for i, sides in state["factors"].items()}
-        self.eigen = {
-            i: [(values.to(device), None if Q is None else Q.to(device)) for values, Q in sides]
-            for i, sides in state["eigen"].items()
-        }
-
 
 class KFACOptimizer(Optimizer):
     """Natural gradient with Kronecker factors (Martens & Grosse 2015) and momentum, its step clipped in KL:
 
         L, R = running averages of E[delta delta^T], E[a a^T], labels sampled from the model, by `observe`
-        n = [(L + gamma/pi) (x) (R + gamma pi)]^-1 g, factored Tikhonov damping, gamma = sqrt(damping)
-        n = n min(1, sqrt(kl_clip / sum of lr^2 n^T g over the groups)) Ba et al. 2017 (arXiv 1708.05144)
+        n = [(L + gamma/pi) (x) (R + gamma pi)]^-1 g, factored Tikhonov damping, gamma = sqrt(DAMPING)
+        n = n min(1, sqrt(KL_CLIP / sum of lr^2 n^T g over the groups)) Ba et al. 2017 (arXiv 1708.05144)
         M = momentum M + n;   W = W - lr wd W - lr M
 
     Call `observe(inputs, targets)` before each step. Differs from the 2015 paper in: 1. damping is fixed, not
     adapted. 2. momentum is fixed, not solved for by the quadratic. 3. factors come from the first
-    `curvature_frac` of each batch's rows, eigenbases anew every precondition_frequency steps."""
+    CURVATURE_FRAC of each batch's rows, eigenbases anew every precondition_frequency steps."""
 
-    def __init__(
-        self,
-        model,
-        params,
-        lr=3e-2,
-        momentum=0.9,
-        damping=3e-4,
-        kl_clip=1e-2,
-        stat_decay=0.95,
-        precondition_frequency=10,
-        curvature_frac=0.25,
-        seed=0,
-        weight_decay=0.0,
-    ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    DAMPING = 3e-4
+    KL_CLIP = 1e-2
+    STAT_DECAY = 0.95
+    CURVATURE_FRAC = 0.25
+
+    def __init__(self, model, params, lr=3e-2, momentum=0.9, weight_decay=0.0, precondition_frequency=10):
         self.kfac = KFAC(model)
-        self.gamma = damping**0.5
-        self.kl_clip = kl_clip
-        self.stat_decay = stat_decay
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.frequency = precondition_frequency
-        self.curvature_frac = curvature_frac
         self.steps = 0
-        self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(seed)
+        self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(0)
 
-    def add_param_group(self, group):
-        if hasattr(self, "kfac"):
+    def check(self, params):
+        if not set(params) <= set(self.kfac.params):
             raise ValueError(
                 "K-FAC has factors for the parameters it was made with: make a new optimizer for others"
             )
-        super().add_param_group(group)
 
     def observe(self, inputs, targets, micro_batch=None):
         """Factors from a share of the batch; returns the work in gradients of the whole batch."""
         inputs, targets = counted_rows(inputs, check_targets(inputs, targets)[0])
-        rows = math.ceil(self.curvature_frac * len(inputs))
-        decay = min(1 - 1 / (self.steps + 1), self.stat_decay)  # as the paper starts its average
+        rows = math.ceil(self.CURVATURE_FRAC * len(inputs))
+        decay = min(1 - 1 / (self.steps + 1), self.STAT_DECAY)  # as the paper starts its average
         with full_precision(self.kfac.params[0].device.type, self.kfac.model):
             self.kfac.update(inputs[:rows], targets[:rows], micro_batch, self.generator, decay)
             if self.steps % self.frequency == 0:
@@ -820,11 +779,11 @@ class KFACOptimizer(Optimizer):
                 "call observe(inputs, targets) before the first step: K-FAC has no factors yet"
             )
         g = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-        n = self.kfac.apply(g, lambda S: 1 / S, eigen=self.kfac.tikhonov(self.gamma))
+        n = self.kfac.apply(g, lambda S: 1 / S, eigen=self.kfac.tikhonov(self.DAMPING**0.5))
         natural = dict(zip(params, unflatten(n, params)))
         moved = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         kl = float(sum(group["lr"] ** 2 * (natural[p] * p.grad).sum() for group, p in moved))
-        n *= min(1.0, math.sqrt(self.kl_clip / max(kl, 1e-30)))  # natural holds views of it
+        n *= min(1.0, math.sqrt(self.KL_CLIP / max(kl, 1e-30)))  # natural holds views of it
         for group, p in moved:
             M = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
             M.mul_(group["momentum"]).add_(natural[p])
@@ -834,13 +793,16 @@ class KFACOptimizer(Optimizer):
     def state_dict(self):
         return {
             **super().state_dict(),
-            "kfac": self.kfac.state_dict(),
+            "kfac": {"factors": self.kfac.factors, "eigen": self.kfac.eigen},
             "steps": self.steps,
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state):
-        super().load_state_dict({k: state[k] for k in ("state", "param_groups")})
-        self.kfac.load_state_dict(state["kfac"])
+        super().load_state_dict(state)
+        device = self.kfac.params[0].device
+        kfac = tree_map_only(torch.Tensor, lambda t: t.to(device), state["kfac"])
+        self.kfac.factors = kfac["factors"]
+        self.kfac.eigen = kfac["eigen"]
         self.steps = state["steps"]
         self.generator.set_state(state["generator"].cpu())

@@ -72,14 +72,11 @@ def make_optimizer(
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0),
         ]
 
-    if name == "adamw":
-        return torch.optim.AdamW(decayed(params), lr, **o)
-    if name == "adam":
-        return torch.optim.Adam(decayed(params), lr, **o)
+    plain = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "soap": SOAP}
+    if name in plain:
+        return plain[name](decayed(params), lr, **o)
     if name == "sgd":
         return torch.optim.SGD(decayed(params), lr, nesterov=o["momentum"] > 0, **o)
-    if name == "soap":
-        return SOAP(decayed(params), lr, **o)
     if name == "kfac":
         return KFACOptimizer(model, decayed(params), lr, **o)
     hidden = hidden_matrices(model)
@@ -101,13 +98,12 @@ def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_fr
         raise ValueError(f"unknown schedule {schedule!r}; choose from constant, cosine, wsd")
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
     if schedule == "cosine":
         done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return 0.5 * (1 + math.cos(math.pi * done))
-    left = max(0, total_steps - step) / max(1.0, decay_frac * total_steps)
-    return min(1.0, left)
+    if schedule == "wsd":
+        return min(1.0, max(0, total_steps - step) / max(1.0, decay_frac * total_steps))
+    return 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -194,7 +190,7 @@ def reduce_number(x):
     if ranks()[1] == 1:
         return x
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return reduce(torch.tensor(float(x), dtype=torch.float64, device=device))[0].item()
+    return reduce(torch.tensor(x, dtype=torch.float64, device=device))[0].item()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -267,9 +263,8 @@ def cross_entropy_sum(z, targets):
 
 def cross_entropy_grad(probs, targets, n):
     """∂L/∂z = (p − onehot(y)) / n.  probs (..., V), targets (...), n a number or `per_token` -> (..., V)."""
-    u = probs.clone()
-    u.scatter_add_(-1, targets.clamp_min(0).unsqueeze(-1), torch.full_like(u[..., :1], -1.0))
-    return u.div_(n)
+    own = targets.clamp_min(0).unsqueeze(-1)  # (..., 1)
+    return probs.scatter(-1, own, probs.gather(-1, own) - 1).div_(n)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -277,9 +272,10 @@ def cross_entropy_grad(probs, targets, n):
 
 
 @contextmanager
-def full_precision(device_type, model):
+def full_precision(model):
     """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of
     short weights is off too: inside a context it would outlive a change of the weights."""
+    device_type = next(model.parameters()).device.type
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
     outside = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
@@ -300,30 +296,32 @@ def full_precision(device_type, model):
 
 
 class Optimizer(torch.optim.Optimizer):
-    """torch.optim's contract for what defines `move`, and `check` if it cannot train every parameter."""
+    """torch.optim's contract for what defines `move`, and `problem` if it cannot train every parameter."""
 
     def move(self):
         """One step of all parameters that have a gradient; no autograd, no autocast."""
         raise NotImplementedError
 
-    def check(self, params):
-        """Raises ValueError if this optimizer cannot train params, a list."""
+    def problem(self, params):
+        """Why this optimizer cannot train params, a list; None if it can."""
+
+    def with_grad(self):
+        """(group, parameter) for every parameter that has a gradient."""
+        return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        devices = (p.device.type for group in self.param_groups for p in group["params"])
+        devices = (p.device.type for _, p in self.with_grad())
         with torch.autocast(next(devices, "cpu"), enabled=False):
             self.move()
         return loss
 
     def add_param_group(self, group):
         super().add_param_group(group)
-        try:
-            self.check(self.param_groups[-1]["params"])
-        except ValueError:
+        if problem := self.problem(self.param_groups[-1]["params"]):
             self.param_groups.pop()
-            raise
+            raise ValueError(problem)
 
     def __getstate__(self):
         # For copies and pickles. torch would keep three attributes, we keep all but the private ones and
@@ -426,19 +424,17 @@ class SOAP(Optimizer):
             )
         super().__init__(params, settings)
 
-    def check(self, params):
+    def problem(self, params):
         for p in params:
             if p.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
+                return (
                     f"SOAP needs parameters in float32 or float64, and one is {p.dtype}: "
                     "keep them in float32 and call the model under torch.autocast"
                 )
 
     def move(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, self.state[p], group)
+        for group, p in self.with_grad():
+            self._update(p, p.grad, self.state[p], group)
 
     def _update(self, p, G, s, group):
         (b1, b2), b3, lr = group["betas"], group["shampoo_beta"], group["lr"]
@@ -511,8 +507,8 @@ def eigh(C, warn=warnings.warn):
         values, vectors = torch.linalg.eigh(C.double())
     except torch.linalg.LinAlgError as e:
         warn(f"an eigendecomposition failed, the matrix's diagonal takes its place: {str(e).splitlines()[0]}")
-        return C.diagonal().clamp_min(0), torch.eye(len(C), dtype=C.dtype, device=C.device)
-    return values.clamp_min(0).to(C.dtype), vectors.to(C.dtype)
+        return C.diagonal().clamp_min(0), torch.eye(len(C)).to(C)
+    return values.clamp_min(0).to(C), vectors.to(C)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -529,16 +525,17 @@ def linear_maps(z, params):
         s = W[tokens]                side 1    tokens, int64
         s = ... + b                  side 0    None
 
-    Products of more than two dimensions (einsum, convolutions, recurrent layers) are not among them.
+    Products of more than two dimensions (einsum, convolutions, recurrent layers) are not among them. Of
+    several uses of a parameter those like the first are; a linear map comes before an embedding.
     """
     index = {id(p): i for i, p in enumerate(params)}
     weights = []
     others = []
-    seen = set()
+    seen = {None}
     stack = [z.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         name = node.name()
@@ -556,15 +553,18 @@ def linear_maps(z, params):
                 i, _ = origin(function, index)
                 if i is not None and len(shape) > 1 and params[i].shape == tuple(shape[-1:]):
                     others.append((i, 0, edge, None))
-    # A weight shared by an embedding and a linear map takes the map's factors.
-    weights = [m for m in weights if m[0] is not None]
-    taken = {None, *(i for i, *_ in weights)}
-    return weights + [m for m in others if m[0] not in taken]
+    form = {}
+    alike = []
+    for i, side, edge, a in weights + others:
+        own = side, a is not None and a.is_floating_point()
+        if i is not None and form.setdefault(i, own) == own:
+            alike.append((i, side, edge, a))
+    return alike
 
 
 def origin(node, index):
-    """The index of the parameter that a node of the graph hands on, or None; and its side that s = a W has: 1,
-    or 0 where it comes transposed."""
+    """The index of the parameter that a node of the graph hands on, or None; and the side of it that s = a W
+    has: 1, or 0 where it comes transposed."""
     side = 1
     while node is not None and node.name() in (
         "TBackward0",
@@ -616,24 +616,21 @@ class KFAC:
         every = range(len(idx))
         [mine] = share(every)
         z = logits(self.model, idx[:2], targets[:2])
-        shape = [1] * targets.ndim if self.own_labels else z.shape[1:]  # of a row's draws
-        output = {}  # the side of a parameter that the map's output has: of several uses those like the first count
-        for i, side, _, _ in linear_maps(z, self.params):
-            output.setdefault(i, side)
+        shape = [1] * targets.ndim if self.own_labels else z.shape[1:]  # of what is drawn for a row
+        output = {i: side for i, side, _, _ in linear_maps(z, self.params)}
         del z
-        squares = {
-            i: torch.zeros_like(p) for i, p in enumerate(self.params) if i not in output and p.requires_grad
-        }
-        sums = {}  # of δδᵀ, aaᵀ and the number of tokens that went in
+        without = [p for i, p in enumerate(self.params) if i not in output and p.requires_grad]
+        squares = {p: torch.zeros_like(p) for p in without}
+        sums = {}  # by a parameter's index, of δδᵀ, aaᵀ, and the number of a
         # All processes draw for all rows, so that labels and signs do not depend on who has them.
         for group in runs(every, math.ceil(len(every) / self.SQUARES)):
-            grads = {i: torch.zeros_like(square) for i, square in squares.items()}
+            grads = {p: torch.zeros_like(p) for p in without}
             for piece in runs(group, micro_batch):
                 draws = torch.empty(len(piece), *shape, device=idx.device).exponential_(generator=generator)
                 own = [row for row in piece if row in mine]
                 if own:
                     draws = draws[[row - piece.start for row in own]]
-                    self._add(idx[own], targets[own], draws, output, sums, grads)
+                    self._add(idx[own], targets[own], draws, sums, grads)
             # Labels or signs are independent: the square of a sum over rows has the mean of the sum of
             # squares.
             for square, g in zip(squares.values(), reduce(*grads.values())):
@@ -641,24 +638,24 @@ class KFAC:
         self.repaired = ""
         for i, p in enumerate(self.params):
             if i in sums:
-                outer, inner, count = reduce(*sums[i])
+                outside, inside, count = reduce(*sums[i])
                 # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over
                 # both.
-                new = [outer / n, inner / count]
+                new = [outside / n, inside / count]
                 if output[i] == 1:
                     new.reverse()
             else:
-                new = [squares.get(i, torch.zeros_like(p)) / n]
+                new = [squares.get(p, torch.zeros_like(p)) / n]
             if not all(side.isfinite().all() for side in new):
                 self.repaired = "K-FAC factors not finite"
                 new = self.factors.get(i, [torch.zeros_like(side) for side in new])
             old = self.factors.get(i, new)
             self.factors[i] = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
 
-    def _add(self, x, y, draws, output, sums, grads):
+    def _add(self, x, y, draws, sums, grads):
         """Add some rows to the factors' sums, and to the gradients of the parameters that have no factors."""
         z = logits(self.model, x)
-        maps = [m for m in linear_maps(z, self.params) if m[1] == output.get(m[0])]
+        maps = linear_maps(z, self.params)
         probs = torch.softmax(z.detach().float(), dim=-1)
         # argmax p / e with exponential e has the distribution p; e > log 2 is a coin
         labels = y if self.own_labels else (probs / draws).argmax(-1)
@@ -667,7 +664,7 @@ class KFAC:
         if self.own_labels:
             u *= (draws - math.log(2)).sign()
         edges = [edge for _, _, edge, _ in maps]
-        found = torch.autograd.grad(z, edges + [self.params[i] for i in grads], u, allow_unused=True)
+        found = torch.autograd.grad(z, edges + list(grads), u, allow_unused=True)
         for (i, _, _, a), delta in zip(maps, found):
             if delta is None:
                 continue
@@ -680,9 +677,9 @@ class KFAC:
                 inside = torch.bincount(a.flatten(), minlength=len(self.params[i])).to(delta.dtype)
             new = self._gram(delta), inside, delta.new_tensor(len(delta))
             sums[i] = [old + t for old, t in zip(sums.get(i, (0, 0, 0)), new)]
-        for i, g in zip(grads, found[len(maps) :]):
+        for p, g in zip(grads, found[len(maps) :]):
             if g is not None:
-                grads[i] += g
+                grads[p] += g
 
     def _gram(self, m):
         """mᵀm (side, side), or its diagonal where the side is too large to decompose."""
@@ -699,36 +696,35 @@ class KFAC:
         if failures:
             self.repaired = self.repaired or failures[0]
 
-    def tikhonov(self, gamma):
-        """`eigen` with factored damping (Martens & Grosse, section 6.3): Λ_L + γ/π and Λ_R + γπ with
-        π² = mean(Λ_R) / mean(Λ_L)."""
-        damped = {}
-        for i, sides in self.eigen.items():
-            shifts = [gamma**2]
-            if len(sides) == 2:
-                left, right = (values.mean() + 1e-30 for values, _ in sides)
-                pi = (right / left).sqrt()
-                shifts = gamma / pi, gamma * pi
-            damped[i] = [(values + shift, Q) for (values, Q), shift in zip(sides, shifts)]
-        return damped
-
-    def apply(self, v, function, part=None, eigen=None):
+    def apply(self, v, function, part=None):
         """function(K) v, the function taken on the eigenvalues; v flat (P,), or over the parameters in
-        `part`.
+        `part`."""
+        part = range(len(self.params)) if part is None else part
+        tensors = unflatten(v, [self.params[i] for i in part])
+        return flatten([apply_to_one(t, function, self.eigen[i]) for i, t in zip(part, tensors)])
+
+
+def apply_to_one(V, function, sides):
+    """function(K) V for one parameter, its sides [(eigenvalues, eigenvectors), ...]:
 
         K = Q S Qᵀ,   function(K) V = Q_L [ function(S) ∘ (Q_Lᵀ V Q_R) ] Q_Rᵀ
-        """
-        part = range(len(self.params)) if part is None else part
-        out = []
-        for i, t in zip(part, unflatten(v, [self.params[i] for i in part])):
-            values, bases = zip(*(eigen or self.eigen)[i])
-            if len(values) == 1:
-                out.append(t * function(values[0]))
-                continue
-            S = torch.outer(*values)
-            t = to_basis(t.reshape(S.shape), bases)
-            out.append(from_basis(t * function(S), bases))
-        return flatten(out)
+    """
+    values, bases = zip(*sides)
+    if len(sides) == 1:
+        return V * function(*values)
+    S = torch.outer(*values)
+    return from_basis(to_basis(V.reshape(S.shape), bases) * function(S), bases).reshape_as(V)
+
+
+def tikhonov(sides, gamma):
+    """One parameter's sides with factored damping (Martens & Grosse, section 6.3): Λ_L + γ/π and Λ_R + γπ
+    with π² = mean(Λ_R) / mean(Λ_L)."""
+    shifts = [gamma**2]
+    if len(sides) == 2:
+        left, right = (values.mean() + 1e-30 for values, _ in sides)
+        pi = (right / left).sqrt()
+        shifts = gamma / pi, gamma * pi
+    return [(values + shift, Q) for (values, Q), shift in zip(sides, shifts)]
 
 
 class KFACOptimizer(Optimizer):
@@ -748,45 +744,42 @@ class KFACOptimizer(Optimizer):
     STAT_DECAY = 0.95
     CURVATURE_FRAC = 0.25
 
-    def __init__(self, model, params, lr=3e-2, momentum=0.9, weight_decay=0.0, precondition_frequency=10):
-        self.kfac = KFAC(model)
+    def __init__(self, model, params, lr, momentum, weight_decay, precondition_frequency):
+        self.kfac = KFAC(model)  # first, for `problem`
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.frequency = precondition_frequency
         self.steps = 0
         self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(0)
 
-    def check(self, params):
-        if not set(params) <= set(self.kfac.params):
-            raise ValueError(
-                "K-FAC has factors for the parameters it was made with: make a new optimizer for others"
-            )
+    def problem(self, params):
+        if set(params) - set(self.kfac.params):
+            return "K-FAC has factors for the parameters it was made with: make a new optimizer for others"
 
     def observe(self, inputs, targets, micro_batch=None):
         """Factors from a share of the batch; returns the work in gradients of the whole batch."""
-        inputs, targets = counted_rows(inputs, check_targets(inputs, targets)[0])
+        inputs, targets = counted_rows(inputs, targets)
         rows = math.ceil(self.CURVATURE_FRAC * len(inputs))
         decay = min(1 - 1 / (self.steps + 1), self.STAT_DECAY)  # as the paper starts its average
-        with full_precision(self.kfac.params[0].device.type, self.kfac.model):
+        with full_precision(self.kfac.model):
             self.kfac.update(inputs[:rows], targets[:rows], micro_batch, self.generator, decay)
             if self.steps % self.frequency == 0:
                 self.kfac.decompose()
         return 2 / 3 * rows / len(inputs)
 
     def move(self):
-        params = self.kfac.params
         if not self.kfac.eigen:
             raise RuntimeError(
                 "call observe(inputs, targets) before the first step: K-FAC has no factors yet"
             )
-        g = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-        n = self.kfac.apply(g, lambda S: 1 / S, eigen=self.kfac.tikhonov(self.DAMPING**0.5))
-        natural = dict(zip(params, unflatten(n, params)))
-        moved = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moved = self.with_grad()
+        gamma = self.DAMPING**0.5
+        sides = dict(zip(self.kfac.params, self.kfac.eigen.values()))
+        natural = {p: apply_to_one(p.grad, lambda S: 1 / S, tikhonov(sides[p], gamma)) for _, p in moved}
         kl = float(sum(group["lr"] ** 2 * (natural[p] * p.grad).sum() for group, p in moved))
-        n *= min(1.0, math.sqrt(self.KL_CLIP / max(kl, 1e-30)))  # natural holds views of it
+        clip = min(1.0, math.sqrt(self.KL_CLIP / max(kl, 1e-30)))
         for group, p in moved:
             M = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            M.mul_(group["momentum"]).add_(natural[p])
+            M.mul_(group["momentum"]).add_(clip * natural[p])
             p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(M, alpha=group["lr"])
         self.steps += 1
 

@@ -123,7 +123,7 @@ class GaussNewton:
         x, y = search or (idx[-rows:], targets[-rows:])
         accepted = False
         try:
-            with full_precision(self.params[0].device.type, self.model):
+            with full_precision(self.model):
                 found = self.solver.solve(self.parts, idx, targets)
                 record = {"alpha": 0.0, "rho": None, **found.record, "loss": found.loss}
                 cost = y.numel() / targets.numel() / 3

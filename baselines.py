@@ -276,9 +276,12 @@ def full_precision(model):
     """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of
     short weights is off too: inside a context it would outlive a change of the weights."""
     device_type = next(model.parameters()).device.type
-    enabled = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type)
-    outside = torch.autocast(device_type, dtype, enabled, cache_enabled=False)
+    outside = torch.autocast(
+        device_type,
+        torch.get_autocast_dtype(device_type),
+        torch.is_autocast_enabled(device_type),
+        cache_enabled=False,
+    )
 
     def enter(*_):
         torch.clear_autocast_cache()  # of a forward that @torch.autocast decorates
@@ -442,8 +445,13 @@ class SOAP(Optimizer):
         sides = [k for k in (0, 1) if G.ndim == 2 and G.shape[k] <= group["max_precond_dim"]]
         first = not s
         if first:
-            s.update(step=0, M=torch.zeros_like(p), V=torch.zeros_like(p))
-            s.update(cov=[None, None], basis=[None, None])  # None: the identity
+            s.update(
+                step=0,
+                M=torch.zeros_like(p),
+                V=torch.zeros_like(p),
+                cov=[None, None],
+                basis=[None, None],  # the identity
+            )
         s["step"] += 1
         M = s["M"]
         V = s["V"]
@@ -528,7 +536,7 @@ def linear_maps(z, params):
     Products of more than two dimensions (einsum, convolutions, recurrent layers) are not among them. Of
     several uses of a parameter those like the first are; a linear map comes before an embedding.
     """
-    index = {id(p): i for i, p in enumerate(params)}
+    index = {p: i for i, p in enumerate(params)}
     weights = []
     others = []
     seen = {None}
@@ -575,7 +583,7 @@ def origin(node, index):
         if node.name() != "ToCopyBackward0":  # which is a cast, by autocast
             side = 1 - side
         node = node.next_functions[0][0]
-    return index.get(id(getattr(node, "variable", None))), side
+    return index.get(getattr(node, "variable", None)), side
 
 
 class KFAC:
@@ -617,14 +625,15 @@ class KFAC:
         [mine] = share(every)
         z = logits(self.model, idx[:2], targets[:2])
         shape = [1] * targets.ndim if self.own_labels else z.shape[1:]  # of what is drawn for a row
-        output = {i: side for i, side, _, _ in linear_maps(z, self.params)}
+        output = {i: side for i, side, _, _ in linear_maps(z, self.params)}  # of those that have factors
         del z
-        without = [p for i, p in enumerate(self.params) if i not in output and p.requires_grad]
-        squares = {p: torch.zeros_like(p) for p in without}
-        sums = {}  # by a parameter's index, of δδᵀ, aaᵀ, and the number of a
+        squares = {
+            p: torch.zeros_like(p) for i, p in enumerate(self.params) if i not in output and p.requires_grad
+        }
+        sums = {}  # by a parameter's index, of δδᵀ and of aaᵀ, and how many they are
         # All processes draw for all rows, so that labels and signs do not depend on who has them.
         for group in runs(every, math.ceil(len(every) / self.SQUARES)):
-            grads = {p: torch.zeros_like(p) for p in without}
+            grads = {p: torch.zeros_like(p) for p in squares}
             for piece in runs(group, micro_batch):
                 draws = torch.empty(len(piece), *shape, device=idx.device).exponential_(generator=generator)
                 own = [row for row in piece if row in mine]
@@ -689,9 +698,9 @@ class KFAC:
         """Eigenvalues and eigenvectors of the factors."""
         failures = []
         for i, sides in self.factors.items():
-            full = len(sides) == 2
             self.eigen[i] = [
-                eigh(side, failures.append) if full and side.ndim == 2 else (side, None) for side in sides
+                eigh(side, failures.append) if len(sides) == side.ndim == 2 else (side, None)
+                for side in sides  # a single one is the diagonal, of any shape
             ]
         if failures:
             self.repaired = self.repaired or failures[0]
@@ -793,8 +802,7 @@ class KFACOptimizer(Optimizer):
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        device = self.kfac.params[0].device
-        kfac = tree_map_only(torch.Tensor, lambda t: t.to(device), state["kfac"])
+        kfac = tree_map_only(torch.Tensor, lambda t: t.to(self.generator.device), state["kfac"])
         self.kfac.factors = kfac["factors"]
         self.kfac.eigen = kfac["eigen"]
         self.steps = state["steps"]

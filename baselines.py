@@ -99,11 +99,15 @@ def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_fr
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "cosine":
-        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return 0.5 * (1 + math.cos(math.pi * done))
+        return cosine((step - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule == "wsd":
         return min(1.0, max(0, total_steps - step) / max(1.0, decay_frac * total_steps))
     return 1.0
+
+
+def cosine(done):
+    """From 1 at 0 to 0 at 1 and beyond."""
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -169,7 +173,8 @@ def ranks():
 def share(*tensors):
     """This process's rows, neighbours, of tensors that every process holds whole. Raises ValueError for fewer
     rows than processes."""
-    (rank, world), rows = ranks(), len(tensors[0])
+    rank, world = ranks()
+    rows = len(tensors[0])
     if rows < world:
         raise ValueError(f"{rows} sequences cannot be shared by {world} processes")
     return tuple(t[rows * rank // world : rows * (rank + 1) // world] for t in tensors)
@@ -440,8 +445,9 @@ class SOAP(Optimizer):
             self._update(p, p.grad, self.state[p], group)
 
     def _update(self, p, G, s, group):
-        (b1, b2), b3, lr = group["betas"], group["shampoo_beta"], group["lr"]
-        b3 = b2 if b3 < 0 else b3
+        lr = group["lr"]
+        b1, b2 = group["betas"]
+        b3 = b2 if group["shampoo_beta"] < 0 else group["shampoo_beta"]
         sides = [k for k in (0, 1) if G.ndim == 2 and G.shape[k] <= group["max_precond_dim"]]
         first = not s
         if first:

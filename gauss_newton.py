@@ -37,6 +37,7 @@ from baselines import (
     KFAC,
     assign,
     check_targets,
+    cosine,
     counted_rows,
     cross_entropy_grad,
     cross_entropy_sum,
@@ -613,10 +614,6 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
     constant                       no decay
     The first `warmup` inner steps of the run are scaled by (steps done + 1) / warmup.
     """
-
-    def cosine(done):
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
     done = outer * n + k
     factor = {
         "global_cosine": cosine(done / (outer_steps * n)),

@@ -530,8 +530,8 @@ def eigh(C, warn=warnings.warn):
 
 
 def linear_maps(z, params):
-    """What multiplies a parameter in the graph of z, found by a walk through it, whatever modules made it. A
-    list of (i, side, edge, inputs): parameter i; the side of it that the map's output s has; where the
+    """What multiplies a parameter in the graph of z, found by a walk through it, whatever modules made it.
+    Yields (i, side, edge, inputs): parameter i; the side of it that the map's output s has; where the
     derivative by s arrives, for torch.autograd.grad; and what goes in:
 
         s = a Wᵀ, as in nn.Linear    side 0    a (rows, in)
@@ -568,12 +568,10 @@ def linear_maps(z, params):
                 if i is not None and len(shape) > 1 and params[i].shape == tuple(shape[-1:]):
                     others.append((i, 0, edge, None))
     form = {}
-    alike = []
     for i, side, edge, a in weights + others:
         own = side, a is not None and a.is_floating_point()
         if i is not None and form.setdefault(i, own) == own:
-            alike.append((i, side, edge, a))
-    return alike
+            yield i, side, edge, a
 
 
 def origin(node, index):
@@ -631,12 +629,12 @@ class KFAC:
         [mine] = share(every)
         z = logits(self.model, idx[:2], targets[:2])
         shape = [1] * targets.ndim if self.own_labels else z.shape[1:]  # of what is drawn for a row
-        output = {i: side for i, side, _, _ in linear_maps(z, self.params)}  # of those that have factors
+        factored = {i for i, *_ in linear_maps(z, self.params)}
         del z
         squares = {
-            p: torch.zeros_like(p) for i, p in enumerate(self.params) if i not in output and p.requires_grad
+            p: torch.zeros_like(p) for i, p in enumerate(self.params) if i not in factored and p.requires_grad
         }
-        sums = {}  # by a parameter's index, of δδᵀ and of aaᵀ, and how many they are
+        sums = {}  # by a parameter's index and the side that s has: of δδᵀ and of aaᵀ, and how many they are
         # All processes draw for all rows, so that labels and signs do not depend on who has them.
         for group in runs(every, math.ceil(len(every) / self.SQUARES)):
             grads = {p: torch.zeros_like(p) for p in squares}
@@ -650,17 +648,16 @@ class KFAC:
             # squares.
             for square, g in zip(squares.values(), reduce(*grads.values())):
                 square += g * g
+        means = {}
+        for (i, side), total in sums.items():
+            outside, inside, count = reduce(*total)
+            # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over both.
+            means[i] = [outside / n, inside / count]
+            if side == 1:
+                means[i].reverse()
         self.repaired = ""
         for i, p in enumerate(self.params):
-            if i in sums:
-                outside, inside, count = reduce(*sums[i])
-                # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over
-                # both.
-                new = [outside / n, inside / count]
-                if output[i] == 1:
-                    new.reverse()
-            else:
-                new = [squares.get(p, torch.zeros_like(p)) / n]
+            new = means.get(i, [squares.get(p, torch.zeros_like(p)) / n])
             if not all(side.isfinite().all() for side in new):
                 self.repaired = "K-FAC factors not finite"
                 new = self.factors.get(i, [torch.zeros_like(side) for side in new])
@@ -670,7 +667,7 @@ class KFAC:
     def _add(self, x, y, draws, sums, grads):
         """Add some rows to the factors' sums, and to the gradients of the parameters that have no factors."""
         z = logits(self.model, x)
-        maps = linear_maps(z, self.params)
+        maps = list(linear_maps(z, self.params))
         probs = torch.softmax(z.detach().float(), dim=-1)
         # argmax p / e with exponential e has the distribution p; e > log 2 is a coin
         labels = y if self.own_labels else (probs / draws).argmax(-1)
@@ -680,18 +677,19 @@ class KFAC:
             u *= (draws - math.log(2)).sign()
         edges = [edge for _, _, edge, _ in maps]
         found = torch.autograd.grad(z, edges + list(grads), u, allow_unused=True)
-        for (i, _, _, a), delta in zip(maps, found):
+        for (i, side, _, a), delta in zip(maps, found):
             if delta is None:
                 continue
             delta = delta.to(self.params[i].dtype).flatten(0, -2)  # (rows, out); autocast's is short
+            count = delta.new_full((1,), len(delta))
             if a is None:
-                inside = delta.new_full((1,), len(delta))
+                inside = count
             elif a.is_floating_point():
                 inside = self._gram(a.detach().to(delta.dtype))
             else:
                 inside = torch.bincount(a.flatten(), minlength=len(self.params[i])).to(delta.dtype)
-            new = self._gram(delta), inside, delta.new_tensor(len(delta))
-            sums[i] = [old + t for old, t in zip(sums.get(i, (0, 0, 0)), new)]
+            new = self._gram(delta), inside, count
+            sums[i, side] = [old + t for old, t in zip(sums.get((i, side), (0, 0, 0)), new)]
         for p, g in zip(grads, found[len(maps) :]):
             if g is not None:
                 grads[p] += g

@@ -30,6 +30,7 @@ import zipfile
 import urllib.error
 import urllib.response
 from concurrent.futures import ThreadPoolExecutor
+from math import isclose
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,10 +120,6 @@ def scrambled(model):
     """A partition whose parts are neither in order nor in one piece."""
     params = list(model.parameters())
     return [params[-2::-2], params[::-2]]
-
-
-def same_bits(a, b):
-    return torch.equal(a.view(torch.int64), b.view(torch.int64))
 
 
 def close(a, b, tol=1e-9):
@@ -261,7 +258,7 @@ def test_presets_have_the_stated_sizes(name, sizes, vocab, millions):
     assert list(PRESETS[name].values()) == sizes
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab, **PRESETS[name]))
-    assert math.isclose(sum(p.numel() for p in model.parameters()) / 1e6, millions, rel_tol=0.01)
+    assert isclose(sum(p.numel() for p in model.parameters()) / 1e6, millions, rel_tol=0.01)
 
 
 def test_model_errors_name_the_values():
@@ -461,7 +458,7 @@ def test_kfac_baseline_equals_dense_derivation():
         kl = (rate**2 * n * g).sum()
         assert kl > 2e-2  # the clip is on
         M = 0.8 * M + n * (1e-2 / kl).sqrt()
-        assert math.isclose(opt.observe(idx, targets), 2 / 3 / 4)
+        assert isclose(opt.observe(idx, targets), 2 / 3 / 4)
         opt.step()
         assert close(theta_of(model), theta - rate * (0.1 * matrix * theta + M), 1e-7)
 
@@ -905,71 +902,54 @@ def test_kfac_takes_no_scale_for_a_bias():
 # ---- one Gauss-Newton step ----
 
 
-@pytest.mark.parametrize("precond", ["none", "kfac"])
+@pytest.mark.parametrize("precond, damping", [("none", 0.01), ("kfac", 0.1)])
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_step_is_the_dense_one(precond, layerwise):
+@pytest.mark.parametrize("search", [None, tokens(3, seed=3)], ids=["rows", "other"])
+def test_step_is_the_dense_one(precond, damping, layerwise, search):
     """One Newton step of GN on the whole batch: d = −(G + λM)⁻¹ g, M = I or K-FAC's, G whole or its parts'
-    blocks; θ moves by αd, and the record and the next λ are their definitions, recomputed."""
-    model, (idx, targets) = gpt(), tokens(8)
+    blocks. The last 8 of 20 rows (40 %), or other data, decide α by their least loss; θ moves by αd, and the
+    record and the next λ are their definitions, recomputed."""
+    model, (idx, targets) = gpt(), tokens(20)
     parts = scrambled(model) if layerwise else None
-    settings = dict(local_model="gn", newton_steps=1, curvature_frac=1.0, search_frac=1.0)
-    opt = GaussNewton(model, parts=parts, cg_iters=300, precond=precond, damping=0.1, **settings)
+    settings = dict(local_model="gn", newton_steps=1, cg_iters=300, curvature_frac=1.0, damping=damping)
+    opt = GaussNewton(model, parts=parts, line_search="grid", search_frac=0.4, precond=precond, **settings)
     theta = theta_of(model)
     dense = Dense(model, idx, targets)
-    record = opt.step(idx, targets)
+    record = opt.step(idx, targets, search)
     alpha = record["alpha"]
     M = eye = torch.eye(len(theta)).double()
     if opt.solver.kfac:
         M = torch.stack([opt.solver.kfac.apply(e, opt.solver.metric) for e in eye])
     within = [dense.alone(eye.sum(0), part) for part in opt.parts]
-    A = dense.G * sum(torch.outer(t, t) for t in within) + 0.1 * M
+    A = dense.G * sum(torch.outer(t, t) for t in within) + damping * M
     d = torch.linalg.solve(A, -dense.g)
     tol = 1e3 * EPS * torch.linalg.cond(A).item()  # how exactly floating point can solve that
     assert close(opt.solver.direction, alpha * d, tol)
     assert 0 < alpha < 1 and close(theta_of(model) - theta, alpha * d, tol)
+    x, y = search or (idx[-8:], targets[-8:])
+    lengths = [2 ** (-i / 2) for i in range(10)]
+    start, *losses = (batch_loss(with_theta(model, theta + t * d), x, y) for t in [0, *lengths])
     slope = dense.g @ d
-    change = Dense(model, idx, targets).loss - dense.loss
-    predicted = alpha * slope + alpha**2 * (-slope - 0.1 * d @ M @ d) / 2
+    predicted = alpha * slope + alpha**2 * (-slope - damping * d @ M @ d) / 2
     wanted = dict(
+        alpha=lengths[np.argmin(losses)],
         loss=dense.loss,
-        search_loss=dense.loss + change,
+        search_loss=min(losses),
         predicted=predicted,
-        actual=change,
-        rho=change / predicted,
-        damping=0.1,
+        actual=min(losses) - start,
+        rho=(min(losses) - start) / predicted,
+        damping=damping,
         grad_norm=dense.g.norm(),
         step_norm=alpha * d.norm(),
         cosine=-slope / (d.norm() * dense.g.norm()),
-        work=1 + 4 / 3 * record["products"] + 4 / 3 + (record["search_tries"] + 1) / 3,
+        work=1 + 4 / 3 * record["products"] + 4 / 3 + 11 / 3 * len(x) / 20,
     )
     if precond == "kfac" or layerwise:
         del wanted["work"]
     for key, want in wanted.items():
-        assert math.isclose(record[key], float(want), rel_tol=1e-6), key
-    assert math.isclose(opt.solver.damping, gn.levenberg_marquardt(0.1, record["rho"], alpha))
+        assert isclose(record[key], float(want), rel_tol=1e-6), key
+    assert isclose(opt.solver.damping, gn.levenberg_marquardt(damping, record["rho"], alpha))
     assert record["accepted"] and record["reason"] == "" and json.dumps(record)
-
-
-@pytest.mark.parametrize("search", [None, tokens(3, seed=2)], ids=["rows", "other"])
-def test_search_rows(search):
-    """The last 36 of 90 rows (40 %), or other data, decide α by their least loss, and ρ is measured on
-    them."""
-    model, (idx, targets) = gpt(), tokens(90)
-    opt = GaussNewton(model, line_search="grid", search_frac=0.4, damping=30.0, precond="none")
-    theta = theta_of(model)
-    record = opt.step(idx, targets, search)
-    alpha = record["alpha"]
-    d = opt.solver.direction / alpha
-    x, y = search or (idx[54:], targets[54:])
-    losses = {
-        2 ** (-i / 2): gn.batch_loss(with_theta(model, theta + 2 ** (-i / 2) * d), x, y) for i in range(10)
-    }
-    best = min(losses, key=losses.get)
-    assert math.isclose(alpha, best) and math.isclose(record["search_loss"], losses[best])
-    change = losses[best] - gn.batch_loss(with_theta(model, theta), x, y)
-    assert math.isclose(record["loss"], gn.batch_loss(model, idx, targets))
-    assert math.isclose(record["actual"], change)
-    assert math.isclose(record["rho"], change / record["predicted"])
 
 
 @pytest.mark.parametrize(
@@ -1000,8 +980,8 @@ def test_rejected_step_changes_no_parameter(name, change, reason, monkeypatch):
             m.setattr(owner, name, lambda *arguments: change(healthy(*arguments), next(calls)))
             record = opt.step(*data)
             assert not record["accepted"] and reason in record["reason"]
-            assert same_bits(theta_of(model), before)
-            assert math.isclose(opt.solver.damping, damping * 16**n)
+            assert torch.equal(theta_of(model), before)
+            assert isclose(opt.solver.damping, damping * 16**n)
             assert opt.solver.direction is None and opt.rejections == n
     assert opt.step(*data)["accepted"] and opt.rejections == 0
 
@@ -1024,31 +1004,27 @@ def test_interrupted_step_restores_the_parameters(where):
     before = theta_of(model)
     with pytest.raises(KeyboardInterrupt):
         opt.step(*data)
-    assert same_bits(theta_of(model), before)
+    assert torch.equal(theta_of(model), before)
     assert solver or opt.solver.damping < 10  # a rejection makes it 48
     assert opt.step(*data)["accepted"]
 
 
-@pytest.mark.parametrize("solver", ["cg", "soap"])
-def test_resume_is_the_uninterrupted_run(solver):
-    """Two steps, parameters and state through a file into objects already in use, two more: the
-    uninterrupted run's bits."""
+@pytest.mark.parametrize("name", [None, "soap"])
+def test_resume_is_the_uninterrupted_run(name):
+    """Parameters and state put into objects already in use: two more steps have the uninterrupted run's
+    bits."""
 
     def build(seed):
         model = gpt(seed=seed)
-        inner = None if solver == "cg" else InnerSolver(model, solver, rows=2)
-        opt = GaussNewton(model, inner, scrambled(model))
+        solver = InnerSolver(model, name, rows=2) if name else None
+        opt = GaussNewton(model, solver, scrambled(model))
         for i in range(2 - seed):
             opt.step(*tokens(8, seed=i))
         return model, opt
 
     (whole, opt), (resumed, fresh) = build(0), build(1)
-    file = io.BytesIO()
-    torch.save((whole.state_dict(), opt.state_dict()), file)
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=True)
-    resumed.load_state_dict(weights)
-    fresh.load_state_dict(state)
+    resumed.load_state_dict(whole.state_dict())
+    fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
     for seed in (2, 3):
         data = tokens(8, seed=seed)
         assert opt.step(*data) == fresh.step(*data)
@@ -1056,8 +1032,9 @@ def test_resume_is_the_uninterrupted_run(solver):
 
 
 def test_what_cannot_be_stepped_is_named():
-    """No, mixed or short parameters, parts that are no partition (missing, twice or foreign), unknown
-    words, numbers out of range, parameters that changed since: a ValueError with the cause."""
+    """No, mixed or short parameters, parts that are no partition (missing, twice or foreign), unknown words,
+    numbers out of range, settings that would be left aside: an error with the cause, before anything is
+    computed; and parameters that are another model's, or changed since, before a step."""
     model = gpt()
     mixed = gpt()
     mixed.head.float()
@@ -1066,18 +1043,30 @@ def test_what_cannot_be_stepped_is_named():
         (gpt().requires_grad_(False), {}, "no trainable"),
         (gpt().bfloat16(), {}, "bfloat16"),
         (mixed, {}, "float32 and torch.float64"),
-        (model, dict(parts=layers[1:]), "exactly once"),
-        (model, dict(parts=layers + layers[:1]), "exactly once"),
-        (model, dict(parts=layers + [[nn.Parameter(torch.ones(1))]]), "exactly once"),
-        (model, dict(precond="kfca"), "precond"),
-        (model, dict(local_model="full"), "local_model"),
-        (model, dict(curvature_frac=0), "curvature_frac"),
-        (model, dict(search_frac=1.1), "search_frac"),
-        (model, dict(damping=math.nan), "damping"),
+        (model, {"parts": layers[1:]}, "exactly once"),
+        (model, {"parts": layers + layers[:1]}, "exactly once"),
+        (model, {"parts": layers + [[nn.Parameter(torch.ones(1))]]}, "exactly once"),
+        (model, {"precond": "kfca"}, "precond"),
+        (model, {"local_model": "full"}, "local_model"),
+        (model, {"line_search": "grit"}, "line_search"),
+        (model, {"curvature_frac": 0}, "curvature_frac"),
+        (model, {"search_frac": 1.1}, "search_frac"),
+        (model, {"damping": math.nan}, "damping"),
+        (model, {"cg_iters": 0}, "cg_iters"),
+        (model, {"newton_steps": -1}, "newton_steps"),
     ]
     for bad, settings, named in cases:
         with pytest.raises(ValueError, match=named):
             GaussNewton(bad, **settings)
+    for settings in ({"rows": 0}, {"lr": math.inf}, {"outer_steps": 0}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            InnerSolver(model, **settings)
+    with pytest.raises(ValueError, match="kfac"):
+        InnerSolver(model, "kfac")
+    with pytest.raises(TypeError, match="damping"):
+        GaussNewton(model, InnerSolver(model), damping=1.0)
+    with pytest.raises(ValueError, match="InnerSolver was made for other"):
+        GaussNewton(model, InnerSolver(gpt())).step(*tokens())
     opt = GaussNewton(model)
     model.embed.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen"):
@@ -1182,10 +1171,10 @@ def test_newton_steps_are_the_dense_ones(local_model, layerwise):
             d += own + delta
             ends.append(damping)
         assert close(found.direction, d, 1e-6)
-        assert math.isclose(found.decrease, promised, rel_tol=1e-6)
-        assert math.isclose(found.loss, whole.loss) and math.isclose(found.slope, whole.g @ d, rel_tol=1e-6)
+        assert isclose(found.decrease, promised, rel_tol=1e-6)
+        assert isclose(found.loss, whole.loss) and isclose(found.slope, whole.g @ d, rel_tol=1e-6)
         start = math.prod(ends) ** (1 / len(ends))
-        assert math.isclose(solver.damping, start, rel_tol=1e-9)
+        assert isclose(solver.damping, start, rel_tol=1e-9)
         solver.adapt(0.5, 0.5)
         last = 0.5 * d
         with_theta(model, theta + last)
@@ -1246,7 +1235,7 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
         d = theta_of(end) - theta
         assert close(found.direction, d, 1e-6)
         for got, want in ((found.loss, loss), (found.slope, grad @ d), (found.decrease, fall)):
-            assert math.isclose(got, want, rel_tol=1e-6)
+            assert isclose(got, want, rel_tol=1e-6)
         with_theta(model, theta + 0.7 * d)
 
 
@@ -1259,8 +1248,8 @@ def test_inner_schedule_values():
         global_cosine=(1 + math.cos(math.pi * 5 / 8)) / 2,
     )
     for kind, want in wanted.items():
-        assert math.isclose(gn.inner_schedule(kind, 2, 4, 5, 10), want)
-    assert math.isclose(gn.inner_schedule("constant", 1, 4, 1, 10, warmup=20), 0.6)
+        assert isclose(gn.inner_schedule(kind, 2, 4, 5, 10), want)
+    assert isclose(gn.inner_schedule("constant", 1, 4, 1, 10, warmup=20), 0.6)
 
 
 # ---- cg ----
@@ -1291,7 +1280,7 @@ def test_cg_iterates_are_the_least_of_their_krylov_spaces(preconditioned):
         least = B @ torch.linalg.solve(B.T @ A @ B, B.T @ b)
         assert iterations == len(values) - 1 == k
         for want in (phi(x), phi(least)):
-            assert math.isclose(values[k], want, rel_tol=1e-7, abs_tol=1e-12)
+            assert isclose(values[k], want, rel_tol=1e-7, abs_tol=1e-12)
         new = A @ B[:, -1:] if k else b[:, None]
         B = torch.linalg.qr(torch.cat([B, M @ new], 1)).Q
 
@@ -1386,7 +1375,7 @@ def test_line_search_follows_its_rules(kind, losses, i, reason):
 def test_levenberg_marquardt_moves_as_documented(rho, alpha, want):
     """λ × 0.4 if ρ > 3/4 at nearly full length, × 2 if ρ < 1/4 (or no number), λ / α if α < 0.4, at most 16
     λ, else unchanged; never above 1e8."""
-    assert math.isclose(gn.levenberg_marquardt(3.0, rho, alpha), want)
+    assert isclose(gn.levenberg_marquardt(3.0, rho, alpha), want)
     assert gn.levenberg_marquardt(1e8, 0.0, 0.0) == 1e8
 
 
@@ -1408,25 +1397,25 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
     G = dense.G
     part = [6, 0, 3]
     at = dense.index(part)
-    assert math.isclose(ggn.loss, dense.loss) and close(ggn.grad, dense.g)
+    assert isclose(ggn.loss, dense.loss) and close(ggn.grad, dense.g)
     for v in torch.randn(3, len(dense.g)).double():
         assert close(ggn.matvec(v), G @ v)
         assert close(ggn.matvec(v[at], part), G[at][:, at] @ v[at])
         change, slope = ggn.expand(v, prox_linear=True)
         loss, g, G = dense.at(v)
-        assert math.isclose(change, loss - dense.loss) and close(slope, g)
+        assert isclose(change, loss - dense.loss) and close(slope, g)
     ends = [dense.at(v - 2 * t * v)[0] - dense.loss for t in (0, 1)]
     for tilt in (0, ends[0] - ends[1] - 0.1, ends[0] - ends[1] + 0.1):
         t, change, slope = ggn.expand_along(v, -2 * v, [0.0, 1.0], tilt, prox_linear=True)
         loss, g, G = dense.at(v - 2 * t * v)
-        assert t == (ends[1] + tilt < ends[0]) and math.isclose(change, ends[t == 1])
+        assert t == (ends[1] + tilt < ends[0]) and isclose(change, ends[t == 1])
         assert close(slope, g) and close(ggn.matvec(v), G @ v)
     change, slope = ggn.expand(v[at], part, prox_linear=True)
     loss, g, _ = dense.at(dense.alone(v, part))
-    assert math.isclose(change, loss - dense.loss) and close(slope, g[at])
+    assert isclose(change, loss - dense.loss) and close(slope, g[at])
     change, slope = ggn.expand(v)
     Gv = dense.G @ v
-    assert math.isclose(change, dense.g @ v + v @ Gv / 2) and close(slope, dense.g + Gv)
+    assert isclose(change, dense.g @ v + v @ Gv / 2) and close(slope, dense.g + Gv)
     assert close(ggn.matvec(v), Gv)
 
 
@@ -1441,14 +1430,14 @@ def test_work_and_products_are_counted():
         ggn.matvec(ggn.grad[:28], [0])
         part = (4 * 28 + 2 * 200) / 228 / 3
         assert ggn.products == 2
-        assert math.isclose(ggn.work, 1 + 4 / 3 + part + 2 * redone)
+        assert isclose(ggn.work, 1 + 4 / 3 + part + 2 * redone)
         ggn.expand(ggn.grad)
         ggn.expand_along(ggn.grad, ggn.grad, [0.0, 1.0], 0.0)
-        assert math.isclose(ggn.work, 1 + 4 / 3 + part + 4 / 3 + 2 + redone * (2 + 1 + 2 + 2 / 3))
+        assert isclose(ggn.work, 1 + 4 / 3 + part + 4 / 3 + 2 + redone * (2 + 1 + 2 + 2 / 3))
         before = ggn.work
         ggn.expand(ggn.grad, prox_linear=True)
         ggn.matvec(ggn.grad)  # pieces that were not kept are moved to z + J d once more
-        assert math.isclose(ggn.work - before, 8 / 3 + redone * (1 + 1 + 2 / 3))
+        assert isclose(ggn.work - before, 8 / 3 + redone * (1 + 1 + 2 / 3))
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
@@ -1521,8 +1510,8 @@ def test_loss_and_linearisation_are_one_function():
     ).eval()
     x, y = vectors()
     loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
-    assert math.isclose(gn.batch_loss(model, x, y), loss)
-    assert math.isclose(GGN(model, x, y).loss, loss)
+    assert isclose(gn.batch_loss(model, x, y), loss)
+    assert isclose(GGN(model, x, y).loss, loss)
 
 
 MEMORY = """
@@ -1635,15 +1624,15 @@ def test_ignored_targets_are_left_out():
     a = GGN(model, x, y, micro_batch=2)
     b = GGN(model, few_x, few_y)
     v = b.grad
-    assert math.isclose(gn.batch_loss(model, x, y, 2), b.loss)
+    assert isclose(gn.batch_loss(model, x, y, 2), b.loss)
     assert close(gn.batch_grad(model, x, y, 2)[1], b.grad)
     (change, slope), (few_change, few_slope) = (ggn.expand(v, prox_linear=True) for ggn in (a, b))
-    assert math.isclose(change, few_change) and close(slope, few_slope)
+    assert isclose(change, few_change) and close(slope, few_slope)
     assert close(a.matvec(v), b.matvec(v))
     parts = [[0, 1, 2, 3, 4, 5]]
     a = InnerSolver(model, "adamw", rows=1).solve(parts, x, y)
     b = InnerSolver(model, "adamw", rows=1).solve(parts, few_x, few_y)
-    assert math.isclose(a.loss, b.loss) and close(a.direction, b.direction)
+    assert isclose(a.loss, b.loss) and close(a.direction, b.direction)
 
 
 def test_batches_that_cannot_be_learned_from_are_named():
@@ -1672,26 +1661,6 @@ def test_batches_that_cannot_be_learned_from_are_named():
                 call(inputs, targets)
 
 
-def test_a_solver_is_for_one_model_and_has_its_own_settings():
-    """What would be left aside in silence is an error, before anything is computed."""
-    model = gpt()
-    other = gpt()
-    with pytest.raises(TypeError, match="damping"):
-        GaussNewton(model, InnerSolver(model), damping=1.0)
-    with pytest.raises(ValueError, match="kfac"):
-        InnerSolver(model, "kfac")
-    with pytest.raises(ValueError, match="line_search"):
-        GaussNewton(model, line_search="grit")
-    with pytest.raises(ValueError, match="InnerSolver was made for other"):
-        GaussNewton(model, InnerSolver(other)).step(*tokens())
-    for settings in ({"damping": math.nan}, {"cg_iters": 0}, {"newton_steps": -1}):
-        with pytest.raises(ValueError, match=next(iter(settings))):
-            GaussNewton(model, **settings)
-    for settings in ({"rows": 0}, {"lr": math.inf}, {"outer_steps": 0}):
-        with pytest.raises(ValueError, match=next(iter(settings))):
-            InnerSolver(model, **settings)
-
-
 def test_rows_that_do_not_count_are_no_share_of_a_batch():
     """Rows without a target that counts, first and last: the step is that of the batch without them, although
     curvature, factors and line search are each on a share of the rows."""
@@ -1702,7 +1671,7 @@ def test_rows_that_do_not_count_are_no_share_of_a_batch():
         opt = GaussNewton(model, curvature_frac=0.25, search_frac=0.25)
         assert opt.step(idx[rows], targets[rows])["accepted"]
         thetas.append(theta_of(model))
-    assert same_bits(*thetas)
+    assert torch.equal(*thetas)
 
 
 # ---- compilation ----
@@ -1725,7 +1694,7 @@ def test_compiled_equals_eager(monkeypatch):
         m.setattr(torch, "compile", lambda graph, **_: traced.append(graph) or graph)
         compiled = solve(model, data, True)
     assert traced and close(compiled.direction, eager.direction, 1e-6)
-    assert math.isclose(compiled.loss, eager.loss)
+    assert isclose(compiled.loss, eager.loss)
     assert close(*(torch.tensor([s.slope, s.decrease + 1]) for s in (compiled, eager)))
     model = FOREIGN["twice"]()
     data = vectors()
@@ -1748,10 +1717,16 @@ CLOCKS = ("seconds", "step_seconds", "peak_memory_mb")
 
 @pytest.fixture
 def go(tmp_path, monkeypatch, data_dir):
-    """go("--flags as typed") -> exit status, in an empty folder."""
+    """go("--flags as typed", status): the program in an empty folder, and that it ends so (None: anyhow)."""
     monkeypatch.chdir(tmp_path)
     base = f"--data {TEXT} --data_dir {data_dir} --threads 1 --sample 0"
-    return lambda flags: train.main(f"{base} {flags}".split())
+
+    def run(flags, status=0):
+        found = train.main(f"{base} {flags}".split())
+        assert status in (None, found)
+        return found
+
+    return run
 
 
 def log_of(out):
@@ -1783,16 +1758,20 @@ def same_run(a, b):
     return log_of(a)[1] == log_of(b)[1] and same_state(*ends)
 
 
-def refused(go, capsys, flags, told):
-    """Status 2, and one line on stderr that says what is wrong."""
-    capsys.readouterr()
-    status = go(flags)
-    out, err = capsys.readouterr()
-    assert status == 2
-    assert out == ""
-    assert told in err
-    assert err.startswith("train.py: error: ")
-    assert err.count("\n") == 1
+@pytest.fixture
+def refused(go, capsys):
+    """refused(flags, told): status 2, and one line on stderr that says what is wrong."""
+
+    def check(flags, told):
+        capsys.readouterr()
+        go(flags, 2)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert told in err
+        assert err.startswith("train.py: error: ")
+        assert err.count("\n") == 1
+
+    return check
 
 
 @pytest.mark.parametrize(
@@ -1808,7 +1787,7 @@ def refused(go, capsys, flags, told):
 def test_every_method_learns(go, flags, capsys):
     """Three steps lower the validation loss; the log has what it promises; the output tells steps, losses and
     a sample."""
-    assert go(f"{SMALL} {flags} --steps 3 --out_dir run --sample 20") == 0
+    go(f"{SMALL} {flags} --steps 3 --out_dir run --sample 20")
     head, rows = log_of("run")
     out = capsys.readouterr().out
     assert head["config"]["steps"] == 3
@@ -1838,17 +1817,20 @@ def test_every_method_learns(go, flags, capsys):
     ],
 )
 def test_a_row_says_what_the_step_did(go, flags, data_dir, capsys):
-    """Losses before and after on the searched rows, what was promised, their ratio, lengths and the
-    angle to the gradient, recomputed from the checkpoints before and after; the printed line says them."""
-    assert go(f"{SMALL} {flags} --steps 2 --checkpoint_interval 1 --out_dir run") == 0
+    """The seed's weights and batches whatever the method; losses before and after on the searched rows, what
+    was promised, their ratio, lengths and the angle to the gradient, recomputed from the checkpoints before
+    and after; the printed line says them."""
+    go(f"{SMALL} {flags} --steps 2 --checkpoint_interval 1 --out_dir run")
     before, after = (checkpoint_of("run", name) for name in ("checkpoint.previous.pt", "checkpoint.pt"))
+    data = prepare(TEXT, cache_dir=data_dir, block_size=16)
+    first, last, row = log_of("run")[1]
+    torch.manual_seed(0)
     model = GPT(GPTConfig(**before["model_config"]))
-    row = log_of("run")[1][2]
-    train_tokens = prepare(TEXT, cache_dir=data_dir, block_size=16).train
-    whole = get_batch(train_tokens, 16, 32, 0, 1)
+    assert isclose(first["val_loss"], batch_loss(model, *val_batch(data.val, 16, 512)), rel_tol=1e-5)
+    whole = get_batch(data.train, 16, 32, 0, 1)
     searched = [t[-2:] for t in whole] if "gn" in flags else whole
     if "fresh" in flags:
-        searched = get_batch(train_tokens, 16, 2, 0, 1, stream=2)
+        searched = get_batch(data.train, 16, 2, 0, 1, stream=2)
     model.load_state_dict(after["model"])
     theta = theta_of(model)
     end = batch_loss(model, *searched)
@@ -1856,18 +1838,19 @@ def test_a_row_says_what_the_step_did(go, flags, data_dir, capsys):
     start = batch_loss(model, *searched)
     grad = batch_grad(model, *whole)[1]
     d = theta - theta_of(model)
-    fresh = row["val_loss"] - log_of("run")[1][1]["val_loss"]
-    assert math.isclose(row["actual"], end - start, abs_tol=1e-5)
-    assert math.isclose(row["actual_fresh"], fresh, abs_tol=1e-5)
     slope = (grad @ d).item()
+    cosine = -slope / (grad.norm() * d.norm()).item()
+    assert isclose(row["actual"], end - start, abs_tol=1e-5)
+    assert isclose(row["actual_fresh"], row["val_loss"] - last["val_loss"], abs_tol=1e-5)
     assert row["predicted"] < 0
-    assert "gn" in flags or math.isclose(row["predicted"], slope, rel_tol=1e-3)
-    assert math.isclose(row["rho"], row["actual"] / row["predicted"], rel_tol=1e-3)
-    assert math.isclose(row["step_norm"], d.norm().item(), rel_tol=1e-4)
-    assert "sgd" not in flags or math.isclose(row["step_norm"], 0.3 * 0.5 * 0.1, rel_tol=1e-4)
-    assert math.isclose(row["cosine"], -slope / (grad.norm() * d.norm()).item(), rel_tol=1e-3, abs_tol=1e-4)
-    assert math.isclose(sum(norm**2 for norm in row["layer_norms"]), row["step_norm"] ** 2, rel_tol=1e-4)
-    assert f", model {row['predicted']:+.3f}" in (line := capsys.readouterr().out.split("step 2/2")[1])
+    assert "gn" in flags or isclose(row["predicted"], slope, rel_tol=1e-3)
+    assert isclose(row["rho"], row["actual"] / row["predicted"], rel_tol=1e-3)
+    assert isclose(row["step_norm"], d.norm().item(), rel_tol=1e-4)
+    assert "sgd" not in flags or isclose(row["step_norm"], 0.3 * 0.5 * 0.1, rel_tol=1e-4)
+    assert isclose(row["cosine"], cosine, rel_tol=1e-3, abs_tol=1e-4)
+    assert isclose(math.hypot(*row["layer_norms"]), row["step_norm"], rel_tol=5e-5)
+    line = capsys.readouterr().out.split("step 2/2")[1]
+    assert f", model {row['predicted']:+.3f}" in line
     assert f"| rho {row['rho']:.2f} | alpha {row['alpha']:.2f} | cos {row['cosine']:.2f} | |d| " in line
 
 
@@ -1886,7 +1869,7 @@ def test_resume_equals_the_uninterrupted_run(go, flags, monkeypatch):
     for bit; and so after a stop before any step."""
     flags = f"{SMALL} {flags} --steps 5"
     step_line = train.step_line
-    assert go(f"{flags} --out_dir whole") == 0
+    go(f"{flags} --out_dir whole")
 
     def die(row, *args):
         if row["step"] == 4:
@@ -1896,11 +1879,11 @@ def test_resume_equals_the_uninterrupted_run(go, flags, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(RuntimeError):
         m.setattr(train, "step_line", die)
         go(f"{flags} --checkpoint_interval 2 --out_dir died")
-    assert go("--resume --out_dir died") == 0
+    go("--resume --out_dir died")
     assert same_run("died", "whole")
-    assert go(f"{flags} --target_loss 99 --out_dir none") == 0
+    go(f"{flags} --target_loss 99 --out_dir none")
     assert len(log_of("none")[1]) == 1
-    assert go("--resume --target_loss 0 --out_dir none") == 0
+    go("--resume --target_loss 0 --out_dir none")
     assert same_run("none", "whole")
 
 
@@ -1908,8 +1891,8 @@ def test_resume_goes_on_with_what_is_whole_of_the_log(go, capsys):
     """One line says so; the whole rows before, those of the steps after, and no others, with a first line in
     any case; --resume from the checkpoint before it repeats no row."""
     flags = f"{SMALL} --opt adamw --checkpoint_interval 1 --out_dir"
-    assert go(f"{flags} run --steps 2") == 0
-    assert go(f"{flags} whole --steps 4") == 0
+    go(f"{flags} run --steps 2")
+    go(f"{flags} whole --steps 4")
     head, rows = log_of("whole")
     lines = Path("run/log.jsonl").read_bytes().splitlines(keepends=True)
     short = b"".join(lines[:-1])
@@ -1925,10 +1908,10 @@ def test_resume_goes_on_with_what_is_whole_of_the_log(go, capsys):
         shutil.copytree("run", "again")
         Path("again/log.jsonl").unlink() if left is None else Path("again/log.jsonl").write_bytes(left)
         capsys.readouterr()
-        assert go("--resume --steps 3 --out_dir again") == 0
+        go("--resume --steps 3 --out_dir again")
         assert capsys.readouterr().out.count("note: again/log.jsonl lacks rows") == 1
         shutil.copyfile("again/checkpoint.previous.pt", "again/checkpoint.pt")
-        assert go("--resume --steps 4 --out_dir again") == 0
+        go("--resume --steps 4 --out_dir again")
         again, found = log_of("again")
         assert found == [*rows[:kept], *rows[3:]]
         assert again["model"] == head["model"]
@@ -1941,7 +1924,7 @@ def test_signals(go, monkeypatch, capsys, number):
     forward = GPT.forward
     handler = signal.getsignal(number)
     for out in ("whole", "run --target_loss 99"):
-        assert go(f"{SMALL} --opt sgd --steps 5 --out_dir {out}") == 0
+        go(f"{SMALL} --opt sgd --steps 5 --out_dir {out}")
     for times, status, step in ((1, 0, 1), (2, 130, 1)):
         left = [times]
 
@@ -1952,12 +1935,12 @@ def test_signals(go, monkeypatch, capsys, number):
 
         with monkeypatch.context() as m:
             m.setattr(GPT, "forward", struck)
-            assert go("--resume --target_loss 0 --out_dir run") == status
+            go("--resume --target_loss 0 --out_dir run", status)
         told = capsys.readouterr()
         assert "--resume --out_dir run" in told.out if times == 1 else "is whole" in told.err
         assert checkpoint_of("run")["progress"]["step"] == step
         assert signal.getsignal(number) is handler
-    assert go("--resume --out_dir run") == 0
+    go("--resume --out_dir run")
     assert same_run("run", "whole")
 
 
@@ -1967,7 +1950,7 @@ def test_target_loss_stops_the_run(go, capsys):
     go(f"{flags} --out_dir a")
     rows = log_of("a")[1]
     target = rows[2]["val_loss"]
-    assert go(f"{flags} --out_dir b --target_loss {target!r}") == 0
+    go(f"{flags} --out_dir b --target_loss {target!r}")
     assert log_of("b")[1] == rows[:3]
     assert checkpoint_of("b")["progress"]["step"] == 2
     assert f"target {target:g} reached" in capsys.readouterr().out
@@ -1975,52 +1958,53 @@ def test_target_loss_stops_the_run(go, capsys):
     assert "target 0.5 not reached" in capsys.readouterr().out
 
 
-def test_init_from_and_out_dir(go, capsys, monkeypatch):
+def test_init_from_and_out_dir(go, refused, monkeypatch):
     """--init_from starts from the weights of a run, by folder or file, and refuses another model's; a run in
     use is refused, --overwrite replaces it; without --out_dir two runs in one second have folders of their
     own."""
     go(f"{SMALL} --opt adamw --steps 3 --out_dir a")
     for source in ("a", "a/checkpoint.pt"):
-        assert go(f"{SMALL} --opt sgd --steps 1 --init_from {source} --out_dir b --overwrite") == 0
+        go(f"{SMALL} --opt sgd --steps 1 --init_from {source} --out_dir b --overwrite")
         assert log_of("b")[1][0]["val_loss"] == log_of("a")[1][-1]["val_loss"]
         assert len(log_of("b")[1]) == 2
-    refused(go, capsys, f"{SMALL} --n_embd 16 --init_from a --out_dir c", "another one: it has {'n_embd': 8}")
-    refused(go, capsys, f"{SMALL} --out_dir a", "--resume to go on with its run or --overwrite")
+    refused(f"{SMALL} --n_embd 16 --init_from a --out_dir c", "another one: it has {'n_embd': 8}")
+    refused(f"{SMALL} --out_dir a", "--resume to go on with its run or --overwrite")
     assert not Path("c").exists()
     assert len(log_of("a")[1]) == 4
     monkeypatch.setattr(time, "strftime", lambda *_: "0102-030405")
-    assert go(f"{SMALL} --opt sgd --steps 1") == go(f"{SMALL} --opt sgd --steps 1") == 0
+    for _ in range(2):
+        go(f"{SMALL} --opt sgd --steps 1")
     assert sorted(os.listdir("out")) == ["sgd-tiny-0102-030405", "sgd-tiny-0102-030405-2"]
 
 
-def test_damaged_or_differing_checkpoints_are_refused(go, capsys):
+def test_damaged_or_differing_checkpoints_are_refused(go, refused):
     """--resume with another setting, without a folder or a checkpoint, with a damaged one (down to one bit)
     or one of another version: one line, and the run's files as they were. The one before it is offered."""
     go(f"{SMALL} --opt adamw --steps 2 --out_dir a")
+    kept = checkpoint_of("a")
     log = Path("a/log.jsonl").read_bytes()
     whole = Path("a/checkpoint.pt").read_bytes()
-    refused(go, capsys, f"{SMALL} --resume --out_dir a --lr 0.5", "--lr 0.5 differs from the stored run's")
-    refused(go, capsys, "--resume", "--out_dir")
-    refused(go, capsys, "--resume --out_dir .", "is missing")
+    refused(f"{SMALL} --resume --out_dir a --lr 0.5", "--lr 0.5 differs from the stored run's")
+    refused("--resume", "--out_dir")
+    refused("--resume --out_dir .", "is missing")
     storage = max(zipfile.ZipFile("a/checkpoint.pt").infolist(), key=lambda record: record.file_size)
     flipped = bytearray(whole)
     flipped[storage.header_offset + 200 + storage.file_size // 2] ^= 1
     torch.save({"config": 1}, "other.pt")
-    torch.save({**checkpoint_of("a"), "format": 99}, "newer.pt")
+    torch.save({**kept, "format": 99}, "newer.pt")
     others = [Path(name).read_bytes() for name in ("other.pt", "newer.pt")]
     for raw in (b"", whole[:-100], flipped, *others):
         Path("a/checkpoint.pt").write_bytes(raw)
-        refused(go, capsys, "--resume --out_dir a", "damaged")
-        refused(go, capsys, f"{SMALL} --init_from a --out_dir c", "checkpoint.previous.pt")
+        refused("--resume --out_dir a", "damaged")
+        refused(f"{SMALL} --init_from a --out_dir c", "checkpoint.previous.pt")
         assert Path("a/log.jsonl").read_bytes() == log
         assert not Path("c").exists()
-    older = torch.load(io.BytesIO(whole), weights_only=True)
-    del older["config"]["ema"]  # it is from before there was this flag
-    torch.save(older, "a/checkpoint.pt")
-    assert go("--resume --out_dir a --steps 3") == 0
+    del kept["config"]["ema"]  # it is from before there was this flag
+    torch.save(kept, "a/checkpoint.pt")
+    go("--resume --out_dir a --steps 3")
     shutil.copyfile("a/checkpoint.previous.pt", "a/checkpoint.pt")
-    assert go("--resume --out_dir a") == 0
-    assert same_state(checkpoint_of("a")["model"], torch.load(io.BytesIO(whole), weights_only=True)["model"])
+    go("--resume --out_dir a")
+    assert same_state(checkpoint_of("a")["model"], kept["model"])
 
 
 def steep(z):
@@ -2043,13 +2027,13 @@ def test_a_step_gone_wrong(fault, flags, go, monkeypatch):
     after it is accepted, and no loss or weight is ever NaN."""
     spoil, rejected = FAULTS[fault]
     forward = GPT.forward
-    assert go(f"{SMALL} {flags} --steps 1 --out_dir run") == 0
+    go(f"{SMALL} {flags} --steps 1 --out_dir run")
     before = checkpoint_of("run")
     with monkeypatch.context() as m:
         m.setattr(GPT, "forward", lambda self, idx: spoil(forward(self, idx)))
-        assert go("--resume --steps 2 --out_dir run") == 0
+        go("--resume --steps 2 --out_dir run")
     after = checkpoint_of("run")
-    assert go("--resume --steps 3 --out_dir run") == 0
+    go("--resume --steps 3 --out_dir run")
     _, _, row, last = log_of("run")[1]
     still = same_state(after["model"], before["model"])
     assert row["accepted"] == (not still) == (not row["reason"])
@@ -2063,10 +2047,9 @@ def test_stops_after_rejections_in_a_row(go, capsys, monkeypatch):
     """Steps too long for a float: eight rows, rejected with the reason, status 1, and the parameters bitwise
     as they were."""
     forward = GPT.forward
-    flags = f"{SMALL} --opt sgd --lr 1e18 --clip 0"
     with monkeypatch.context() as m:
         m.setattr(GPT, "forward", lambda self, idx: steep(forward(self, idx)))
-        assert go(f"{flags} --steps 20 --out_dir run") == 1
+        go(f"{SMALL} --opt sgd --lr 1e18 --clip 0 --steps 20 --out_dir run", 1)
     told = capsys.readouterr().out
     _, rows = log_of("run")
     assert "stopped: 8 steps in a row were rejected, the last because of: step not finite" in told
@@ -2074,7 +2057,7 @@ def test_stops_after_rejections_in_a_row(go, capsys, monkeypatch):
     ends = [checkpoint_of("run", name)["model"] for name in ("checkpoint.pt", "checkpoint.previous.pt")]
     assert same_state(*ends)
     assert len({row["val_loss"] for row in rows}) == 1
-    assert go("--resume --out_dir run") == 1  # eight more: momentum has it
+    go("--resume --out_dir run", 1)  # eight more: momentum has it
     assert len(log_of("run")[1]) == 17
 
 
@@ -2091,7 +2074,7 @@ def test_random_flags_run_or_are_refused(go, capsys):
             count = {0: 0, 2: 2}.get(action.nargs, 1)
             flags += [action.option_strings[0], *(rng.choice(values) for _ in range(count))]
         command = " ".join(flags) + f" --steps 1 --out_dir run{number}"
-        status = go(command)
+        status = go(command, None)
         out, err = capsys.readouterr()
         assert status in (0, 1, 2), command
         assert status != 2 or err.startswith("train.py: error: ") and err.count("\n") == 1, command
@@ -2110,32 +2093,31 @@ def test_random_flags_run_or_are_refused(go, capsys):
     | --init_from missing | --resume --out_dir missing | --out_dir taken/x | --out_dir taken
     | --solver soap --inner_tokens 100 | --shards 2000 --data c4""".split("|"),
 )
-def test_bad_setting_is_one_line(go, flags, capsys, data_dir):
+def test_bad_setting_is_one_line(refused, flags, data_dir):
     """Status 2, one line on stderr that says what is wrong, nothing on stdout, and nothing created."""
     Path("taken").write_text("a file")
     before = left_in(data_dir)
-    refused(go, capsys, f"--steps 1 --out_dir new {flags}", "")
+    refused(f"--steps 1 --out_dir new {flags}", "")
     assert os.listdir() == ["taken"]
     assert left_in(data_dir) == before
 
 
 def test_flags_that_a_run_does_not_use_are_named(go, capsys):
     """Those of other kinds of runs, and settings that other baselines have."""
-    assert go(f"{SMALL} --opt adamw --betas 0.8 0.9 --momentum 0.5 --damping 2 --steps 1 --out_dir a") == 0
+    go(f"{SMALL} --opt adamw --betas 0.8 0.9 --momentum 0.5 --damping 2 --steps 1 --out_dir a")
     assert "note: adamw (baseline) does not use --damping, --momentum\n" in capsys.readouterr().out
-    assert go(f"{SMALL} {CG} --momentum 0.5 --damping 2 --steps 1 --out_dir b") == 0
+    go(f"{SMALL} {CG} --momentum 0.5 --damping 2 --steps 1 --out_dir b")
     assert "note: full_gn (cg) does not use --momentum\n" in capsys.readouterr().out
 
 
 def test_help_explains_every_flag(capsys):
     """Each flag is in --help, in a group, with a text of its own."""
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     out = capsys.readouterr().out
     parser = train.build_parser()
     grouped = [a for group in parser._action_groups[2:] for a in group._group_actions]
-    assert e.value.code == 0
-    assert len(grouped) == len(parser._actions) - 1
+    assert grouped == parser._actions[1:]
     assert len({a.help for a in grouped}) == len(grouped)
     assert all(f"  {a.option_strings[0]}" in out for a in grouped)
 
@@ -2217,14 +2199,14 @@ def test_full_disk(limit, told, go):
     it was, nothing half-written beside it, and with room again the run goes on to the same end."""
     resource = pytest.importorskip("resource")
     for out, steps in (("whole", 2), ("run", 1)):
-        assert go(f"{SMALL} --opt adamw --steps {steps} --out_dir {out}") == 0
+        go(f"{SMALL} --opt adamw --steps {steps} --out_dir {out}")
     before = checkpoint_of("run")
 
     def limited():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         with open("told.txt", "w") as sys.stderr:
-            return go("--resume --out_dir run --steps 2")
+            return go("--resume --out_dir run --steps 2", None)
 
     assert in_children(limited) == [1]
     line = Path("told.txt").read_text()
@@ -2233,7 +2215,7 @@ def test_full_disk(limit, told, go):
     assert told in line
     assert same_state(checkpoint_of("run"), before)
     assert not Path("run/checkpoint.tmp").exists()
-    assert go("--resume --out_dir run --steps 2") == 0
+    go("--resume --out_dir run --steps 2")
     assert same_run("run", "whole")
 
 
@@ -2289,14 +2271,14 @@ def test_processes_make_the_step_of_one(flags, go, monkeypatch):
             torch.save(checkpoint, f"{out}/checkpoint.pt")
         start = "--resume --target_loss 0" if source else f"{SMALL} {flags}"
         command = f"{start} --steps {step} --out_dir {out}"
-        assert (go(command) if n == 1 else max(together(n, lambda rank: go(command)))) == 0
+        assert not any(together(n, lambda rank: go(command)))
         row = log_of(out)[1][-1]
         weights = torch.cat([t.flatten() for t in checkpoint_of(out)["model"].values()])
         return weights, torch.tensor([row["train_loss"], row["val_loss"]])
 
     torch.set_default_dtype(torch.float64)
     try:
-        assert go(f"{SMALL} {flags} --target_loss 99 --out_dir start") == 0
+        go(f"{SMALL} {flags} --target_loss 99 --out_dir start")
         for step, n, source in ((1, 2, "start"), (2, 4, "2at1")):
             want = run(1, step, f"one{step}", source)
             off = run(1, step, f"off{step}", source, 1e-11)
@@ -2325,7 +2307,7 @@ def test_processes_that_come_apart_stop(go, monkeypatch):
         if fault:
             monkeypatch.setattr(train.Run, "step", spoiled)
         with open(f"told{rank}.txt", "w") as sys.stderr:
-            return go(f"{SMALL} {CG} --checkpoint_interval 1 --steps 4 {flags}")
+            return go(f"{SMALL} {CG} --checkpoint_interval 1 --steps 4 {flags}", None)
 
     for fault, ends in (
         (lambda p: p.data.view(-1)[0].mul_(1 + 2**-23), [1, 1]),
@@ -2341,7 +2323,7 @@ def test_processes_that_come_apart_stop(go, monkeypatch):
         assert Path("told0.txt").read_text().count("\n") == 1
         assert Path("told1.txt").read_text() == ""
         assert not Path("none").exists()
-    assert go("--resume --out_dir run") == 0
+    go("--resume --out_dir run")
 
 
 @pytest.mark.parametrize("flags", [CG, INNER])
@@ -2357,7 +2339,7 @@ def test_nothing_is_left_of_a_step(flags, go, monkeypatch):
         return step_line(row, *args)
 
     monkeypatch.setattr(train, "step_line", count)
-    assert go(f"{SMALL} {flags} --steps 4 --out_dir run") == 0
+    go(f"{SMALL} {flags} --steps 4 --out_dir run")
     assert seen[2] == seen[3]
 
 
@@ -2374,19 +2356,8 @@ def test_ema_is_what_is_evaluated(go):
     torch.save({**plain, "model": mixed}, "mixed.pt")
     go(f"{flags} mixed --init_from mixed.pt --target_loss 99")
     losses = [log_of(out)[1][-1]["val_loss"] for out in ("ema", "mixed", "plain")]
-    assert math.isclose(losses[0], losses[1], rel_tol=1e-5)
+    assert isclose(losses[0], losses[1], rel_tol=1e-5)
     assert abs(losses[0] - losses[2]) > 1e-2
-
-
-def test_batches_of_a_run_do_not_depend_on_the_optimizer(go):
-    """Two optimizers with one seed start from the same weights, evaluate on the same tokens and see the same
-    batches; micro-batches change the loss by rounding only."""
-    losses = []
-    for number, flags in enumerate(("--opt adamw", "--opt sgd", "--opt sgd --micro_batch 7")):
-        go(f"{SMALL} {flags} --steps 2 --lr 1e-9 --out_dir run{number}")
-        losses.append([[row["train_loss"] or 0, row["val_loss"]] for row in log_of(f"run{number}")[1]])
-    assert np.allclose(losses[0], losses[1], rtol=1e-5)
-    assert np.allclose(losses[1], losses[2], rtol=1e-5)
 
 
 # ---- data ----
@@ -2771,15 +2742,11 @@ def test_val_batch_is_spread_over_all_of_validation(n):
 # ---- results ----
 
 
-def script(name, *args, **settings):
-    return python(HERE / "results" / name, *args, **settings)
-
-
 def test_study_makes_what_is_missing_and_goes_on_where_it_was_killed(tmp_path):
-    """A run that was killed ends as the same run in one piece; what is recorded, or not to be made again, is
-    left alone; a failure is told in one line."""
+    """A run whose folder is as a kill leaves it, a row cut off, ends as the same run in one piece; what is
+    recorded, or not to be made again, is left alone; a failure is told in one line."""
     small = "--opt adamw --batch_tokens 1024 --eval_tokens 1024 --n_layer 1"
-    flags = f"{small} --steps 12 --checkpoint_interval 2 --init_from warmup"
+    flags = f"{small} --steps 12 --checkpoint_interval 5 --init_from warmup"
     (tmp_path / "list").write_text(
         f"warmup | AdamW | warmup | {small} --steps 2\n"
         f"steep | AdamW | whole | {flags} --seed 0\n"
@@ -2787,44 +2754,30 @@ def test_study_makes_what_is_missing_and_goes_on_where_it_was_killed(tmp_path):
         "steep | AdamW | bad | --opt adamw --lr -1\n"
         "steep | AdamW | old | was --opt adamw --no_such_flag 1\n"
     )
-    study = ("study.py", "--list", tmp_path / "list", "--records", tmp_path / "records", "--jobs", 1)
-    done = script(*study, "--out", tmp_path / "out")
-    assert done.returncode == 1 and "3 lines, 2 runs to make" in done.stdout
-    assert [
-        line for line in done.stdout.splitlines() if "failed" in line and "--lr" in line and "| bad:" in line
-    ]
-    records = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
-    assert [r["ran"] for r in records] == [2, 12]
-    assert "2 lines, 0 runs" in script(*study, "--out", tmp_path / "out", "--only", "whole").stdout
 
-    for name in ("warmup", "data"):
-        shutil.copytree(tmp_path / "out" / name, tmp_path / "cut" / name)
-    log = tmp_path / "cut" / next((tmp_path / "out").glob("opt-adamw*seed-0")).name / "log.jsonl"
-    command = [
-        sys.executable,
-        str(HERE / "train.py"),
-        *flags.split(),
-        *"--seed 0 --threads 1 --sample 0".split(),
-    ]
-    killed = subprocess.Popen(
-        [*command, "--eval_interval", "1", "--out_dir", log.parent.name],
-        cwd=tmp_path / "cut",
-        stdout=subprocess.DEVNULL,
-    )
-    while killed.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
-    with open(log, "a") as f:
-        f.write('{"step": 3')
-    study = ("study.py", "--list", tmp_path / "list", "--records", tmp_path / "again", "--jobs", 1)
-    script(*study, "--out", tmp_path / "cut", "--only", "whole")
-    again = [json.loads(line) for line in (tmp_path / "again").read_text().splitlines()]
-    assert again[-1]["curve"] == records[-1]["curve"]
+    def study(records, *flags):
+        places = "--list", tmp_path / "list", "--records", tmp_path / records, "--out", tmp_path / "out"
+        done = python(HERE / "results/study.py", *places, "--jobs", 1, *flags)
+        return done, [json.loads(line) for line in (tmp_path / records).read_text().splitlines()]
+
+    done, made = study("records")
+    assert done.returncode == 1 and "3 lines, 2 runs to make" in done.stdout
+    [failed] = [line for line in done.stdout.splitlines() if "failed" in line]
+    assert "--lr" in failed and "| bad:" in failed
+    assert [record["ran"] for record in made] == [2, 12]
+    assert "2 lines, 0 runs" in study("records", "--only", "whole")[0].stdout
+    [run] = (tmp_path / "out").glob("opt-adamw*seed-0")
+    shutil.copyfile(run / "checkpoint.previous.pt", run / "checkpoint.pt")
+    rows = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(rows[:-1]) + rows[-1][:20])
+    done, made_again = study("again", "--only", "whole")
+    assert made_again[-1]["curve"] == made[-1]["curve"]
+    assert len((run / "log.jsonl").read_text().splitlines()) == len(rows)
 
 
 def test_tables_of_the_readme_come_from_the_records():
-    assert (HERE / "results/README.md").read_text().endswith(script("tables.py").stdout)
+    tables = python(HERE / "results/tables.py").stdout
+    assert (HERE / "results/README.md").read_text().endswith(tables)
 
 
 def test_every_run_of_the_list_is_recorded_and_its_flags_are_known():
@@ -2841,23 +2794,19 @@ def test_every_run_of_the_list_is_recorded_and_its_flags_are_known():
 
 
 def test_plot_compares_runs_and_says_where_matplotlib_is_missing(tmp_path):
+    """The last line of a log is cut off, as by a kill."""
     for name, losses in (("a", [3.0, 2.0]), ("b", [3.0, 2.5])):
-        rows = [
-            {"step": i, "tokens": 1e6 * i, "grad_equivalents": i, "seconds": i, "val_loss": v}
-            for i, v in enumerate(losses)
-        ]
-        (tmp_path / name).mkdir()
-        lines = [json.dumps(row) for row in [{"config": {"batch_tokens": 1000000}}, *rows]]
-        (tmp_path / name / "log.jsonl").write_text(
-            "\n".join(lines) + '\n{"step": 2, "val'
-        )  # cut off by a kill
-    (tmp_path / "matplotlib.py").write_text("raise ImportError")
-    done = script("plot.py", "a", "b", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        log = json.dumps({"config": {"batch_tokens": 1000000}}) + "\n"
+        for i, loss in enumerate(losses):
+            row = {"step": i, "tokens": 1e6 * i, "grad_equivalents": i, "seconds": i, "val_loss": loss}
+            log += json.dumps(row) + "\n"
+        write(tmp_path / name / "log.jsonl", log + '{"step": 2, "val')
+    write(tmp_path / "matplotlib.py", "raise ImportError")
+    done = python(HERE / "results/plot.py", "a", "b", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert [line.split() for line in done.stdout.splitlines()[-2:]] == [
-        ["2.50", "a", "1", "1.00", "1.00", "1"],
-        ["2.50", "b", "1", "1.00", "1.00", "1"],
-    ]
+    ends = ["1", "1.00", "1.00", "1"]
+    found = [line.split() for line in done.stdout.splitlines()[-2:]]
+    assert found == [["2.50", name, *ends] for name in "ab"]
 
 
 def test_recipes_of_the_readme_apply(tmp_path):

@@ -1230,9 +1230,9 @@ def test_inner_schedule_values():
 # ---- cg ----
 
 
-def spd(n=30, low=-3):
+def spd(n=30, low=-3, seed=0):
     """A (n, n) with eigenvalues from 10^low to 1, b, and a close but not perfect M⁻¹."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     Q = torch.linalg.qr(torch.randn(n, n).double()).Q
     ew = torch.logspace(low, 0, n).double()
     M = (Q / (ew * (1 + torch.rand(n)))) @ Q.T
@@ -1286,12 +1286,7 @@ def test_cg_ends_at_the_precisions_limit():
     """Well-conditioned float32 systems with more iterations than they need: "residual", solved to rounding,
     never "indefinite"."""
     for seed in range(50):
-        torch.manual_seed(seed)
-        n = (3, 10)[seed % 2]
-        Q = torch.linalg.qr(torch.randn(n, n)).Q
-        ew = torch.logspace(-1, 0, n)
-        A = (Q * ew) @ Q.T
-        b = torch.randn(n)
+        A, b, _ = (t.float() for t in spd((3, 10)[seed % 2], -1, seed))
         result = cg(A.matmul, b, max_iter=60)
         assert result.reason == "residual"
         assert (b - A @ result.x).norm() < 1e-5 * b.norm()
@@ -2561,27 +2556,18 @@ def test_prepared_data_is_reused_only_if_it_matches(tmp_path, cache, monkeypatch
     assert builds() == 1
 
 
-@parametrize("killed", [False, True])
-def test_interrupted_preparation_leaves_nothing(tmp_path, cache, monkeypatch, killed):
-    """An error half-way leaves no folder; a process that is killed leaves a temporary one, which the next run
-    removes. The next run makes the whole."""
+def test_interrupted_preparation_leaves_nothing(tmp_path, cache, monkeypatch):
+    """An error half-way leaves no folder, and the next run makes the whole."""
     path = write(tmp_path / "t.jsonl", jsonl(f"record {i}" for i in range(200)))
 
     def broken(*files):
-        if killed:
-            os._exit(9)
         raise OSError("disk\nfull")
 
     with monkeypatch.context() as m:
         m.setattr(D.shutil, "copyfileobj", broken)
-        if killed:
-            assert in_children(lambda: prepare(path, cache_dir=cache)) == [9]
-            assert len(left_in(cache)) == 2
-        else:
-            assert "disk full" in error_of(path, cache)
+        assert "disk full" in error_of(path, cache)
     assert prepare(path, cache_dir=cache).meta["documents"] == 200
     assert left_in(cache) == ["meta.json", "tokens.bin"]
-    assert len(list(cache.glob("t*"))) == 1
 
 
 SHARDS = [f"c4-train.0000{i}-of-01024.json.gz" for i in range(2)]

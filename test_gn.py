@@ -25,7 +25,6 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 import zipfile
 import urllib.error
 import urllib.response
@@ -40,6 +39,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from pytest import raises
 from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -211,10 +211,10 @@ def stdlib(data_dir):
     return prepare("stdlib", cache_dir=data_dir, block_size=64)
 
 
-def plain_attention(q, k, v, is_causal=False, **_):
+def plain_attention(q, k, v, **_):
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return (scores.masked_fill(future, -inf) if is_causal else scores).softmax(-1) @ v
+    future = torch.ones(scores.shape[-2:]).triu(1).bool()
+    return scores.masked_fill(future, -inf).softmax(-1) @ v
 
 
 # ---- model ----
@@ -280,10 +280,10 @@ def test_presets_have_the_stated_sizes(name, sizes, vocab, millions):
 def test_model_errors_name_the_values():
     """What cannot be is a ValueError with the numbers in it."""
     for told, sizes in (("6.*4", dict(n_embd=6, n_head=4)), ("3", dict(n_embd=6)), ("r.*0", dict(n_layer=0))):
-        with pytest.raises(ValueError, match=told):
+        with raises(ValueError, match=told):
             gpt(**sizes)
     for told, idx in {"9 tokens.*8": [0] * 9, "-1.*0 .. 6": [0, -1], "7.*0 .. 6": [0, 7]}.items():
-        with pytest.raises(ValueError, match=told):
+        with raises(ValueError, match=told):
             gpt()(torch.tensor([idx]))
 
 
@@ -429,7 +429,7 @@ def test_kfac_baseline_equals_dense_derivation():
     M = 0
     opt = make_optimizer("kfac", model, lr=0.3, momentum=0.8, weight_decay=0.1, precondition_frequency=2)
     opt.param_groups[1]["lr"] = 2.0  # norms, which do not decay
-    with pytest.raises(RuntimeError, match="observe"):
+    with raises(RuntimeError, match="observe"):
         opt.step()
     reference = KFAC(model)
     generator = torch.Generator().manual_seed(0)
@@ -533,12 +533,12 @@ def test_lr_schedule_values():
 
 def test_baselines_refuse_nonsense():
     """Unknown names say what there is to choose; settings that SOAP cannot use raise."""
-    with pytest.raises(ValueError, match="adamw, adam, sgd, muon, soap"):
+    with raises(ValueError, match="adamw, adam, sgd, muon, soap"):
         make_optimizer("adamx", gpt())
-    with pytest.raises(ValueError, match="wsd"):
+    with raises(ValueError, match="wsd"):
         lr_schedule(0, 10, "linear")
     for bad in (dict(lr=-1.0), dict(betas=(1.0, 0.9)), dict(shampoo_beta=1), dict(precondition_frequency=0)):
-        with pytest.raises(ValueError):
+        with raises(ValueError):
             SOAP([nn.Parameter(torch.zeros(2, 2))], **bad)
 
 
@@ -554,7 +554,7 @@ def test_optimizer_groups(name):
     added = dict(params=list(model.blocks[1].parameters()))
     if name == "kfac":
         opt = make_optimizer(name, model)
-        with pytest.raises(ValueError, match="new optimizer"):
+        with raises(ValueError, match="new optimizer"):
             opt.add_param_group(added)
     else:
         model.blocks[1].requires_grad_(False)
@@ -614,21 +614,19 @@ def test_optimizer_step(name):
     assert all(torch.equal(p.grad, grad) for p, grad in grads.items())
 
 
-def through_a_file(triple):
-    (model, opt, name), file, twin = triple, io.BytesIO(), gpt(seed=1, n_layer=2)
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+def through_state_dicts(triple):
+    model, opt, name = triple
+    twin = gpt(seed=1, n_layer=2)
     again = make_optimizer(name, twin)
     baseline_steps(twin, again, [99])  # one in use takes the state too
-    twin.load_state_dict(saved["model"])
-    again.load_state_dict(saved["opt"])
+    twin.load_state_dict(model.state_dict())
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
     return twin, again
 
 
 @parametrize(
     "copied",
-    [copy.deepcopy, lambda triple: pickle.loads(pickle.dumps(triple)), through_a_file],
+    [copy.deepcopy, lambda triple: pickle.loads(pickle.dumps(triple)), through_state_dicts],
     ids=["deepcopy", "pickle", "state_dict"],
 )
 @every_baseline
@@ -655,7 +653,7 @@ def test_optimizer_refuses_or_trains_bfloat16(name):
     model = gpt(n_layer=2).bfloat16()
     before = named(model)
     if name in ("soap", "kfac"):
-        with pytest.raises(ValueError, match="bfloat16.*autocast"):
+        with raises(ValueError, match="bfloat16.*autocast"):
             make_optimizer(name, model)
     else:
         baseline_steps(model, make_optimizer(name, model), range(3))
@@ -987,7 +985,7 @@ def test_interrupted_step_restores_the_parameters(where):
 
     opt = GaussNewton(model, solver, line_search="grid", progress=progress)
     before = theta_of(model)
-    with pytest.raises(KeyboardInterrupt):
+    with raises(KeyboardInterrupt):
         opt.step(*data)
     assert torch.equal(theta_of(model), before)
     assert solver or opt.solver.damping < 10  # a rejection makes it 48
@@ -1002,7 +1000,7 @@ def test_resume_is_the_uninterrupted_run(name):
     def build(seed):
         model = gpt(seed=seed)
         solver = InnerSolver(model, name, rows=2) if name else None
-        opt = GaussNewton(model, solver, scrambled(model))
+        opt = GaussNewton(model, solver)
         for i in range(2 - seed):
             opt.step(*tokens(8, seed=i))
         return model, opt
@@ -1033,7 +1031,7 @@ def test_what_cannot_be_stepped_is_named():
         (model, layers + [[nn.Parameter(torch.ones(1))]], "exactly once"),
     ]
     for bad, parts, named in cases:
-        with pytest.raises(ValueError, match=named):
+        with raises(ValueError, match=named):
             GaussNewton(bad, parts=parts)
     words = {"precond": "kfca", "local_model": "full", "line_search": "grit"}
     numbers = {"curvature_frac": 0, "search_frac": 1.1, "damping": nan, "cg_iters": 0, "newton_steps": -1}
@@ -1042,17 +1040,17 @@ def test_what_cannot_be_stepped_is_named():
         (InnerSolver, {"rows": 0, "lr": inf, "outer_steps": 0}),
     ):
         for name, value in settings.items():
-            with pytest.raises(ValueError, match=name):
+            with raises(ValueError, match=name):
                 build(model, **{name: value})
-    with pytest.raises(ValueError, match="kfac"):
+    with raises(ValueError, match="kfac"):
         InnerSolver(model, "kfac")
-    with pytest.raises(TypeError, match="damping"):
+    with raises(TypeError, match="damping"):
         GaussNewton(model, InnerSolver(model), damping=1.0)
-    with pytest.raises(ValueError, match="InnerSolver was made for other"):
+    with raises(ValueError, match="InnerSolver was made for other"):
         GaussNewton(model, InnerSolver(gpt())).step(*tokens())
     opt = GaussNewton(model)
     model.embed.requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen"):
+    with raises(ValueError, match="frozen"):
         opt.step(*tokens())
 
 
@@ -1350,7 +1348,8 @@ def test_levenberg_marquardt_moves_as_documented(rho, alpha, want):
 def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
     """Loss, gradient, J v, G v and its diagonal blocks, tied weights counted once, whole or in pieces of 2,
     2 and 1 rows of which none, some or all are kept; and the same after expand(v), the linearised network at
-    v, and after a search along a line."""
+    v, and after a search along a line; then G v again after the expansion to second order. (Expansions of
+    blocks, and to second order, are in the solvers' tests.)"""
     model, (idx, targets) = gpt(tie), tokens()
     sizes = np.linspace(0, 1e-3, 40)
     caches = {len(GGN(model, idx, targets, micro_batch, gb).cache): gb for gb in sizes}
@@ -1372,13 +1371,8 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
         want, g, G = dense.local(v - 2 * t * v, True)
         assert t == (ends[1] + tilt < ends[0]) and isclose(change, want)
         assert close(slope, g) and close(ggn.matvec(v), G @ v)
-    change, slope = ggn.expand(v[at], part, prox_linear=True)
-    want, g, _ = dense.local(dense.alone(v, part), True)
-    assert isclose(change, want) and close(slope, g[at])
-    change, slope = ggn.expand(v)
-    want, g, G = dense.local(v, False)
-    assert isclose(change, want) and close(slope, g)
-    assert close(ggn.matvec(v), G @ v)
+    ggn.expand(v)
+    assert close(ggn.matvec(v), dense.G @ v)
 
 
 def test_work_and_products_are_counted():
@@ -1550,7 +1544,7 @@ def test_randomness_is_refused(function, modules):
     random.seed(0)
     (x, y), model = vectors(), Between(function, *modules)
     for solver in (None, InnerSolver(model, rows=2)):
-        with pytest.raises(ValueError, match=r"eval\(\)"):
+        with raises(ValueError, match=r"eval\(\)"):
             GaussNewton(model.train(), solver).step(x, y)
         assert isfinite(GGN(model.eval(), x, y).loss)
 
@@ -1563,7 +1557,7 @@ def test_checkpointing_is_one_clear_message():
 
     model = Between(attend, nn.Linear(4, 4))
     for solver in (None, InnerSolver(model, rows=2)):
-        with pytest.raises(ValueError, match="activation checkpointing"):
+        with raises(ValueError, match="activation checkpointing"):
             GaussNewton(model, solver).step(*vectors())
 
 
@@ -1609,7 +1603,7 @@ def test_batches_that_cannot_be_learned_from_are_named():
         model.register_forward_hook(lambda m, a, z: outputs.get(named, lambda z: z)(z))
         inner = GaussNewton(model, InnerSolver(model, rows=2))
         for call in (GaussNewton(model).step, inner.step, KFAC(model).update):
-            with pytest.raises(ValueError, match=named):
+            with raises(ValueError, match=named):
                 call(*batches.get(named, (x, y)))
 
 
@@ -1629,6 +1623,7 @@ def test_rows_that_do_not_count_are_no_share_of_a_batch():
 # ---- compilation ----
 
 
+@pytest.mark.filterwarnings("error:not compiled")
 def test_compiled_equals_eager(monkeypatch):
     """What is traced for the compiler gives the eager inner solver's result. Where the compiled function
     differs, or does not come to be: a warning, and the eager result's very bits."""
@@ -1641,10 +1636,8 @@ def test_compiled_equals_eager(monkeypatch):
     data = tokens()
     traced = []
     eager = solve(model, data, False)
-    with monkeypatch.context() as m, warnings.catch_warnings():
-        warnings.filterwarnings("error", message="not compiled")
-        m.setattr(torch, "compile", lambda graph, **_: traced.append(graph) or graph)
-        compiled = solve(model, data, True)
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: traced.append(graph) or graph)
+    compiled = solve(model, data, True)
     assert traced and close(compiled.direction, eager.direction, 1e-6)
     assert isclose(compiled.loss, eager.loss)
     assert close(*(torch.tensor([s.slope, s.decrease + 1]) for s in (compiled, eager)))
@@ -1828,7 +1821,7 @@ def test_resume_equals_the_uninterrupted_run(go, flags, monkeypatch):
             raise RuntimeError("power cut")
         return step_line(row, *args)
 
-    with monkeypatch.context() as m, pytest.raises(RuntimeError):
+    with monkeypatch.context() as m, raises(RuntimeError):
         m.setattr(train, "step_line", die)
         go(f"{flags} --checkpoint_interval 2 --out_dir died")
     go("--resume --out_dir died")
@@ -2063,7 +2056,7 @@ def test_flags_that_a_run_does_not_use_are_named(go, capsys):
 
 def test_help_explains_every_flag(capsys):
     """Each flag is in --help, in a group, with a text of its own."""
-    with pytest.raises(SystemExit, match="0"):
+    with raises(SystemExit, match="0"):
         train.main(["--help"])
     out = capsys.readouterr().out
     parser = train.build_parser()
@@ -2339,7 +2332,7 @@ def left_in(cache):
 def error_of(source, cache, **kwargs):
     """The message of the DataError that prepare raises: one line, and the cache is as it was."""
     before = left_in(cache)
-    with pytest.raises(DataError) as e:
+    with raises(DataError) as e:
         prepare(source, cache_dir=cache, **kwargs)
     message = str(e.value)
     assert len(message.splitlines()) == 1
@@ -2659,7 +2652,7 @@ def test_batch_is_windows_of_the_text():
     assert torch.equal(idx, idx[:, :1] + torch.arange(16))
     assert torch.equal(targets, idx + 1)
     assert set(idx[:, 0].tolist()) == {0, 1, 2, 3}
-    with pytest.raises(DataError, match="16 tokens"):
+    with raises(DataError, match="16 tokens"):
         get_batch(text[:16], 16, 1, 0, 0)
 
 

@@ -21,7 +21,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from pytest import raises
@@ -783,16 +783,19 @@ def test_kfac_of_own_labels_adds_up_squares_of_sequences(monkeypatch):
     assert ((got - want).abs() < 5 * (2 / 4_000) ** 0.5 * want).all()
 
 
-def test_kfac_sees_what_multiplies_its_input():
-    """A linear map written another way, its weight kept as (in, out) as in GPT-2: nn.Linear's factors in
-    reverse."""
+def test_kfac_sees_what_multiplies_its_input(monkeypatch):
+    """A linear map that two rows do not use, as an expert's: the factors that it has anyway. Written another
+    way, its weight kept as (in, out) as in GPT-2: nn.Linear's factors in reverse."""
+    monkeypatch.setattr(KFAC, "SQUARES", 1)
     (x, y), linear = vectors(), nn.Linear(4, 4)
     model = Between(lambda h, m: m.inner(h), linear)
-    want = make_kfac(model, x, y, 4).factors
+    want = make_kfac(model, x, y).factors
+    model.function = lambda h, m: m.inner(h) if len(h) > 2 else h
+    torch.testing.assert_close(make_kfac(model, x, y).factors, want)
     want[2].reverse()
     linear.weight.data = linear.weight.data.T.clone()
     model.function = lambda h, m: torch.addmm(linear.bias, h.flatten(0, 1), linear.weight).view_as(h)
-    torch.testing.assert_close(make_kfac(model, x, y, 4).factors, want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(make_kfac(model, x, y).factors, want, rtol=1e-9, atol=1e-12)
 
 
 def hugging_face(name):
@@ -1373,6 +1376,19 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
         assert close(slope, g) and close(ggn.matvec(v), G @ v)
     ggn.expand(v)
     assert close(ggn.matvec(v), dense.G @ v)
+
+
+def test_linear_softmax_closed_form():
+    """G = (1/N) Σ (diag p − ppᵀ) ⊗ xxᵀ for z = Wx."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False).double()
+    x = torch.randn(40, 4).double()
+    G = torch.zeros(12, 12)
+    for p, a in zip(model(x).softmax(-1).detach(), x):
+        G = G + torch.kron(torch.diag(p) - torch.outer(p, p), torch.outer(a, a)) / 40
+    ggn = GGN(model, x, torch.zeros(40).long(), micro_batch=7)
+    product = [ggn.matvec(e) for e in torch.eye(12).double()]
+    assert close(torch.stack(product), G, 1e-12)
 
 
 def test_work_and_products_are_counted():
@@ -2164,10 +2180,9 @@ def test_full_disk(limit, told, go):
 
 
 def together(processes, function):
-    """function(rank) in that many processes, joined as torchrun joins them; their exit statuses."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    """function(rank) in that many processes, joined as torchrun joins them: the store is the parent's, which
+    outlives them all. Their exit statuses."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def joined(rank):
         job = dict(
@@ -2175,9 +2190,11 @@ def together(processes, function):
             LOCAL_RANK=rank,
             WORLD_SIZE=processes,
             LOCAL_WORLD_SIZE=processes,
-            MASTER_PORT=port,
+            MASTER_PORT=store.port,
             MASTER_ADDR="127.0.0.1",
             TORCHELASTIC_RUN_ID="test",
+            TORCHELASTIC_USE_AGENT_STORE=True,
+            TORCHELASTIC_RESTART_COUNT=0,
         )
         os.environ.update({key: str(value) for key, value in job.items()})
         return function(rank)

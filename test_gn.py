@@ -555,7 +555,7 @@ def test_optimizer_groups(name):
     if name == "kfac":
         opt = make_optimizer(name, model)
         with raises(ValueError, match="new optimizer"):
-            opt.add_param_group(added)
+            opt.add_param_group(dict(params=[nn.Parameter(torch.ones(2))]))
     else:
         model.blocks[1].requires_grad_(False)
         opt = make_optimizer(name, model)

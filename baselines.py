@@ -642,8 +642,8 @@ class KFAC:
                 draws = torch.empty(len(piece), *shape, device=idx.device).exponential_(generator=generator)
                 own = [row for row in piece if row in mine]
                 if own:
-                    draws = draws[[row - piece.start for row in own]]
-                    self._add(idx[own], targets[own], draws, sums, grads)
+                    first = own[0] - piece.start  # draws are sliced: a copy may be large
+                    self._add(idx[own], targets[own], draws[first:][: len(own)], sums, grads)
             # Labels or signs are independent: the square of a sum over rows has the mean of the sum of
             # squares.
             for square, g in zip(squares.values(), reduce(*grads.values())):
@@ -785,9 +785,10 @@ class KFACOptimizer(Optimizer):
                 "call observe(inputs, targets) before the first step: K-FAC has no factors yet"
             )
         moved = self.with_grad()
-        gamma = self.DAMPING**0.5
         sides = dict(zip(self.kfac.params, self.kfac.eigen.values()))
-        natural = {p: apply_to_one(p.grad, lambda S: 1 / S, tikhonov(sides[p], gamma)) for _, p in moved}
+        natural = {
+            p: apply_to_one(p.grad, lambda S: 1 / S, tikhonov(sides[p], self.DAMPING**0.5)) for _, p in moved
+        }
         kl = float(sum(group["lr"] ** 2 * (natural[p] * p.grad).sum() for group, p in moved))
         clip = min(1.0, math.sqrt(self.KL_CLIP / max(kl, 1e-30)))
         for group, p in moved:

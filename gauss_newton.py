@@ -425,19 +425,20 @@ def check_positive(**settings):
 
 
 class InnerSolver:
-    """Minimise the local model by an optimizer that reads the batch once, one inner step per micro-batch
-    (paper, Algorithm 1).
+    """Minimise the local model by an optimizer that streams over the batch, one inner step per micro-batch
+    (paper, Algorithm 1; there in one pass).
 
         v = θ̂ − θ;  per micro-batch, with its own J, u = ∂L/∂z and H:
         GN            ∇ = Jᵀ(u + H J v)
         prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v)
         θ̂ ← optimizer(θ̂, ∇), ∇ clipped in norm for each part
 
-    Slope and decrease are means over the last sixteenth of the micro-batches, the decrease of each taken
-    before its inner step: on data that v has not been fitted to.
+    Slope and decrease are means over the last sixteenth of the batch in the last pass, the decrease of each
+    micro-batch taken before its inner step: on data that v has been fitted to in the passes before, if any.
 
     name              of an optimizer for baselines.make_optimizer: "soap", "muon", "adamw", ...
-    rows              sequences in a micro-batch: a batch of B rows gives B / rows inner steps
+    rows              sequences in a micro-batch: a batch of B rows gives B / rows inner steps in a pass
+    passes            over the batch in an outer step
     lr                the optimizer's; schedule, warmup, outer_steps: see inner_schedule
     reset             start every outer step at θ with fresh moments; else at the last θ̂, before the line
                       search, with the old ones
@@ -454,6 +455,7 @@ class InnerSolver:
         model,
         name="soap",
         rows=64,
+        passes=2,
         lr=8e-3,
         local_model="prox_linear",
         schedule="constant_with_inner_cosine",
@@ -466,11 +468,12 @@ class InnerSolver:
             raise ValueError("kfac cannot be an inner solver: it has to observe each batch")
         check_choice("local_model", local_model, ("gn", "prox_linear"))
         check_choice("schedule", schedule, SCHEDULES)
-        check_positive(rows=rows, lr=lr, outer_steps=outer_steps)
+        check_positive(rows=rows, passes=passes, lr=lr, outer_steps=outer_steps)
         self.model = model
         self.params = trainable(model)
         self.name = name
         self.rows = rows
+        self.passes = passes
         self.lr = lr
         self.prox_linear = local_model == "prox_linear"
         self.schedule = schedule
@@ -493,13 +496,13 @@ class InnerSolver:
 
     def solve(self, parts, idx, targets):
         refuse_randomness(self.model, idx)
-        batches = [(x, y) for x, y in pieces(idx, targets, self.rows) if (y != IGNORED).any()]
+        batches = [(x, y) for x, y in pieces(idx, targets, self.rows) if (y != IGNORED).any()] * self.passes
         counts = [(y != IGNORED).sum().item() for _, y in batches]
         if self.outer == 0 or self.reset or self.stale:
             assign(self.ends, self.params)
             self._start()
             self.stale = False
-        late = len(batches) - math.ceil(len(batches) / 16)
+        late = len(batches) - math.ceil(len(batches) / self.passes / 16)
         n = sum(counts)
         n_late = sum(counts[late:])
         theta = flatten([p.detach() for p in self.params])

@@ -1040,7 +1040,7 @@ def test_what_cannot_be_stepped_is_named():
     numbers = {"curvature_frac": 0, "search_frac": 1.1, "damping": nan, "cg_iters": 0, "newton_steps": -1}
     for build, settings in (
         (GaussNewton, {**words, **numbers}),
-        (InnerSolver, {"rows": 0, "lr": inf, "outer_steps": 0}),
+        (InnerSolver, {"rows": 0, "passes": 0, "lr": inf, "outer_steps": 0}),
     ):
         for name, value in settings.items():
             with raises(ValueError, match=name):
@@ -1171,8 +1171,8 @@ def test_newton_steps_are_the_dense_ones(prox, layerwise):
 @parametrize("prox", [False, True])
 @parametrize("layerwise", [False, True])
 def test_inner_solver_is_a_plain_loop(prox, layerwise):
-    """Three solves on 17 micro-batches, the last of one row, against AdamW on dense J and H: θ̂, and loss,
-    slope and decrease weighted by rows. The second goes on from θ̂ with the old moments, the third, after
+    """Three solves, each of two passes over 17 micro-batches, the last of one row, against AdamW on dense J
+    and H: θ̂, and loss, slope and decrease weighted by rows. The second goes on from θ̂ with the old moments, the third, after
     `forget`, at θ."""
     model, end, (idx, targets) = gpt(), gpt(), tokens(33, 2)
     solver = InnerSolver(model, "adamw", rows=2, lr=0.05, local_model="prox_linear" if prox else "gn")
@@ -1190,10 +1190,10 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
             decayed = dict(params=[p for p in params if p.ndim > 1], weight_decay=1e-3)
             norms = dict(params=[p for p in params if p.ndim == 1], weight_decay=0.0)
             adam = torch.optim.AdamW([decayed, norms])
-        for k, (x, y) in enumerate(zip(idx.split(2), targets.split(2))):
+        for k, (x, y) in enumerate([*zip(idx.split(2), targets.split(2))] * 2):
             dense = Dense(model, x, y)
             v = theta_of(end) - theta
-            late = len(x) / 3 * (k >= 15)  # the last sixteenth, rounded up
+            late = len(x) / 3 * (k >= 32)  # the last sixteenth of the second pass, rounded up
             total = 0.0
             for part in parts:
                 change, g, _ = dense.local(dense.alone(v, part), prox)
@@ -1202,10 +1202,10 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
                 total = total + g * min(1.0, 1 / g.norm().item())
             for p, t in zip(params, unflatten(total, params)):
                 p.grad = t
-            loss += len(x) / 33 * dense.loss
+            loss += len(x) / 66 * dense.loss
             grad = grad + late * dense.g
             for group in adam.param_groups:
-                group["lr"] = 0.05 * (1 + math.cos(math.pi * k / 17)) / 2
+                group["lr"] = 0.05 * (1 + math.cos(math.pi * k / 34)) / 2
             adam.step()
         found = solver.solve(parts, idx, targets)
         d = theta_of(end) - theta

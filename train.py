@@ -44,9 +44,10 @@ from gauss_newton import (SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewto
 from model import GPT, PRESETS, GPTConfig
 
 # By kind of run: Gauss-Newton by CG or by a streaming optimizer, whose steps are few and large, and all else.
+GN_DEFAULTS = dict(steps=15, batch_tokens=262144, eval_interval=1, checkpoint_interval=1)
 RUN_DEFAULTS = {
-    "cg": dict(steps=15, batch_tokens=262144, eval_interval=1, checkpoint_interval=1),
-    "inner": dict(steps=10, batch_tokens=1048576, eval_interval=1, checkpoint_interval=1),
+    "cg": GN_DEFAULTS,
+    "inner": GN_DEFAULTS,
     "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50),
 }
 MAX_REJECTIONS = 8       # in a row, before a run gives up
@@ -119,10 +120,10 @@ def build_parser():
 
     flag = p.heading("what to run")
     flag("--opt", "optimizer", ("full_gn", "layerwise_gn", *BASELINES), "full_gn")
-    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 15 for GN, 10 with another "
-         "--solver than cg, 300 for baselines)", count)
-    flag("--batch_tokens", "tokens per step, a multiple of the block size (default 262144 for GN, 1048576 "
-         "with another --solver than cg, 16384 for baselines)", count)
+    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 15 for GN, 300 for baselines)",
+         count)
+    flag("--batch_tokens", "tokens per step, a multiple of the block size (default 262144 for GN, 16384 for "
+         "baselines)", count)
     flag("--micro_batch", "sequences worked on at a time; changes memory and speed, not results (default: "
          "about 8192 tokens, more on a GPU)", count)
     flag("--seed", "of initialisation, batches and sampled labels", natural, 0)
@@ -170,6 +171,7 @@ def build_parser():
     flag = p.heading("Gauss-Newton with --solver muon, soap or adamw", "inner")
     flag("--inner_tokens", "tokens per inner step, of which a batch gives batch_tokens / inner_tokens",
          count, 4096)
+    flag("--inner_passes", "passes over the batch in an outer step (the paper: 1)", count, 2)
     flag("--inner_lr", "inner learning rate", positive, 8e-3)
     flag("--inner_schedule", "inner rate over an outer step and the run",
          SCHEDULES, "constant_with_inner_cosine")
@@ -291,8 +293,9 @@ def make_stepper(model, args, progress):
                                     args.precond, args.curvature_frac, args.micro_batch, seed=args.seed)
     else:
         rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
-        solver = InnerSolver(model, args.solver, rows, args.inner_lr, args.local_model, args.inner_schedule,
-                             args.inner_warmup, args.steps, args.inner_reset, args.compile)
+        solver = InnerSolver(model, args.solver, rows, args.inner_passes, args.inner_lr, args.local_model,
+                             args.inner_schedule, args.inner_warmup, args.steps, args.inner_reset,
+                             args.compile)
     parts = model.layers() if args.opt == "layerwise_gn" else None
     return GaussNewton(model, solver, parts, args.line_search, SEARCH_FRAC, args.micro_batch, progress)
 

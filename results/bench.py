@@ -13,18 +13,16 @@ import argparse
 import copy
 import platform
 import sys
-import time
 from contextlib import suppress
-from pathlib import Path
-from statistics import quantiles
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import timer
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(sys.path[0] + "/..")
 from baselines import KFAC, flatten, trainable, unflatten
-from gauss_newton import GGN, batch_grad, batch_loss, cg, expand_once, select
+from gauss_newton import GGN, GaussNewton, batch_grad, batch_loss, cg, expand_once, select
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=512)
@@ -35,11 +33,10 @@ TOKENS = 2048            # of a batch
 def ours(model, x, y, v):
     """{what: function}; a name up to its comma says which exact result it must have."""
     params = trainable(model)
-    index = {p: i for i, p in enumerate(params)}
-    layers = [[index[p] for p in layer] for layer in model.layers()]
+    layers = GaussNewton(model, parts=model.layers()).parts
     ggn = GGN(model, x, y)
     kfac = KFAC(model)
-    quarter = x[:len(x) // 4], y[:len(y) // 4]
+    quarter = x[::4], y[::4]
     kfac.update(*quarter)
     kfac.decompose()
     local = model, params, x, y, unflatten(v, params), False, False
@@ -55,56 +52,54 @@ def ours(model, x, y, v):
         "vectors of a CG iteration": lambda: cg(lambda p: p, v, max_iter=1)}
 
 
-def curvlinops(model, x, y, v):
-    from curvlinops import GGNLinearOperator
+@sdpa_kernel(SDPBackend.MATH)                    # fused kernels have no second derivative
+def peers(model, x, y, v):
+    """{what: function} of the other libraries that are installed."""
     params = trainable(model)
-    flat = nn.Sequential(model, nn.Flatten(0, 1))          # it wants (N, classes)
-    operator = GGNLinearOperator(flat, nn.CrossEntropyLoss(), params, [(x, y.flatten())], num_data=y.numel(),
-                                 check_deterministic=False, batch_size_fn=torch.numel)
-
-    def product():
-        with sdpa_kernel(SDPBackend.MATH):                 # fused kernels have no second derivative
-            return flatten(operator @ unflatten(v, params))
-    return {"product, curvlinops": product}
-
-
-def backpack(model, x, y, v):
-    from backpack.hessianfree.ggnvp import ggn_vector_product
-    flat = nn.Sequential(model, nn.Flatten(0, 1))
-    with sdpa_kernel(SDPBackend.MATH):
+    v = unflatten(v, params)
+    flat = nn.Sequential(model, nn.Flatten(0, 1))          # they want (N, classes)
+    y = y.flatten()
+    mean_loss = nn.CrossEntropyLoss()
+    ways = {}
+    with suppress(ImportError):
+        from curvlinops import GGNLinearOperator
+        G = GGNLinearOperator(flat, mean_loss, params, [(x, y)], num_data=len(y), check_deterministic=False,
+                              batch_size_fn=torch.numel)
+        ways["product, curvlinops"] = sdpa_kernel(SDPBackend.MATH)(lambda: flatten(G @ v))
+    with suppress(ImportError):
+        from backpack.hessianfree.ggnvp import ggn_vector_product
         output = flat(x)
-        loss = nn.CrossEntropyLoss()(output, y.flatten())
-    v = unflatten(v, trainable(model))
-    return {"product, BackPACK": lambda: flatten(ggn_vector_product(loss, output, flat, v))}
+        loss = mean_loss(output, y)
+        ways["product, BackPACK"] = lambda: flatten(ggn_vector_product(loss, output, flat, v))
+    return ways
 
 
-def report(ways, rounds, exact, device):
-    """Time the ways, after one round to warm up; print each one's ratio to the first."""
-    times = {what: [] for what in ways}
+def seconds(function):
+    start = timer()                                        # when the device has done what it was given
+    function()
+    return timer() - start
+
+
+def report(ways, rounds, exact):
+    """Time the ways, after one round to warm up; print each one's ratio to a gradient."""
     errors = {}
-    for _ in range(rounds + 1):
-        for what, function in ways.items():
-            start = time.perf_counter()
-            result = function()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            times[what].append(time.perf_counter() - start)
-            want = exact.get(what.split(",")[0])
-            if want is not None:
-                errors[what] = f"  error {(result.double() - want).norm() / want.norm():.0e}"
-    first, base = next(iter(times.items()))
-    for what, seconds in times.items():
-        ratios = [a / b for a, b in zip(seconds, base)]
-        low, middle, high = quantiles(ratios[1:], method="inclusive")
+    for what, function in ways.items():
+        result = function()
+        want = exact.get(what.split(",")[0])
+        if want is not None:
+            errors[what] = f"  error {(result.double() - want).norm() / want.norm():.0e}"
+    times = torch.tensor([[seconds(function) for function in ways.values()] for _ in range(rounds)])
+    quartiles = (times / times[:, :1]).quantile(torch.tensor([0.25, 0.5, 0.75]), 0)
+    for what, (low, middle, high) in zip(ways, quartiles.T):
         print(f"  {what:45}{middle:7.3f}  ({low:.3f} - {high:.3f}){errors.get(what, '')}", flush=True)
-    print(f"  (one {first}: {1000 * min(base):.1f} ms at best)")
+    print(f"  (one gradient: {1000 * times[:, 0].min():.1f} ms at best)")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--rounds", type=int, default=9, help="two at least")
+    parser.add_argument("--rounds", type=int, default=9, help="of all ways")
     parser.add_argument("--small", action="store_true", help="the smaller model alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -121,10 +116,9 @@ def main():
         exact = {"gradient": reference.grad, "product": product, "local gradient": reference.grad + product}
         model.bf16 = args.dtype == "bf16"
         ways = ours(model, x, y, v)
-        for peer in (curvlinops, backpack) if args.dtype == "fp32" else ():
-            with suppress(ImportError):
-                ways.update(peer(model, x, y, v))
-        report(ways, args.rounds, exact, args.device)
+        if not model.bf16:
+            ways.update(peers(model, x, y, v))
+        report(ways, args.rounds, exact)
 
 
 if __name__ == "__main__":

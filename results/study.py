@@ -39,13 +39,17 @@ class Line(NamedTuple):
         return self.flags.removeprefix("was ")
 
     @property
+    def folder(self):            # a warmup's has the name that others start from
+        return self.which if self.stage == "warmup" else re.sub(r"[^\w.]+", "-", self.flags).strip("-")
+
+    @property
     def gone(self):              # flags of an earlier program: a record, and no way to make it again
         return self.key != self.flags
 
 
 def read_list(path=HERE / "study.txt"):
-    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-    return [Line(*(cell.strip() for cell in line.split("|"))) for line in lines]
+    lines = path.read_text().splitlines()
+    return [Line(*line.split(" | ")) for line in lines if line and line[0] != "#"]
 
 
 def read_records(path=HERE / "runs.jsonl"):
@@ -55,65 +59,56 @@ def read_records(path=HERE / "runs.jsonl"):
 
 
 def read_log(folder):
-    """(first line, the other lines) of a run's log. A last line that was cut off by a kill is left out."""
-    lines = (Path(folder) / "log.jsonl").read_text().splitlines(keepends=True)
-    head, *rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return head, rows
+    """(first line, the lines of steps, those of them that were evaluated) of a run's log. A last line that
+    was cut off by a kill is left out."""
+    *lines, _ = (Path(folder) / "log.jsonl").read_text().split("\n")
+    head, *rows = map(json.loads, lines)
+    return head, rows, [row for row in rows if row["val_loss"] is not None]
 
 
 def summary(folder):
     """The record of a complete run: what it took to its target, or its end. None of one that was cut off."""
-    head, rows = read_log(folder)
+    head, rows, evaluated = read_log(folder)
     config = head["config"]
-    target = config["target_loss"]
-    evaluated = [row for row in rows if row["val_loss"] is not None]
-    curve = [[row["step"], round(row["val_loss"], 6)] for row in evaluated]
-    hits = [row for row in evaluated if target is not None and row["val_loss"] <= target]
-    given_up = len(rows) > 8 and not any(row["accepted"] for row in rows[-8:])
-    if not evaluated or not (hits or given_up or rows[-1]["step"] >= config["steps"]):
+    last = evaluated[-1]                     # a run ends where it reaches its target
+    hit = last["val_loss"] <= config["target_loss"]
+    given_up = not any(row.get("accepted", True) for row in rows[-8:])
+    if not hit and not given_up and rows[-1]["step"] < config["steps"]:
         return None
-    last = [*hits, evaluated[-1]][0]
     work = last["grad_equivalents"] * config["batch_tokens"] / 1e6       # in gradients of a million tokens
     return {
-        **{key: head.get(key) for key in ("device", "torch", "commit", "command")},
-        "target": target,
-        "steps": last["step"] if hits else None,
+        **{key: head[key] for key in ("device", "torch", "commit", "command")},
+        "target": config["target_loss"],
+        "steps": last["step"] if hit else None,
         "ran": last["step"],
         "loss": last["val_loss"],
         "tokens": last["tokens"],
         "gradients": round(work, 3),
         "seconds": round(last["seconds"], 1),
         "batch_tokens": config["batch_tokens"],
-        "curve": [point for point in curve if point[0] <= last["step"]]}
+        "curve": [[row["step"], round(row["val_loss"], 6)] for row in evaluated]}
 
 
-def make(flags, folder):
-    """Make one run, or finish it; returns its record. RuntimeError where train.py failed or was stopped."""
-    resume = (folder / "checkpoint.pt").exists()
-    words = ["--resume"] if resume else [*flags.split(), *EVERY_RUN.split()]
-    command = [sys.executable, str(HERE.parent / "train.py"), *words, "--out_dir", folder.name]
-    done = subprocess.run(command, cwd=folder.parent, text=True, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    record = None
-    with suppress(OSError, ValueError):          # there is no log, or nothing in it
-        record = summary(folder)
-    if done.returncode > 1 or not record:
-        told = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-        raise RuntimeError(f"train.py ended with {done.returncode}, saying {told}")
-    return {"flags": flags, **record}
-
-
-def make_and_record(line, folder, path):
-    """Make a run, append it to the records, and say in a line what came of it; whether it is complete."""
-    try:
-        run = make(line.flags, folder)
-    except RuntimeError as e:
-        print(f"{line.name}: failed: {e}", flush=True)
+def make(line, out, records):
+    """Make a run, or finish it, record it where it is not yet, and say in a line what came of it; whether it
+    is complete."""
+    folder = out / line.folder
+    flags = "--resume" if (folder / "checkpoint.pt").exists() else f"{line.flags} {EVERY_RUN}"
+    command = [sys.executable, HERE.parent / "train.py", *flags.split(), "--out_dir", folder.name]
+    out.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(command, cwd=out, text=True, capture_output=True)
+    run = None
+    with suppress(OSError, ValueError, IndexError):      # there is no log, or nothing in it
+        run = summary(folder)
+    if not run:
+        told = f"nothing\n{done.stdout}{done.stderr}".strip().splitlines()[-1]
+        print(f"{line.name}: failed: train.py ended with {done.returncode}, saying {told}")
         return False
-    with open(path, "a") as f:
-        f.write(json.dumps(run) + "\n")
+    if line.flags not in read_records(records):
+        with open(records, "a") as f:
+            f.write(json.dumps({"flags": line.flags, **run}) + "\n")
     missed = " (above the target)" if run["target"] and not run["steps"] else ""
-    print(f"{line.name}: {run['ran']} steps, val {run['loss']:.4f}{missed}, {run['seconds']} s", flush=True)
+    print(f"{line.name}: {run['ran']} steps, val {run['loss']:.4f}{missed}, {run['seconds']} s")
     return True
 
 
@@ -126,28 +121,22 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="the runs' folders")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     args = parser.parse_args()
-    every = read_list(args.list)
-    lines = [line for line in every if not line.gone and args.only in line.name
-             and line.stage != "warmup" and line.stage.startswith("quick") == args.quick]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.stdout.reconfigure(line_buffering=True)
+    every = [line for line in read_list(args.list) if not line.gone]
+    lines = [line for line in every if args.only in line.name and line.stage != "warmup"
+             and line.stage.startswith("quick") == args.quick]
     recorded = read_records(args.records)
     missing = {line.flags: line for line in lines if line.flags not in recorded}
-    print(f"{len(lines)} lines, {len(missing)} runs to make, {args.jobs} at a time in {args.out}", flush=True)
-    if not missing:
-        return 0
-    args.out.mkdir(parents=True, exist_ok=True)
-    for line in every:                     # the runs whose weights others start from, in folders of that name
-        if line.stage == "warmup" and any(f"--init_from {line.which} " in flags + " " for flags in missing):
-            path = os.devnull if line.flags in recorded else args.records
-            if not make_and_record(line, args.out / line.which, path):       # at once where it is complete
-                return 1
+    warmups = [line for line in every if line.stage == "warmup"
+               and any(f"--init_from {line.which} " in flags + " " for flags in missing)]
+    print(f"{len(lines)} lines, {len(missing)} runs to make, {args.jobs} at a time in {args.out}")
     with ThreadPoolExecutor(args.jobs) as pool:
-        folders = [args.out / re.sub(r"[^\w.]+", "-", flags).strip("-") for flags in missing]
-        futures = [pool.submit(make_and_record, line, folder, args.records)
-                   for line, folder in zip(missing.values(), folders)]
         try:
-            return 0 if all([future.result() for future in futures]) else 1
-        except KeyboardInterrupt:          # the runs have it too: they finish their step, save and end
-            pool.shutdown(cancel_futures=True)
+            for runs in (warmups, missing.values()):         # these start from the weights of those
+                if not all(list(pool.map(lambda line: make(line, args.out, args.records), runs))):
+                    return 1
+        except KeyboardInterrupt:          # no more runs; those at work have it too: they save and end
             return 130
 
 

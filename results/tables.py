@@ -4,11 +4,13 @@ Steps and work to a target are interpolated between two evaluations; a gradient 
 mean seconds are of the runs on one core, other devices left out.
 """
 import argparse
-import math
 import re
+from collections import defaultdict
+from math import hypot, isnan, log, nan
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 from study import HERE, read_list, read_log, read_records
 
 STUDY = "tuning", "ending", "batch", "same batch", "large batch"   # stages that go from the warmup to 1.60
@@ -32,20 +34,43 @@ TRIALS = {
     "earlier CG": "An earlier CG"}
 
 
-def show(title, header, rows):
+def show(title, rows):
+    """Print a table of rows {column: cell}; none where there are no rows."""
+    if not rows:
+        return
+    header = list(rows[0])
     print(f"\n**{title}**\n")
-    for row in [header, ["---"] * len(header), *rows]:
-        print("| " + " | ".join(map(str, row)) + " |")
+    for cells in [header, ["---"] * len(header), *(row.values() for row in rows)]:
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def grouped(stage, records):
-    """{method: [(which, record), ...]} of a stage, in the list's order."""
-    methods = {}
-    for line in read_list():
-        record = records.get(line.key)
-        if line.stage == stage and record:
-            methods.setdefault(line.method, []).append((line.which, record))
-    return methods
+def grid(title, corner, column, cell, points):
+    """Print {row: {column: point}}; how a column and a point are written."""
+    columns = sorted(set().union(*points.values()))
+    rows = []
+    for name, row in points.items():
+        cells = {column.format(c): cell.format(*row[c]) if c in row else "" for c in columns}
+        rows.append({corner: name, **cells})
+    show(title, rows)
+
+
+def load(path=HERE / "runs.jsonl"):
+    """The lines of the list that have a record, in its order: {stage, method, which, flags, *the record}."""
+    records = read_records(path)
+    return [{**records[line.key], **line._asdict()} for line in read_list() if line.key in records]
+
+
+def grouped(runs, key):
+    """{what runs have under this key: the runs that have it}."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run[key]].append(run)
+    return groups
+
+
+def methods_of(stage, runs):
+    """{method: its runs in a stage}."""
+    return grouped(grouped(runs, "stage")[stage], "method")
 
 
 def crossing(run):
@@ -53,9 +78,8 @@ def crossing(run):
     if run["steps"] is None:
         return run["ran"]
     before, high = run["curve"][-2]
-    over = math.log(max(high, run["target"]) / run["target"])
-    under = math.log(run["target"] / run["loss"])
-    return before + (run["steps"] - before) * over / (over + under + 1e-12)
+    share = log(high / run["target"]) / log(high / run["loss"])
+    return before + (run["steps"] - before) * share
 
 
 def cost(run):
@@ -70,150 +94,133 @@ def outcome(run):
     return f"> {run['ran']} ({run['loss']:.3f})" if run["target"] else f"{run['loss']:.3f}"
 
 
-def race(title, stage, records):
+def with_error(value, error, digits):
+    """The number, and its error unless that is not known (NaN)."""
+    return f"{value:.{digits}f}" + ("" if isnan(error) else f" ± {error:.{digits}f}")
+
+
+def race(title, methods):
     """Methods by their steps to the target, the best first: mean ± standard deviation of a run. A run that
     missed counts with its length. Ratios to the first method, with their standard error."""
     ranked = []
-    for method, named in grouped(stage, records).items():
-        runs = [run for _, run in named]
+    for method, runs in methods.items():
         steps = [crossing(run) for run in runs]
-        missed = any(run["steps"] is None for run in runs)
-        spread = None if missed or len(runs) == 1 else stdev(steps)
-        ranked.append((missed, mean(steps), method, runs, spread))
-    ranked.sort(key=lambda entry: entry[:2])
+        missed = None in [run["steps"] for run in runs]
+        spread = nan if missed or len(runs) == 1 else stdev(steps)
+        ranked.append((missed, mean(steps), spread, spread / mean(steps) / len(runs) ** 0.5, method, runs))
+    ranked.sort()
     rows = []
-    for missed, steps, method, runs, spread in ranked:
-        _, best, _, best_runs, best_spread = ranked[0]
+    for missed, steps, spread, error, method, runs in ranked:
+        _, best, _, best_error, *_ = ranked[0]
         ratio = steps / best
-        error = ""
-        if spread is not None and best_spread is not None:
-            parts = (spread / steps) ** 2 / len(runs) + (best_spread / best) ** 2 / len(best_runs)
-            error = f" ± {ratio * parts ** 0.5:.2f}"
         seconds = [run["seconds"] for run in runs if run["device"] == "cpu, 1 thread(s)"]
-        rows.append([
-            method,
-            f"{runs[0]['batch_tokens'] // 1024}k",
-            "> " * missed + f"{steps:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""),
-            ", ".join(map(outcome, runs)),
-            "> " * missed + f"{ratio:.2f}{error}" if rows else "",
-            f"{mean(map(cost, runs)):.3g}",
-            f"{mean(seconds):,.0f}" if seconds else ""])
-    show(title, ["method", "batch", "steps", "each run", "ratio", "gradients", "seconds"], rows)
+        rows.append({
+            "method": method,
+            "batch": f"{runs[0]['batch_tokens'] // 1024}k",
+            "steps": "> " * missed + with_error(steps, spread, 1),
+            "each run": ", ".join(map(outcome, runs)),
+            "ratio": "> " * missed + with_error(ratio, ratio * hypot(error, best_error), 2) if rows else "",
+            "gradients": f"{mean(map(cost, runs)):.3g}",
+            "seconds": f"{mean(seconds):,.0f}" if seconds else ""})
+    show(title, rows)
 
 
-def frontier(records):
-    """{method: {batch: (gradients, steps)}} to 1.60 from the warmup, means over seeds, at the best of all
-    settings that were tried with that batch; for full GN of those with three seeds, where there are any."""
-    found = {}
-    for line in read_list():
-        run = records.get(line.key)
-        method = line.method.split(", G from")[0]
-        if line.stage in STUDY and run and run["steps"] and not line.gone:
-            settings = run["batch_tokens"], re.sub(r"--seed \d+", "", run["flags"])
-            found.setdefault(method, {}).setdefault(settings, {})[run["flags"]] = cost(run), crossing(run)
-    drawn = {}
-    for method, tried in found.items():
-        ranked = {}
-        for (size, _), points in sorted(tried.items()):
-            gradients, steps = map(mean, zip(*points.values()))
-            seeds = min(len(points), 3) if " GN" in method else 0
-            ranked.setdefault(size, []).append((-seeds, steps, gradients))
-        best = {size: min(settings) for size, settings in ranked.items()}
-        drawn[method] = {size: (gradients, steps) for size, (_, steps, gradients) in best.items()}
-    return {method: points for method, points in drawn.items() if len(points) > 2}
+def frontier(runs):
+    """{method: {batch in 1024 tokens: (gradients, steps)}} to 1.60 from the warmup, means over seeds, at the
+    best of all settings that were tried with that batch; for full GN of those with three seeds, where there
+    are any."""
+    settings = defaultdict(dict)           # {(method, batch, flags without the seed): {flags: result}}
+    for run in runs:
+        if run["stage"] in STUDY and run["steps"] and not run["flags"].startswith("was"):
+            method = run["method"].split(", G from")[0]
+            setting = method, run["batch_tokens"] // 1024, re.sub(r"--seed \d+", "", run["flags"])
+            settings[setting][run["flags"]] = crossing(run), cost(run)
+    best = defaultdict(dict)
+    for (method, batch, _), results in settings.items():
+        seeds = min(len(results), 3) if " GN" in method else 0
+        steps, gradients = map(mean, zip(*results.values()))
+        found = -seeds, steps, gradients
+        best[method][batch] = min(found, best[method].get(batch, found))
+    return {method: {batch: (gradients, steps) for batch, (_, steps, gradients) in sorted(points.items())}
+            for method, points in best.items() if len(points) > 2}
 
 
 def steps_for(gradients, points):
     """Steps that a method takes with so much work: between two of its batches by the logarithms, none of
-    which a smaller batch beats; None below the smallest."""
-    best = []
-    for point in sorted(points):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
-    if gradients < best[0][0]:
-        return None
-    for (less, many), (more, few) in zip(best, best[1:]):
-        if gradients < more:
-            return many * (few / many) ** (math.log(gradients / less) / math.log(more / less))
-    return best[-1][1]
+    which a smaller batch beats; 0 below the smallest."""
+    best = [(work, steps) for work, steps in sorted(points)
+            if steps == min(fewest for less, fewest in points if less <= work)]
+    return np.exp(np.interp(log(gradients), *np.log(best).T, left=-np.inf))
 
 
-def batches(records):
-    methods = frontier(records)
+def batches(runs):
+    methods = frontier(runs)
+    grid("Steps to 1.60 (gradients) at a batch of", "tokens", "{}k", "{1:.1f} ({0:.3g})", methods)
     baselines = [name for name in methods if " GN" not in name]
-    sizes = sorted(set().union(*methods.values()))
-    rows = [[method, *("{1:.1f} ({0:.3g})".format(*points[size]) if size in points else "" for size in sizes)]
-            for method, points in methods.items()]
-    show("Steps to 1.60 (gradients) at a batch of", ["tokens", *(f"{size // 1024}k" for size in sizes)], rows)
     rows = []
-    for method in methods.keys() - baselines:
-        for size, (gradients, steps) in methods[method].items():
-            others = [steps_for(gradients, methods[name].values()) for name in baselines]
-            cells = [f"{other:.1f} ({other / steps:.2g})" if other else "" for other in others]
-            rows.append([method, f"{size // 1024}k", f"{steps:.1f}", f"{gradients:.3g}", *cells])
-    header = ["", "batch", "steps", "gradients", *baselines]
-    show("Steps to 1.60 with the same work (times full GN's)", header, sorted(rows, key=lambda row: row[0]))
+    for method in sorted(methods.keys() - baselines):
+        for batch, (gradients, steps) in methods[method].items():
+            row = {"": method, "batch": f"{batch}k", "steps": f"{steps:.1f}", "gradients": f"{gradients:.3g}"}
+            for name in baselines:
+                other = steps_for(gradients, methods[name].values())
+                row[name] = f"{other:.1f} ({other / steps:.2g})" if other else ""
+            rows.append(row)
+    show("Steps to 1.60 with the same work (times full GN's)", rows)
 
 
-def inline(title, stage, records):
+def inline(title, methods):
     """A row a method, all its runs in one cell; those that are named alike, seeds, beside each other."""
     rows = []
-    for method, runs in grouped(stage, records).items():
-        alike = {}
-        for which, run in runs:
-            alike.setdefault(which, []).append(outcome(run))
-        rows.append([method, "; ".join(f"{which}: {', '.join(found)}" for which, found in alike.items())])
-    show(title, ["method", "runs"], rows)
+    for method, runs in methods.items():
+        cells = [f"{which}: {', '.join(map(outcome, alike))}"
+                 for which, alike in grouped(runs, "which").items()]
+        rows.append({"method": method, "runs": "; ".join(cells)})
+    show(title, rows)
 
 
-def exactness(records):
+def exactness(runs):
     """{share of the batch that G is made from: {iterations: (work, fall of the loss)}}, one step each."""
-    return {share: {which: (run["gradients"], run["curve"][0][1] - run["loss"]) for which, run in runs}
-            for share, runs in grouped("exactness", records).items()}
-
-
-def solves(records):
-    sizes = "1 2 4 8 16 32 64".split()
-    rows = [[share, *(f"{found[k][1]:.3f} ({found[k][0]:.3g})" if k in found else "" for k in sizes)]
-            for share, found in exactness(records).items()]
-    show("One step of a million tokens: fall of the loss (gradients) by CG's iterations", ["", *sizes], rows)
+    return {share: {int(run["which"]): (run["gradients"], run["curve"][0][1] - run["loss"]) for run in found}
+            for share, found in methods_of("exactness", runs).items()}
 
 
 def logs(folder):
     """What the runs of a folder lost after each step."""
     rows = []
     for path in sorted((HERE / folder).iterdir()):
-        losses = [f"{row['val_loss']:.3f}" for row in read_log(path)[1][1:] if row["val_loss"] is not None]
-        rows.append([f"`{path.name}`", ", ".join(losses[:12]) + f", ... {losses[-1]}" * (len(losses) > 12)])
-    show(f"{folder}: validation loss after each step", ["run", "losses"], rows)
+        losses = [f"{row['val_loss']:.3f}" for row in read_log(path)[2][1:]]
+        if len(losses) > 12:
+            losses[12:] = [f"... {losses[-1]}"]
+        rows.append({"run": f"`{path.name}`", "losses": ", ".join(losses)})
+    show(f"{folder}: validation loss after each step", rows)
 
 
-def totals(records):
+def totals(runs):
     """What the stages took; a run that two of them share counts for the first."""
-    stages = {}
-    for line in read_list():
-        run = records.pop(line.key, None)
-        if run:
-            stages.setdefault(line.stage, []).append(run["gradients"])
-    rows = [[stage, len(work), f"{sum(work):,.0f}"] for stage, work in stages.items()]
-    show("What the study took", ["stage", "runs", "gradients"], rows)
+    counted = {run["flags"]: run for run in reversed(runs)}
+    rows = []
+    for stage, found in grouped(reversed(counted.values()), "stage").items():
+        work = sum(run["gradients"] for run in found)
+        rows.append({"stage": stage, "runs": len(found), "gradients": f"{work:,.0f}"})
+    show("What the study took", rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=Path, default=HERE / "runs.jsonl")
-    records = read_records(parser.parse_args().records)
+    runs = load(parser.parse_args().records)
     for stage, title in RACES.items():
-        race(title, stage, records)
-    batches(records)
-    solves(records)
+        race(title, methods_of(stage, runs))
+    batches(runs)
+    grid("One step of a million tokens: fall of the loss (gradients) by CG's iterations", "", "{}",
+         "{1:.3f} ({0:.3g})", exactness(runs))
     for stage, title in TRIALS.items():
-        inline(title, stage, records)
-    totals(records)
+        inline(title, methods_of(stage, runs))
+    totals(runs)
     for folder in ("default_run", "choosing_defaults", "bf16_and_fp32"):
         logs(folder)
-    print("\n**bench/89558e7-cpu-fp32.txt**\n")
-    print("```\n" + (HERE / "bench/89558e7-cpu-fp32.txt").read_text() + "```")
+    text = (HERE / "bench/89558e7-cpu-fp32.txt").read_text()
+    print(f"\n**bench/89558e7-cpu-fp32.txt**\n\n```\n{text}```")
 
 
 if __name__ == "__main__":

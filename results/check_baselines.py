@@ -25,14 +25,18 @@ def mean_loss(model, x, y):
 
 def train(name, model, optimizers, steps, warmup, tail, rows):
     """The rate rises over `warmup` steps and falls to 0 over the last `tail`."""
+    def rate(step):
+        return min((step + 1) / warmup, 1.0, (steps - step) / tail)
+
     print(name)
-    schedules = [LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1.0, (steps - step) / tail))
-                 for optimizer in optimizers]
+    schedules = [LambdaLR(optimizer, rate) for optimizer in optimizers]
     for step in range(1, steps + 1):
         starts = torch.randint(len(tokens) - 64, (rows, 1))
         pieces = tokens[starts + torch.arange(65)].split(256)
         for piece in pieces:
-            loss = mean_loss(model, piece[:, :-1], piece[:, 1:]) / len(pieces)
+            x = piece[:, :-1]
+            y = piece[:, 1:]
+            loss = mean_loss(model, x, y) / len(pieces)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for each in (*optimizers, *schedules):
@@ -50,11 +54,15 @@ data = prepare("stdlib")
 tokens = torch.tensor(data.train).long()
 validation = val_batch(data.val, 64, 65536)
 start = GPT(GPTConfig(vocab_size=data.vocab_size, **PRESETS["tiny"]))
-train("warmup", start, [AdamW(start.parameters(), lr=0.003)], 60, 1, 1, 256)
+optimizers = [AdamW(start.parameters(), lr=0.003)]
+train("warmup", start, optimizers, 60, 1, 1, 256)
 model = deepcopy(start)
-train("AdamW", model, [AdamW(model.parameters(), lr=0.01)], 82, 10, 16.4, 4096)
+optimizers = [AdamW(model.parameters(), lr=0.01)]
+train("AdamW", model, optimizers, 82, 10, 16.4, 4096)
 model = deepcopy(start)
 hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
 rest = list(set(model.parameters()) - set(hidden))
-muon = torch.optim.Muon(hidden, lr=0.04, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-train("Muon", model, [muon, AdamW(rest, lr=0.04)], 48, 5, 9.6, 4096)
+optimizers = [
+    torch.optim.Muon(hidden, lr=0.04, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    AdamW(rest, lr=0.04)]
+train("Muon", model, optimizers, 48, 5, 9.6, 4096)

@@ -17,7 +17,7 @@ LOSS = "validation loss, nats per token"
 
 @contextmanager
 def picture(path, width, height, panels=1, **options):
-    """A panel, or panels, of matplotlib to draw in, then the file; a line and status 2 where that is missing."""
+    """A panel of matplotlib, or panels, to draw in, and then the file; a line and status 2 without it."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def draw(axis, lines, colours, marker="", **settings):
 
 def one_curve(groups):
     """{name: {key: point}} as lines."""
-    return {name: [list(points.values())] for name, points in groups.items()}
+    return {name: [points.values()] for name, points in groups.items()}
 
 
 def against_steps(stage, runs):

@@ -35,23 +35,19 @@ TRIALS = {
 
 
 def show(title, rows):
-    """Print a table of rows {column: cell}; none where there are no rows."""
+    """Print a table of rows {column: cell}, all with the same columns; none where there are no rows."""
     if not rows:
         return
-    header = list(rows[0])
     print(f"\n**{title}**\n")
-    for cells in [header, ["---"] * len(header), *(row.values() for row in rows)]:
+    for cells in [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]:
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def grid(title, corner, column, cell, points):
-    """Print {row: {column: point}}; how a column and a point are written."""
+    """Print {row: {column: point}}, given how a column and a point are written."""
     columns = sorted(set().union(*points.values()))
-    rows = []
-    for name, row in points.items():
-        cells = {column.format(c): cell.format(*row[c]) if c in row else "" for c in columns}
-        rows.append({corner: name, **cells})
-    show(title, rows)
+    show(title, [{corner: name, **{column.format(c): cell.format(*row[c]) if c in row else ""
+                                   for c in columns}} for name, row in points.items()])
 
 
 def load(path=HERE / "runs.jsonl"):
@@ -149,7 +145,7 @@ def steps_for(gradients, points):
     """Steps that a method takes with so much work: between two of its batches by the logarithms, none of
     which a smaller batch beats; 0 below the smallest."""
     best = [(work, steps) for work, steps in sorted(points)
-            if steps == min(fewest for less, fewest in points if less <= work)]
+            if steps == min(others for less, others in points if less <= work)]
     return np.exp(np.interp(log(gradients), *np.log(best).T, left=-np.inf))
 
 
@@ -188,7 +184,8 @@ def logs(folder):
     """What the runs of a folder lost after each step."""
     rows = []
     for path in sorted((HERE / folder).iterdir()):
-        losses = [f"{row['val_loss']:.3f}" for row in read_log(path)[2][1:]]
+        *_, evaluated = read_log(path)
+        losses = [f"{row['val_loss']:.3f}" for row in evaluated[1:]]
         if len(losses) > 12:
             losses[12:] = [f"... {losses[-1]}"]
         rows.append({"run": f"`{path.name}`", "losses": ", ".join(losses)})

@@ -5,7 +5,6 @@
 """
 import argparse
 import math
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,13 +16,9 @@ LOSS = "validation loss, nats per token"
 
 @contextmanager
 def picture(path, width, height, panels=1, **options):
-    """A panel of matplotlib, or panels, to draw in, and then the file; a line and status 2 without it."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("plot.py: error: pictures need matplotlib: pip install matplotlib", file=sys.stderr)
-        sys.exit(2)
+    """A panel of matplotlib, or panels, to draw in; then the file."""
+    import matplotlib
+    from matplotlib.figure import Figure
     matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none",
                                 "svg.hashsalt": "the same file each time"})
     figure = Figure((width, height), layout="constrained")
@@ -117,12 +112,15 @@ def main():
     parser.add_argument("runs", nargs="*", help="folders of runs; none: the study's pictures")
     parser.add_argument("--save", type=Path, default=Path("loss.svg"), help="where to, .svg or .png")
     args = parser.parse_args()
-    if not args.runs:
-        return study(load())
     try:
-        compare(args.runs, args.save)
+        if args.runs:
+            compare(args.runs, args.save)
+        else:
+            study(load())
+    except ImportError:
+        parser.exit(2, "plot.py: error: pictures need matplotlib: pip install matplotlib\n")
     except (OSError, ValueError) as e:
-        parser.error(f"no log of a run: {e}")
+        parser.error(f"cannot draw these runs: {e}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from pytest import raises
 from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import data as D
@@ -188,17 +189,9 @@ class Dense:
         G = torch.einsum("nvp,nvw,nwq->pq", J, H, J)
         return F.cross_entropy(z, self.y).item() - self.loss, g, G
 
-    def index(self, part):
-        """Where the parameters in part lie in a flat vector."""
-        where = torch.arange(sum(self.sizes)).split(self.sizes)
-        return torch.cat([where[i] for i in part])
-
-    def alone(self, v, part):
-        """v with zeros outside the part."""
-        own = torch.zeros_like(v)
-        at = self.index(part)
-        own[at] = v[at]
-        return own
+    def mask(self, part):
+        """1 at the parameters in part, 0 elsewhere."""
+        return torch.cat([torch.full((n,), i in part) for i, n in enumerate(self.sizes)]).double()
 
 
 @pytest.fixture(scope="session")
@@ -211,9 +204,9 @@ def stdlib(data_dir):
     return prepare("stdlib", cache_dir=data_dir, block_size=64)
 
 
-def plain_attention(q, k, v, **_):
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    future = torch.ones(scores.shape[-2:]).triu(1).bool()
+def plain_attention(q, k, v, is_causal, scale=None):
+    scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    future = torch.ones(scores.shape[-2:]).triu(1).bool() & is_causal
     return scores.masked_fill(future, -inf).softmax(-1) @ v
 
 
@@ -237,13 +230,12 @@ def test_attention_is_causal_softmax_of_scaled_scores(monkeypatch):
 
 def test_later_tokens_do_not_change_earlier_logits():
     """Causality, at every position; and what follows a changed position does change."""
-    model, (idx, _) = gpt(), tokens()
-    for t in range(6):
-        other = idx.clone()
-        other[:, t] = (other[:, t] + 1) % 7
-        change = (model(other) - model(idx)).abs().amax((0, 2))
-        assert (change[:t] < 1e-14).all()
-        assert (change[t:] > 1e-6).all()
+    model, idx = gpt(), tokens(1)[0]
+    others = (idx + torch.eye(6).long()) % 7  # in row t token t is another
+    change = (model(others) - model(idx)).abs().amax(-1)
+    past = torch.ones(6, 6).tril(-1).bool()
+    assert (change[past] < 1e-14).all()
+    assert (change[~past] > 1e-6).all()
 
 
 def test_rotary_scores_depend_on_relative_position(monkeypatch):
@@ -363,8 +355,8 @@ def dense_soap(x, grads, Q, sides, b3, lr=0.02, b1=0.9, b2=0.95, decay=0.3, ever
 )
 def test_soap_equals_dense_kronecker_derivation(shape, limit, sides, b3):
     """SOAP is Adam in the basis Q_L (x) Q_R written out as one dense matrix, over 12 steps and 3 refreshes,
-    also where long sides keep the identity. The first basis is checked to be eigenvectors, then shared, for
-    null vectors are arbitrary. Gradients are correlated and badly scaled, so that the bases move; eps is
+    also where long sides keep the identity. The first basis is shared, for null vectors are arbitrary; the
+    next test shows that it is one of eigenvectors. Gradients are correlated and badly scaled, so that the bases move; eps is
     1e-3, so that rounding beside a zero does not become a step."""
     rng = np.random.default_rng(0)
     seen = []
@@ -380,10 +372,6 @@ def test_soap_equals_dense_kronecker_derivation(shape, limit, sides, b3):
         seen.append(W.detach().numpy().flatten())
         if len(seen) == 1:
             Q = [np.eye(d) if q is None else q.numpy().copy() for q, d in zip(opt.state[W]["basis"], shape)]
-    for k, C in enumerate((grads[0] @ grads[0].T, grads[0].T @ grads[0])):
-        D = Q[k].T @ C @ Q[k]
-        assert np.allclose(Q[k].T @ Q[k], np.eye(shape[k]), atol=1e-12)
-        assert k not in sides or np.allclose(D, np.diag(np.diag(D)), atol=1e-10 * np.abs(D).max())
     want = dense_soap(start, grads, Q, sides, 0.95 if b3 < 0 else b3)
     assert np.allclose(seen, list(want), rtol=0, atol=1e-11)
 
@@ -497,19 +485,20 @@ def test_hidden_matrices_of_another_model():
 @parametrize(
     "name, build, settings",
     [
-        ("adamw", torch.optim.AdamW, dict(betas=(0.9, 0.95), weight_decay=0.0)),
+        ("adamw", torch.optim.AdamW, dict(betas=(0.9, 0.95))),
         ("adam", torch.optim.Adam, dict(betas=(0.9, 0.999))),
         ("sgd", torch.optim.SGD, dict(momentum=0.9, nesterov=True)),
-        ("soap", torch.optim.AdamW, dict(betas=(0.95, 0.95), weight_decay=0.0)),
+        ("soap", torch.optim.AdamW, dict(betas=(0.95, 0.95))),
     ],
 )
 def test_baseline_is_the_torch_optimizer(name, build, settings):
-    """adamw, adam and sgd are torch.optim's with the betas and momentum their references give; and SOAP is
-    its AdamW on what has not two dimensions."""
+    """adamw, adam and sgd are torch.optim's with the betas and momentum their references give, and decay on
+    what has several dimensions; and SOAP is its AdamW on what has not two."""
     ours = nn.ParameterList([torch.randn(6).double(), torch.randn(2, 3, 4).double()])
     theirs = copy.deepcopy(ours)
-    opt = make_optimizer(name, ours, 0.02, weight_decay=0.0, precondition_frequency=2)
-    other = build(theirs.parameters(), lr=0.02, **settings)
+    opt = make_optimizer(name, ours, 0.02, weight_decay=0.1, precondition_frequency=2)
+    groups = [dict(params=[p], weight_decay=0.1 * (p.ndim > 1)) for p in theirs]
+    other = build(groups, lr=0.02, **settings)
     for _ in range(8):
         for a, b in zip(ours, theirs):
             a.grad = b.grad = torch.randn_like(a)
@@ -548,8 +537,7 @@ def test_baselines_refuse_nonsense():
 @every_baseline
 def test_optimizer_groups(name):
     """Every parameter sits in one group at DEFAULT_LR, also where a group is added (K-FAC, which has no
-    factors for it, refuses it unchanged); a rate of 0 stops its group alone; at zero gradient matrices shrink
-    by exactly 1 - lr wd (where decay is decoupled), and norms stay."""
+    factors for it, refuses it unchanged); a rate of 0 stops its group alone."""
     model = gpt(n_layer=2)
     added = dict(params=list(model.blocks[1].parameters()))
     if name == "kfac":
@@ -572,16 +560,6 @@ def test_optimizer_groups(name):
         baseline_steps(model, opt, range(2))
         group["lr"] = DEFAULT_LR[name]
         assert moved(model, before) == set(before) - still
-    opt = make_optimizer(name, model, lr=0.1, weight_decay=0.5)
-    before = named(model)
-    if name == "kfac":
-        opt.observe(*tokens())
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    opt.step()
-    for n, p in named(model).items():
-        if p.ndim < 2 or name not in ("adam", "sgd"):
-            assert torch.allclose(p, (0.95 if p.ndim == 2 else 1) * before[n], rtol=1e-14, atol=0)
 
 
 @every_baseline
@@ -684,35 +662,27 @@ def readable(tie):
 def plain_factors(model, idx, targets, own_labels):
     """{parameter: [L, R] or [diagonal]}, L = mean δδᵀ and R = mean aaᵀ, module by module, for the likeliest
     labels or the targets; the diagonal from squares of sums over three rows."""
+    h = [idx]
+    for m in model:
+        h.append(m(h[-1]))
+        h[-1].retain_grad()
+    z = h[-1].flatten(0, 1)
+    y = targets.flatten() if own_labels else z.argmax(-1)
+    F.cross_entropy(z, y, reduction="sum").backward()
     found = {}
     n = idx.numel()
-
-    def add(p, *sides):
-        old = found.get(p, [0, 0])
-        found[p] = [a + b / n for a, b in zip(old, sides)]
-
-    for x, y in zip(idx.split(3), targets.split(3)):
-        h = [x]
-        for m in model:
-            h.append(m(h[-1]))
-            h[-1].retain_grad()
-        model.zero_grad()
-        z = h[-1].flatten(0, 1)
-        y = y.flatten() if own_labels else z.argmax(-1)
-        F.cross_entropy(z, y, reduction="sum").backward()
-        for m, a, out in zip(model, h, h[1:]):
-            a = a.detach().flatten(0, 1)
-            delta = out.grad.flatten(0, 1)
-            L = delta.T @ delta
-            if isinstance(m, nn.LayerNorm):
-                add(m.weight, torch.diag(m.weight.grad**2))
-                add(m.bias, torch.diag(m.bias.grad**2))
-            elif isinstance(m, nn.Linear):
-                add(m.weight, L, a.T @ a)
-                if m.bias is not None:
-                    add(m.bias, L, len(a) * torch.ones(1, 1).double())
-            elif isinstance(m, nn.Embedding) and m.weight is not model[4].weight:
-                add(m.weight, torch.diag(a.bincount(minlength=7)).double(), L)
+    for m, a, out in zip(model, h, h[1:]):
+        delta = out.grad
+        L = torch.einsum("rti,rtj->ij", delta, delta) / n
+        if isinstance(m, nn.LayerNorm):
+            for p, grads in ((m.weight, delta * F.layer_norm(a, (4,))), (m.bias, delta)):
+                found[p] = [torch.diag(sum(rows.sum((0, 1)) ** 2 for rows in grads.split(3))) / n]
+        elif isinstance(m, nn.Linear):
+            found[m.weight] = [L, torch.einsum("rti,rtj->ij", a, a) / n]
+            if m.bias is not None:
+                found[m.bias] = [L, torch.ones(1, 1).double()]
+        elif isinstance(m, nn.Embedding) and m.weight is not model[4].weight:
+            found[m.weight] = [torch.diag(a.flatten().bincount(minlength=7)) / n, L]
     return found
 
 
@@ -750,30 +720,14 @@ def test_kfac_is_the_kronecker_product_of_plain_factors(tie, max_side, own_label
         assert close(got, torch.cat([wanted[i] for i in part]), 1e-6)  # the labels' softmax is float32
 
 
-def test_kfac_estimates_the_gauss_newton_matrix():
-    """Where its assumption holds (one input for all), L ⊗ R with sampled labels tends to G, whose labels
-    are all: 30,000 tokens bring it to 3 %, so the scale is right and the true targets play no part."""
-    torch.manual_seed(0)
-    model = nn.Linear(4, 3, bias=False).double()
-    y = torch.zeros(30_000).long()
-    x = torch.randn(4).double().expand(30_000, 4)
-    kfac = make_kfac(model, x, y)
-    v = torch.randn(5, 12).double()
-    got = [kfac.apply(t, lambda S: S) for t in v]
-    assert close(torch.stack(got), v @ Dense(model, x[:5], y[:5]).G, 0.03)
-
-
 def test_kfac_of_own_labels_adds_up_squares_of_sequences(monkeypatch):
     """Random signs make the square of a sum of sequences' gradients, for a norm (it has no factors), that of
     their squares: the mean of 4,000 draws is within five standard errors, at most √2 of the mean each."""
     monkeypatch.setattr(KFAC, "SQUARES", 1)
     model = readable(False)
     idx, targets = tokens(6)
-    want = 0
-    for x, y in zip(idx.split(1), targets.split(1)):
-        model.zero_grad()
-        F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").backward()
-        want = want + model[1].weight.grad**2 / idx.numel()
+    sums = [6 * Dense(model, x, y).g[28:32] for x, y in zip(idx.split(1), targets.split(1))]
+    want = sum(g**2 for g in sums) / 36
     kfac = KFAC(model, own_labels=True)
     generator = torch.Generator().manual_seed(0)
     got = 0
@@ -908,8 +862,8 @@ def test_step_is_the_dense_one(precond, damping, layerwise, search):
     M = eye = torch.eye(len(theta)).double()
     if opt.solver.kfac:
         M = torch.stack([opt.solver.kfac.apply(e, opt.solver.metric) for e in eye])
-    within = [dense.alone(eye.sum(0), part) for part in opt.parts]
-    A = dense.G * sum(torch.outer(t, t) for t in within) + damping * M
+    masks = [dense.mask(part) for part in opt.parts]
+    A = dense.G * sum(torch.outer(own, own) for own in masks) + damping * M
     d = torch.linalg.solve(A, -dense.g)
     tol = 1e3 * EPS * torch.linalg.cond(A).item()  # how exactly floating point can solve that
     assert close(opt.solver.direction, alpha * d, tol)
@@ -993,28 +947,6 @@ def test_interrupted_step_restores_the_parameters(where):
     assert torch.equal(theta_of(model), before)
     assert solver or opt.solver.damping < 10  # a rejection makes it 48
     assert opt.step(*data)["accepted"]
-
-
-@parametrize("name", [None, "soap"])
-def test_resume_is_the_uninterrupted_run(name):
-    """Parameters and state put into objects already in use: two more steps have the uninterrupted run's
-    bits."""
-
-    def build(seed):
-        model = gpt(seed=seed)
-        solver = InnerSolver(model, name, rows=2) if name else None
-        opt = GaussNewton(model, solver)
-        for i in range(2 - seed):
-            opt.step(*tokens(8, seed=i))
-        return model, opt
-
-    (whole, opt), (resumed, fresh) = build(0), build(1)
-    resumed.load_state_dict(whole.state_dict())
-    fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for seed in (2, 3):
-        data = tokens(8, seed=seed)
-        assert opt.step(*data) == fresh.step(*data)
-    assert torch.equal(theta_of(whole), theta_of(resumed))
 
 
 def test_what_cannot_be_stepped_is_named():
@@ -1131,8 +1063,8 @@ def test_newton_steps_are_the_dense_ones(prox, layerwise):
         promised = 0.0
         for part in parts:
             damping = start
-            own = 0.5 * whole.alone(last, part)
-            at = whole.index(part)
+            mask = whole.mask(part)
+            own = 0.5 * last * mask
             delta = None
             for x, y in zip(idx.split(32)[:3], targets.split(32)):
                 few = Dense(model, x, y)
@@ -1148,9 +1080,8 @@ def test_newton_steps_are_the_dense_ones(prox, layerwise):
                     damping *= 0.5 if t == 1 else 1 / max(t, 1 / 4)
                 _, slope, G = few.local(own, prox)
                 slope = slope + tilt
-                A = G[at][:, at] + damping * torch.eye(len(at))
-                delta = 0 * own
-                delta[at] = torch.linalg.solve(A, -slope[at])
+                A = G * torch.outer(mask, mask) + damping * torch.eye(len(mask))
+                delta = torch.linalg.solve(A, -slope * mask)
             promised -= m(own) + slope @ delta + delta @ G @ delta / 2
             d += own + delta
             ends.append(damping)
@@ -1196,10 +1127,10 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
             late = len(x) / 3 * (k >= 32)  # the last sixteenth of the second pass, rounded up
             total = 0.0
             for part in parts:
-                change, g, _ = dense.local(dense.alone(v, part), prox)
+                mask = dense.mask(part)
+                change, g, _ = dense.local(v * mask, prox)
                 fall = fall - late * float(change)
-                g = dense.alone(g, part)
-                total = total + g * min(1.0, 1 / g.norm().item())
+                total = total + g * mask * min(1.0, 1 / (g * mask).norm().item())
             for p, t in zip(params, unflatten(total, params)):
                 p.grad = t
             loss += len(x) / 66 * dense.loss
@@ -1360,7 +1291,8 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
     dense = Dense(model, idx, targets)
     G = dense.G
     part = [6, 0, 3]
-    at = dense.index(part)
+    where = torch.arange(len(G)).split(dense.sizes)
+    at = torch.cat([where[i] for i in part])
     assert isclose(ggn.loss, dense.loss) and close(ggn.grad, dense.g)
     for v in torch.randn(3, len(dense.g)).double():
         assert close(ggn.matvec(v), G @ v)
@@ -1379,16 +1311,20 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
 
 
 def test_linear_softmax_closed_form():
-    """G = (1/N) Σ (diag p − ppᵀ) ⊗ xxᵀ for z = Wx."""
+    """G = (diag p − ppᵀ) ⊗ xxᵀ for z = Wx and one x: so is the product; and L ⊗ R with sampled labels tends
+    to G, whose labels are all: 30,000 tokens bring it to 3 %, so its scale is right and the true targets play
+    no part."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3, bias=False).double()
-    x = torch.randn(40, 4).double()
-    G = torch.zeros(12, 12)
-    for p, a in zip(model(x).softmax(-1).detach(), x):
-        G = G + torch.kron(torch.diag(p) - torch.outer(p, p), torch.outer(a, a)) / 40
-    ggn = GGN(model, x, torch.zeros(40).long(), micro_batch=7)
-    product = [ggn.matvec(e) for e in torch.eye(12).double()]
-    assert close(torch.stack(product), G, 1e-12)
+    x = torch.randn(4).double()
+    p = model(x).softmax(-1).detach()
+    G = torch.kron(torch.diag(p) - torch.outer(p, p), torch.outer(x, x))
+    batch = x.expand(30_000, 4), torch.zeros(30_000).long()
+    ggn = GGN(model, *batch, micro_batch=7_000)
+    kfac = make_kfac(model, *batch)
+    for v in torch.randn(5, 12).double():
+        assert close(ggn.matvec(v), G @ v)
+        assert close(kfac.apply(v, lambda S: S), G @ v, 0.03)
 
 
 def test_work_and_products_are_counted():
@@ -1453,12 +1389,7 @@ def test_attention_has_the_derivatives_of_its_formula(queries, keys, batch, head
     shapes = (2, 3, queries, 4), (batch, heads, keys, 4), (batch, heads, keys, width)
     q, k, v = (torch.randn(shape).double().requires_grad_() for shape in shapes)
     d = tuple(torch.randn_like(t) for t in (q, k, v))
-    future = torch.ones(queries, keys).bool().triu(1) & causal
-
-    def formula(q, k, v):
-        scores = q @ k.transpose(-1, -2) * 0.3
-        return scores.masked_fill(future, -inf).softmax(-1) @ v
-
+    formula = functools.partial(plain_attention, is_causal=causal, scale=0.3)
     want, J = torch.func.jvp(formula, (q, k, v), d)
     with differentiable_attention():
         out = F.scaled_dot_product_attention(query=q, key=k, value=v, is_causal=causal, scale=0.3)
@@ -1702,12 +1633,7 @@ def checkpoint_of(out, name="checkpoint.pt"):
 
 def same_state(a, b):
     """Whether two checkpoints, or parts of them, are equal bit for bit."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_state, a, b))
+    a, b = tree_map_only(torch.Tensor, lambda t: (t.dtype, t.tolist()), (a, b))
     return a == b
 
 

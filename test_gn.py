@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 import zipfile
-import urllib.error
 import urllib.response
 from concurrent.futures import ThreadPoolExecutor
 from math import inf, isclose, isfinite, nan
@@ -66,7 +65,6 @@ from model import GPT, PRESETS, GPTConfig, differentiable_attention
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
-EPS = torch.finfo(torch.float64).eps
 parametrize = pytest.mark.parametrize
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -120,7 +118,7 @@ def vectors(rows=6):
 
 
 def theta_of(model):
-    return torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad])
+    return gn.flatten(p for p in model.parameters() if p.requires_grad).detach()
 
 
 def with_theta(model, theta):
@@ -161,11 +159,10 @@ class Dense:
 
     def __init__(self, model, idx, targets):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        names, params = zip(*named)
-        self.sizes = [p.numel() for p in params]
+        names, self.params = zip(*named)
 
         def logits(theta):
-            values = dict(zip(names, unflatten(theta, params)))
+            values = dict(zip(names, unflatten(theta, self.params)))
             return functional_call(model, values, (idx,)).flatten(0, -2)
 
         theta = theta_of(model)
@@ -191,17 +188,12 @@ class Dense:
 
     def mask(self, part):
         """1 at the parameters in part, 0 elsewhere."""
-        return torch.cat([torch.full((n,), i in part) for i, n in enumerate(self.sizes)]).double()
+        return gn.flatten(torch.full_like(p, i in part) for i, p in enumerate(self.params))
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="session")
-def stdlib(data_dir):
-    return prepare("stdlib", cache_dir=data_dir, block_size=64)
 
 
 def plain_attention(q, k, v, is_causal, scale=None):
@@ -221,11 +213,9 @@ def test_attention_is_causal_softmax_of_scaled_scores(monkeypatch):
         with sdpa_kernel(backend):
             return torch.cat([model(data[0]).flatten(), batch_grad(model, *data)[1]])
 
-    fused, unfused = map(found, (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))
+    both = [found(SDPBackend.FLASH_ATTENTION), found(SDPBackend.MATH)]
     monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
-    want = found(SDPBackend.MATH)
-    assert torch.allclose(fused, want, rtol=0, atol=1e-12)
-    assert torch.allclose(unfused, want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(both, [found(SDPBackend.MATH)] * 2, rtol=0, atol=1e-12)
 
 
 def test_later_tokens_do_not_change_earlier_logits():
@@ -239,8 +229,8 @@ def test_later_tokens_do_not_change_earlier_logits():
 
 
 def test_rotary_scores_depend_on_relative_position(monkeypatch):
-    """With one token everywhere, what attention compares at (i, j) is a function of i - j, and not a constant
-    one."""
+    """With one token everywhere, what attention compares at (i, j) is a function of i - j, and not that of
+    j - i."""
     seen = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: seen.extend([q, k]) or v)
     gpt(n_embd=16)(torch.full((1, 8), 3))
@@ -248,7 +238,6 @@ def test_rotary_scores_depend_on_relative_position(monkeypatch):
     scores = (q @ k.transpose(-1, -2))[0]  # (nh, T, T)
     same = scores[:, 1:, 1:] - scores[:, :-1, :-1]
     assert same.abs().max() < 1e-6  # cos and sin are float32
-    assert (scores[:, 0].std(-1) > 1e-2).all()
     assert (scores[:, 1, 0] - scores[:, 0, 1]).abs().min() > 1e-3
 
 
@@ -271,9 +260,10 @@ def test_presets_have_the_stated_sizes(name, sizes, vocab, millions):
 
 def test_model_errors_name_the_values():
     """What cannot be is a ValueError with the numbers in it."""
-    for told, sizes in (("6.*4", dict(n_embd=6, n_head=4)), ("3", dict(n_embd=6)), ("r.*0", dict(n_layer=0))):
+    sizes = {"6.*4": dict(n_embd=6, n_head=4), "3": dict(n_embd=6), "r.*0": dict(n_layer=0)}
+    for told, wrong in sizes.items():
         with raises(ValueError, match=told):
-            gpt(**sizes)
+            gpt(**wrong)
     for told, idx in {"9 tokens.*8": [0] * 9, "-1.*0 .. 6": [0, -1], "7.*0 .. 6": [0, 7]}.items():
         with raises(ValueError, match=told):
             gpt()(torch.tensor([idx]))
@@ -281,12 +271,11 @@ def test_model_errors_name_the_values():
 
 @parametrize("tie", [False, True])
 def test_layers_partition_and_generate(tie):
-    """layers() holds every parameter once, {embedding}, blocks, {head} (tied: no head); generate runs past
-    block_size, repeats itself with the same generator, and at temperature 0 takes the likeliest token."""
+    """layers() holds every parameter once (else GaussNewton would refuse it), {embedding}, blocks, {head}
+    (tied: no head); generate runs past block_size, repeats itself with the same generator, and at temperature
+    0 takes the likeliest token."""
     model = gpt(tie, n_layer=2)
-    layers = model.layers()
-    assert sorted(map(id, sum(layers, []))) == sorted(map(id, model.parameters()))
-    assert len(layers) == 4 - tie
+    assert len(GaussNewton(model, parts=model.layers()).parts) == 4 - tie
     start = torch.zeros(2, 1).long()
     one, two = (model.generate(start, 12, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     assert one.shape == (2, 13)
@@ -321,6 +310,11 @@ def moved(model, before):
     return {name for name, p in named(model).items() if not torch.equal(p, before[name])}
 
 
+def decayed(params, decay):
+    """A group for each parameter; norms and biases do not decay."""
+    return [dict(params=[p], weight_decay=decay * (p.ndim > 1)) for p in params]
+
+
 def dense_soap(x, grads, Q, sides, b3, lr=0.02, b1=0.9, b2=0.95, decay=0.3, every=4):
     """SOAP on a flattened parameter x in the basis U = Q_L (x) Q_R as one matrix (mn, mn), the first moment
     in the original space, as the paper has it. Yields x after each step."""
@@ -330,8 +324,6 @@ def dense_soap(x, grads, Q, sides, b3, lr=0.02, b1=0.9, b2=0.95, decay=0.3, ever
     for t, G in enumerate(grads, 1):
         U = np.kron(*Q)
         u = U.T @ G.ravel()
-        if t == 1:
-            u[np.abs(u) < 1e-9 * np.abs(u).max()] = 0  # zero but for rounding
         m = b1 * m + (1 - b1) * U @ u
         v = b2 * v + (1 - b2) * u**2
         direction = U.T @ m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + 1e-3)
@@ -356,16 +348,15 @@ def dense_soap(x, grads, Q, sides, b3, lr=0.02, b1=0.9, b2=0.95, decay=0.3, ever
 def test_soap_equals_dense_kronecker_derivation(shape, limit, sides, b3):
     """SOAP is Adam in the basis Q_L (x) Q_R written out as one dense matrix, over 12 steps and 3 refreshes,
     also where long sides keep the identity. The first basis is shared, for null vectors are arbitrary; the
-    next test shows that it is one of eigenvectors. Gradients are correlated and badly scaled, so that the bases move; eps is
-    1e-3, so that rounding beside a zero does not become a step."""
+    next test shows that it is one of eigenvectors. Gradients are correlated and badly scaled, so that the
+    bases move; eps is 1e-3, so that rounding beside a zero does not become a step."""
     rng = np.random.default_rng(0)
     seen = []
     A, B = (rng.normal(size=(d, d)) for d in shape)
     grads = [A @ (rng.normal(size=shape) + 0.3) @ B * 10 ** rng.uniform(-1, 0) for _ in range(12)]
     W = nn.Parameter(torch.from_numpy(rng.normal(size=shape)))
     start = W.detach().numpy().flatten()
-    settings = dict(lr=0.02, betas=(0.9, 0.95), shampoo_beta=b3, eps=1e-3, weight_decay=0.3)
-    opt = SOAP([W], precondition_frequency=4, max_precond_dim=limit, **settings)
+    opt = SOAP([W], 0.02, (0.9, 0.95), b3, 1e-3, 0.3, precondition_frequency=4, max_precond_dim=limit)
     for G in grads:
         W.grad = torch.from_numpy(G)
         opt.step()
@@ -423,8 +414,7 @@ def test_kfac_baseline_equals_dense_derivation():
     generator = torch.Generator().manual_seed(0)
     for step in range(5):
         theta, (idx, targets) = theta_of(model), tokens(8, seed=step)
-        decay = min(1 - 1 / (step + 1), 0.95)
-        reference.update(idx[:2], targets[:2], None, generator, decay)  # a quarter of the rows
+        reference.update(idx[:2], targets[:2], None, generator, step / (step + 1))  # a quarter of the rows
         if step % 2 == 0:
             used = list(reference.factors.values())
         g = batch_grad(model, idx, targets)[1]
@@ -440,7 +430,7 @@ def test_kfac_baseline_equals_dense_derivation():
             R = R + gamma * pi * torch.eye(len(R))
             n.append(torch.linalg.solve(torch.kron(L, R), grad.flatten()))
         n = torch.cat(n)
-        matrix = torch.cat([torch.full((p.numel(),), p.ndim > 1) for p in model.parameters()]).double()
+        matrix = gn.flatten(torch.full_like(p, p.ndim > 1) for p in model.parameters())
         rate = 2.0 - 1.7 * matrix
         kl = (rate**2 * n * g).sum()
         assert kl > 2e-2  # the clip is on
@@ -464,8 +454,7 @@ def test_muon_is_torchs_on_the_hidden_matrices(tie):
     for name, p in apart.named_parameters():
         (hidden if name.startswith("blocks") and p.ndim == 2 else rest).append(p)
     muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    groups = [dict(params=[p], weight_decay=0.1 * (p.ndim == 2)) for p in rest]
-    adamw = torch.optim.AdamW(groups, lr=0.02, betas=(0.6, 0.95))
+    adamw = torch.optim.AdamW(decayed(rest, 0.1), lr=0.02, betas=(0.6, 0.95))
     for seed in range(4):
         baseline_steps(joint, opt, [seed])
         baseline_steps(apart, muon, [seed])  # leaves gradients for the others
@@ -497,8 +486,7 @@ def test_baseline_is_the_torch_optimizer(name, build, settings):
     ours = nn.ParameterList([torch.randn(6).double(), torch.randn(2, 3, 4).double()])
     theirs = copy.deepcopy(ours)
     opt = make_optimizer(name, ours, 0.02, weight_decay=0.1, precondition_frequency=2)
-    groups = [dict(params=[p], weight_decay=0.1 * (p.ndim > 1)) for p in theirs]
-    other = build(groups, lr=0.02, **settings)
+    other = build(decayed(theirs, 0.1), lr=0.02, **settings)
     for _ in range(8):
         for a, b in zip(ours, theirs):
             a.grad = b.grad = torch.randn_like(a)
@@ -539,7 +527,6 @@ def test_optimizer_groups(name):
     """Every parameter sits in one group at DEFAULT_LR, also where a group is added (K-FAC, which has no
     factors for it, refuses it unchanged); a rate of 0 stops its group alone."""
     model = gpt(n_layer=2)
-    added = dict(params=list(model.blocks[1].parameters()))
     if name == "kfac":
         opt = make_optimizer(name, model)
         with raises(ValueError, match="new optimizer"):
@@ -549,7 +536,7 @@ def test_optimizer_groups(name):
         opt = make_optimizer(name, model)
         model.requires_grad_(True)
         baseline_steps(model, opt, [9])
-        opt.add_param_group(added)
+        opt.add_param_group(dict(params=list(model.blocks[1].parameters())))
     names = {p: n for n, p in model.named_parameters()}
     groups = [{names[p] for p in group["params"]} for group in opt.param_groups]
     assert sorted(n for group in groups for n in group) == sorted(names.values())
@@ -618,9 +605,9 @@ def test_optimizer_copies_go_on_bit_for_bit(name, copied):
         baseline_steps(model, opt, [seed])
         schedule.step()
     twin, again, *_ = copied((model, opt, name))
-    start = theta_of(model)
+    start = named(model)
     baseline_steps(model, opt, range(7, 12))  # refreshes eigenbases, at step 10
-    assert torch.equal(theta_of(twin), start)
+    assert not moved(twin, start)
     baseline_steps(twin, again, range(7, 12))
     assert torch.equal(theta_of(twin), theta_of(model))
 
@@ -682,7 +669,7 @@ def plain_factors(model, idx, targets, own_labels):
             if m.bias is not None:
                 found[m.bias] = [L, torch.ones(1, 1).double()]
         elif isinstance(m, nn.Embedding) and m.weight is not model[4].weight:
-            found[m.weight] = [torch.diag(a.flatten().bincount(minlength=7)) / n, L]
+            found[m.weight] = [torch.diag(a.flatten().bincount(minlength=7)).double() / n, L]
     return found
 
 
@@ -755,37 +742,38 @@ def test_kfac_sees_what_multiplies_its_input(monkeypatch):
 def hugging_face(name):
     """A small GPT-2 or Llama with random weights; it returns logits."""
     hf = pytest.importorskip("transformers")
-    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, use_cache=False)
-    config = hf.GPT2Config(**sizes)
-    if name == "llama":
-        config = hf.LlamaConfig(
-            intermediate_size=32, num_key_value_heads=2, tie_word_embeddings=True, **sizes
-        )
+    config = hf.AutoConfig.for_model(
+        name,
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
     model = hf.AutoModelForCausalLM.from_config(config).eval()
     model.register_forward_hook(lambda m, x, out: out.logits)
     return model
 
 
-@parametrize("name", ["gpt2", "llama"])
-def test_hugging_face_models_train(name):
-    """GPT-2 (transposed weights, tied) and Llama (grouped queries, tied) with random weights: inner steps
-    lower the loss; K-FAC has factors for all of GPT-2's maps."""
-    idx, _ = tokens(24, 12, 50)
-    targets = (3 * idx + 1) % 50
-    torch.manual_seed(0)
-    model = hugging_face(name)
-    opt = GaussNewton(model, InnerSolver(model, "muon", rows=2))
-    losses = [opt.step(idx, targets)["loss"] for _ in range(3)]
-    assert losses[0] > losses[1] > losses[2]
-    sides = [len(sides) for sides in make_kfac(model, idx, targets).factors.values()]
-    assert name == "llama" or sides.count(2) >= 17  # embeddings, maps, their biases
-
-
-@parametrize("kind, scale", [("perceptron", 1), ("perceptron", 100), ("gpt2", 1), ("llama", 1)])
-def test_steps_start_anywhere(kind, scale):
+@parametrize(
+    "kind, scale, inner",
+    [
+        ("perceptron", 1, False),
+        ("perceptron", 100, False),
+        ("gpt2", 1, False),
+        ("gpt2", 1, True),
+        ("llama", 1, False),
+        ("llama", 1, True),
+    ],
+)
+def test_steps_start_anywhere(kind, scale, inner):
     """Five steps with nothing set, on five batches of a classification or a counting task, whatever the
-    inputs' scale: none is rejected, and the loss on other data is lower than by AdamW at the best of three
-    rates."""
+    inputs' scale, and by inner steps on other libraries' models (GPT-2 has transposed weights, Llama grouped
+    queries, both tied): none is rejected, and the loss on other data is lower than by AdamW at the best of
+    three rates. K-FAC has factors for all of GPT-2's maps."""
     torch.manual_seed(1)
     centres = torch.randn(10, 16)
 
@@ -805,9 +793,12 @@ def test_steps_start_anywhere(kind, scale):
         return nn.Sequential(*hidden, nn.Linear(64, 10))
 
     model = build()
-    opt = GaussNewton(model)
+    opt = GaussNewton(model, InnerSolver(model, "muon", rows=4) if inner else None)
     assert all(opt.step(*batch(seed))["accepted"] for seed in range(5))
-    adamw = []
+    if kind == "gpt2" and not inner:
+        factored = sum(len(sides) == 2 for sides in opt.solver.kfac.factors.values())
+        assert factored >= 17  # embeddings, maps, their biases
+    loss = batch_loss(model, *batch(9))
     for lr in (3e-3, 1e-2, 3e-2):
         other = build()
         adam = torch.optim.AdamW(other.parameters(), lr)
@@ -816,63 +807,55 @@ def test_steps_start_anywhere(kind, scale):
             adam.zero_grad()
             F.cross_entropy(other(x).flatten(0, -2), y.flatten()).backward()
             adam.step()
-        adamw.append(batch_loss(other, *batch(9)))
-    assert batch_loss(model, *batch(9)) < min(adamw)
+        assert loss < batch_loss(other, *batch(9))
 
 
-def test_kfac_gives_a_packed_projection_factors():
-    """nn.MultiheadAttention's in_proj_weight (3E, E): L is E[δδᵀ] of all three together, R is E[aaᵀ]."""
+def test_kfac_of_odd_parameters():
+    """nn.MultiheadAttention's in_proj_weight (3E, E): L is E[δδᵀ] of all three together, R is E[aaᵀ]. A 1-D
+    parameter that is added to no vector of its own length has no such factors, but its diagonal."""
+    batch = vectors()
     model = FOREIGN["multihead"]()
-    x, y = vectors()
-    factors = make_kfac(model, x, y).factors  # of inp's weight and bias, then of its
-    a = model.inp(x).flatten(0, 1)
-    left, right = factors[2]
-    assert left.shape == (12, 12) and close(right, a.T @ a / len(a))
+    factors = make_kfac(model, *batch).factors  # of inp's weight and bias, then of its
+    a = model.inp(batch[0]).flatten(0, 1)
+    assert factors[2][0].shape == (12, 12) and close(factors[2][1], a.T @ a / len(a))
     assert [side.shape for side in factors[3]] == [(12, 12), (1,)]
-
-
-def test_kfac_takes_no_scale_for_a_bias():
-    """A 1-D parameter that is added to no vector of its own length has no Kronecker factors, but its
-    diagonal."""
     for size in (4, 1):
         model = Between(lambda h, m: h * (1 + m.scale) if size > 1 else h + m.scale)
         model.scale = nn.Parameter(torch.full((size,), 0.1).double())
-        factors = make_kfac(model, *vectors()).factors.values()
+        factors = make_kfac(model, *batch).factors.values()
         assert [len(sides) for sides in factors].count(1) == 1
 
 
 # ---- one Gauss-Newton step ----
 
 
-@parametrize("precond, damping", [("none", 0.01), ("kfac", 0.1)])
 @parametrize("layerwise", [False, True])
 @parametrize("search", [None, tokens(3, seed=3)], ids=["rows", "other"])
-def test_step_is_the_dense_one(precond, damping, layerwise, search):
-    """One Newton step of GN on the whole batch: d = −(G + λM)⁻¹ g, M = I or K-FAC's, G whole or its parts'
-    blocks. The last 8 of 20 rows (40 %), or other data, decide α by their least loss; θ moves by αd, and the
-    record and the next λ are their definitions, recomputed."""
+def test_step_is_the_dense_one(layerwise, search):
+    """One Newton step of GN on the whole batch: d = −(G + λI)⁻¹ g, G whole or its parts' blocks. The last 8
+    of 20 rows (40 %), or other data, decide α by their least loss; θ moves by αd, and the record and the next
+    λ are their definitions, recomputed."""
     model, (idx, targets) = gpt(), tokens(20)
     parts = scrambled(model) if layerwise else None
-    settings = dict(local_model="gn", newton_steps=1, cg_iters=300, curvature_frac=1.0, damping=damping)
-    opt = GaussNewton(model, parts=parts, line_search="grid", search_frac=0.4, precond=precond, **settings)
+    damping = 0.01
+    solver = ConjugateGradients(model, "gn", 1, 300, damping, "none", curvature_frac=1.0)
+    opt = GaussNewton(model, solver, parts, "grid", search_frac=0.4)
     theta = theta_of(model)
     dense = Dense(model, idx, targets)
     record = opt.step(idx, targets, search)
     alpha = record["alpha"]
-    M = eye = torch.eye(len(theta)).double()
-    if opt.solver.kfac:
-        M = torch.stack([opt.solver.kfac.apply(e, opt.solver.metric) for e in eye])
     masks = [dense.mask(part) for part in opt.parts]
-    A = dense.G * sum(torch.outer(own, own) for own in masks) + damping * M
+    A = dense.G * sum(torch.outer(own, own) for own in masks) + damping * torch.eye(len(theta))
     d = torch.linalg.solve(A, -dense.g)
-    tol = 1e3 * EPS * torch.linalg.cond(A).item()  # how exactly floating point can solve that
-    assert close(opt.solver.direction, alpha * d, tol)
+    # how exactly floating point can solve that
+    tol = 1e3 * torch.finfo(A.dtype).eps * torch.linalg.cond(A).item()
+    assert close(solver.direction, alpha * d, tol)
     assert 0 < alpha < 1 and close(theta_of(model) - theta, alpha * d, tol)
     x, y = search or (idx[-8:], targets[-8:])
     lengths = [2 ** (-i / 2) for i in range(10)]
     start, *losses = (batch_loss(with_theta(model, theta + t * d), x, y) for t in [0, *lengths])
     slope = dense.g @ d
-    predicted = alpha * slope + alpha**2 * (-slope - damping * d @ M @ d) / 2
+    predicted = alpha * slope + alpha**2 * (-slope - damping * d @ d) / 2
     wanted = dict(
         alpha=lengths[np.argmin(losses)],
         loss=dense.loss,
@@ -884,12 +867,12 @@ def test_step_is_the_dense_one(precond, damping, layerwise, search):
         step_norm=alpha * d.norm(),
         work=1 + 4 / 3 * record["products"] + 4 / 3 + 11 / 3 * len(x) / 20,
     )
-    if precond == "kfac" or layerwise:
+    if layerwise:
         del wanted["work"]
     for key, want in wanted.items():
         assert isclose(record[key], float(want), rel_tol=1e-6), key
-    assert isclose(opt.solver.damping, levenberg_marquardt(damping, record["rho"], alpha))
-    assert record["accepted"] and record["reason"] == "" and json.dumps(record)
+    assert isclose(solver.damping, levenberg_marquardt(damping, record["rho"], alpha))
+    assert record["accepted"] and record["reason"] == ""
 
 
 @parametrize(
@@ -910,7 +893,7 @@ def test_rejected_step_changes_no_parameter(name, change, reason, monkeypatch):
     data = tokens(8)
     opt = GaussNewton(model, newton_steps=1, search_frac=1.0, line_search="grid")
     opt.step(*data)
-    before = theta_of(model)
+    before = named(model)
     damping = opt.solver.damping
     owner = GGN if name == "matvec" else gn
     healthy = getattr(owner, name)
@@ -920,7 +903,7 @@ def test_rejected_step_changes_no_parameter(name, change, reason, monkeypatch):
             m.setattr(owner, name, lambda *arguments: change(healthy(*arguments), next(calls)))
             record = opt.step(*data)
             assert not record["accepted"] and reason in record["reason"]
-            assert torch.equal(theta_of(model), before)
+            assert not moved(model, before)
             assert isclose(opt.solver.damping, damping * 16**n)
             assert opt.solver.direction is None and opt.rejections == n
     assert opt.step(*data)["accepted"] and opt.rejections == 0
@@ -941,10 +924,10 @@ def test_interrupted_step_restores_the_parameters(where):
             raise KeyboardInterrupt
 
     opt = GaussNewton(model, solver, line_search="grid", progress=progress)
-    before = theta_of(model)
+    before = named(model)
     with raises(KeyboardInterrupt):
         opt.step(*data)
-    assert torch.equal(theta_of(model), before)
+    assert not moved(model, before)
     assert solver or opt.solver.damping < 10  # a rejection makes it 48
     assert opt.step(*data)["accepted"]
 
@@ -968,15 +951,22 @@ def test_what_cannot_be_stepped_is_named():
     for bad, parts, named in cases:
         with raises(ValueError, match=named):
             GaussNewton(bad, parts=parts)
-    words = {"precond": "kfca", "local_model": "full", "line_search": "grit"}
-    numbers = {"curvature_frac": 0, "search_frac": 1.1, "damping": nan, "cg_iters": 0, "newton_steps": -1}
-    for build, settings in (
-        (GaussNewton, {**words, **numbers}),
-        (InnerSolver, {"rows": 0, "passes": 0, "lr": inf, "outer_steps": 0}),
-    ):
-        for name, value in settings.items():
-            with raises(ValueError, match=name):
-                build(model, **{name: value})
+    settings = {
+        "precond": "kfca",
+        "local_model": "full",
+        "line_search": "grit",
+        "curvature_frac": 0,
+        "search_frac": 1.1,
+        "damping": nan,
+        "cg_iters": 0,
+        "newton_steps": -1,
+    }
+    for name, value in settings.items():
+        with raises(ValueError, match=name):
+            GaussNewton(model, **{name: value})
+    for name, value in {"rows": 0, "passes": 0, "lr": inf, "outer_steps": 0}.items():
+        with raises(ValueError, match=name):
+            InnerSolver(model, **{name: value})
     with raises(ValueError, match="kfac"):
         InnerSolver(model, "kfac")
     with raises(TypeError, match="damping"):
@@ -1029,15 +1019,18 @@ def test_step_inside_autocast(name):
 
 
 def test_preconditioner_inverts_what_it_stands_for(monkeypatch):
-    """With K-FAC's matrix in G's place one iteration of CG is the whole solve, damping included."""
+    """With K-FAC's matrix in G's place one iteration of CG is the whole solve, damping included, which is no
+    part of the decrease."""
     model = gpt()
     data = tokens(8)
     solver = ConjugateGradients(model, "gn", newton_steps=1, cg_iters=1, damping=0.3)
     parts = GaussNewton(model, solver, scrambled(model)).parts
     monkeypatch.setattr(GGN, "matvec", lambda ggn, v, part: solver.kfac.apply(v, lambda S: S, part))
-    d = solver.solve(parts, *data).direction
+    found = solver.solve(parts, *data)
     g = Dense(model, *data).g
-    assert close(d, solver.kfac.apply(-g, lambda S: 1 / (S + 0.3 * solver.metric(S))))
+    d = solver.kfac.apply(-g, lambda S: 1 / (S + 0.3 * solver.metric(S)))
+    assert close(found.direction, d)
+    assert isclose(found.decrease, -(g + solver.kfac.apply(d, lambda S: S) / 2) @ d)
 
 
 @parametrize("prox", [False, True])
@@ -1103,8 +1096,8 @@ def test_newton_steps_are_the_dense_ones(prox, layerwise):
 @parametrize("layerwise", [False, True])
 def test_inner_solver_is_a_plain_loop(prox, layerwise):
     """Three solves, each of two passes over 17 micro-batches, the last of one row, against AdamW on dense J
-    and H: θ̂, and loss, slope and decrease weighted by rows. The second goes on from θ̂ with the old moments, the third, after
-    `forget`, at θ."""
+    and H: θ̂, and loss, slope and decrease weighted by rows. The second goes on from θ̂ with the old moments,
+    the third, after `forget`, at θ."""
     model, end, (idx, targets) = gpt(), gpt(), tokens(33, 2)
     solver = InnerSolver(model, "adamw", rows=2, lr=0.05, local_model="prox_linear" if prox else "gn")
     parts = GaussNewton(model, solver, scrambled(model) if layerwise else None).parts
@@ -1118,9 +1111,7 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
             solver.forget()
         if outer != 1:
             with_theta(end, theta)
-            decayed = dict(params=[p for p in params if p.ndim > 1], weight_decay=1e-3)
-            norms = dict(params=[p for p in params if p.ndim == 1], weight_decay=0.0)
-            adam = torch.optim.AdamW([decayed, norms])
+            adam = torch.optim.AdamW(decayed(params, 1e-3))
         for k, (x, y) in enumerate([*zip(idx.split(2), targets.split(2))] * 2):
             dense = Dense(model, x, y)
             v = theta_of(end) - theta
@@ -1244,15 +1235,10 @@ def test_line_search_follows_its_rules(kind, losses, i, reason):
     """From a loss of 1 with slope −0.1, over α = 2^(−i/2): armijo takes the first with f(α) <= 1 − 0.001 α
     and goes on while the loss falls, grid the best below 1, none α = 1 if finite; else α = 0 and a
     reason."""
-    tried = []
-
-    def loss_at(alpha):
-        tried.append(alpha)
-        return losses[len(tried) - 1]
-
-    want = (0.0, 1.0) if i is None else (2 ** (-i / 2), losses[i])
+    lengths = [2 ** (-i / 2) for i in range(len(losses))]
+    loss_at = dict(zip(lengths, losses)).get  # of no other length, and so many are tried
+    want = (0.0, 1.0) if i is None else (lengths[i], losses[i])
     assert line_search(loss_at, 1.0, -0.1, kind) == (*want, len(losses), reason)
-    assert tried == [2 ** (-i / 2) for i in range(len(losses))]
 
 
 @parametrize(
@@ -1285,14 +1271,12 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
     v, and after a search along a line; then G v again after the expansion to second order. (Expansions of
     blocks, and to second order, are in the solvers' tests.)"""
     model, (idx, targets) = gpt(tie), tokens()
-    sizes = np.linspace(0, 1e-3, 40)
-    caches = {len(GGN(model, idx, targets, micro_batch, gb).cache): gb for gb in sizes}
-    ggn = GGN(model, idx, targets, micro_batch, caches[kept])
+    ggns = (GGN(model, idx, targets, micro_batch, cache_gb) for cache_gb in np.linspace(0, 1e-3, 40))
+    ggn = next(ggn for ggn in ggns if len(ggn.cache) == kept)
     dense = Dense(model, idx, targets)
     G = dense.G
     part = [6, 0, 3]
-    where = torch.arange(len(G)).split(dense.sizes)
-    at = torch.cat([where[i] for i in part])
+    at = gn.select(torch.arange(len(G)), ggn.params, part)
     assert isclose(ggn.loss, dense.loss) and close(ggn.grad, dense.g)
     for v in torch.randn(3, len(dense.g)).double():
         assert close(ggn.matvec(v), G @ v)
@@ -1334,18 +1318,17 @@ def test_work_and_products_are_counted():
     model, (idx, targets) = gpt(), tokens(6)
     for cache_gb, redone in ((1, 0), (0, 1)):
         ggn = GGN(model, idx, targets, micro_batch=2, cache_gb=cache_gb)
-        ggn.matvec(ggn.grad)
-        ggn.matvec(ggn.grad[:28], [0])
+        g = ggn.grad
+        ggn.matvec(g)
+        ggn.matvec(g[:28], [0])
+        ggn.expand(g)
+        ggn.expand_along(g, g, [0.0, 1.0], 0.0)
+        ggn.expand(g, prox_linear=True)
+        ggn.matvec(g)  # pieces that were not kept are moved to z + J d once more
         part = (4 * 28 + 2 * 200) / 228 / 3
-        assert ggn.products == 2
-        assert isclose(ggn.work, 1 + 4 / 3 + part + 2 * redone)
-        ggn.expand(ggn.grad)
-        ggn.expand_along(ggn.grad, ggn.grad, [0.0, 1.0], 0.0)
-        assert isclose(ggn.work, 1 + 4 / 3 + part + 4 / 3 + 2 + redone * (2 + 1 + 2 + 2 / 3))
-        before = ggn.work
-        ggn.expand(ggn.grad, prox_linear=True)
-        ggn.matvec(ggn.grad)  # pieces that were not kept are moved to z + J d once more
-        assert isclose(ggn.work - before, 8 / 3 + redone * (1 + 1 + 2 / 3))
+        again = 4 + (2 + 2 / 3) + (1 + 2 / 3)  # the search, and the last product
+        assert ggn.products == 3
+        assert isclose(ggn.work, 1 + 4 * 4 / 3 + part + 2 + again * redone)
 
 
 @parametrize("kind", FOREIGN)
@@ -1365,7 +1348,7 @@ def test_foreign_modules(kind):
         opt = GaussNewton(model, InnerSolver(model, "adamw", rows=2, lr=0.02) if inner else None)
         losses = [opt.step(x, y)["loss"] for _ in range(3)]
         assert losses[0] > losses[1] > losses[2]
-        assert all(p is q for p, q in zip(model.parameters(), params, strict=True))
+        assert list(model.parameters()) == params  # the very objects
         idle = {n for n in before if kind in ("spare", "frozen") and n.startswith("inner")}
         assert inner or moved(model, before) == set(before) - idle  # inner weight decay reaches all
 
@@ -1474,38 +1457,32 @@ def test_a_product_at_gpt2s_vocabulary_takes_under_3_gb():
 # ---- what the product refuses ----
 
 
+def checkpointed(h, m):
+    return checkpoint(lambda h: F.scaled_dot_product_attention(h, h, m.inner(h)), h, use_reentrant=False)
+
+
 @parametrize(
-    "function, modules",
+    "function, modules, told",
     [
-        (lambda h, m: m.inner(h.flatten(0, 1)).view_as(h), [nn.BatchNorm1d(4)]),
-        (lambda h, m: h if m.training and random.random() < 0.5 else h.tanh(), []),
-        (lambda h, m: F.dropout(h, 0.02, m.training), []),
-        (lambda h, m: F.scaled_dot_product_attention(h, h, h, dropout_p=0.3 * m.training), []),
-        (lambda h, m: h + 1e-3 * torch.randn_like(h) * m.training, []),
+        (lambda h, m: m.inner(h.flatten(0, 1)).view_as(h), [nn.BatchNorm1d(4)], r"eval\(\)"),
+        (lambda h, m: h if m.training and random.random() < 0.5 else h.tanh(), [], r"eval\(\)"),
+        (lambda h, m: F.dropout(h, 0.02, m.training), [], r"eval\(\)"),
+        (lambda h, m: F.scaled_dot_product_attention(h, h, h, dropout_p=0.3 * m.training), [], r"eval\(\)"),
+        (lambda h, m: h + 1e-3 * torch.randn_like(h) * m.training, [], r"eval\(\)"),
+        (checkpointed, [nn.Linear(4, 4)], "activation checkpointing"),
     ],
-    ids=["batch norm", "skipped", "dropout", "attention", "noise"],
+    ids=["batch norm", "skipped", "dropout", "attention", "noise", "checkpointing"],
 )
-def test_randomness_is_refused(function, modules):
+def test_randomness_and_checkpointing_are_refused(function, modules, told):
     """Random in training mode, whatever does it and however rarely: a ValueError, from every solver; welcome
-    in eval mode, and refused again after train()."""
+    in eval mode, and refused again after train(). Activation checkpointing: one that names it."""
     random.seed(0)
     (x, y), model = vectors(), Between(function, *modules)
     for solver in (None, InnerSolver(model, rows=2)):
-        with raises(ValueError, match=r"eval\(\)"):
+        with raises(ValueError, match=told):
             GaussNewton(model.train(), solver).step(x, y)
-        assert isfinite(GGN(model.eval(), x, y).loss)
-
-
-def test_checkpointing_is_one_clear_message():
-    """Activation checkpointing: a ValueError that names it, from either solver."""
-
-    def attend(h, m):
-        return checkpoint(lambda h: F.scaled_dot_product_attention(h, h, m.inner(h)), h, use_reentrant=False)
-
-    model = Between(attend, nn.Linear(4, 4))
-    for solver in (None, InnerSolver(model, rows=2)):
-        with raises(ValueError, match="activation checkpointing"):
-            GaussNewton(model, solver).step(*vectors())
+        if function != checkpointed:
+            assert isfinite(GGN(model.eval(), x, y).loss)
 
 
 def test_ignored_targets_are_left_out():
@@ -1519,7 +1496,7 @@ def test_ignored_targets_are_left_out():
         ggn = GGN(model, x, y, micro_batch)
         v = ggn.grad
         change, slope = ggn.expand(v, prox_linear=True)
-        solved = InnerSolver(model, "adamw", rows=1).solve([[0, 1, 2, 3, 4, 5]], x, y)
+        solved = InnerSolver(model, "adamw", rows=1).solve([range(6)], x, y)
         losses = ggn.loss, batch_loss(model, x, y, micro_batch), change, solved.loss
         return [*losses, v, batch_grad(model, x, y, micro_batch)[1], slope, ggn.matvec(v), solved.direction]
 
@@ -1541,13 +1518,14 @@ def test_batches_that_cannot_be_learned_from_are_named():
         "no target that counts": (x, 0 * y - 100),
     }
     outputs = {
-        "do not fit": lambda z: z.sum(-1),
-        r"self.model\(x\)\[0\]": lambda z: (z, None),
-        r"self.model\(x\).logits": lambda z: SimpleNamespace(logits=z),
+        "do not fit": lambda m, x, z: z.sum(-1),
+        r"self.model\(x\)\[0\]": lambda m, x, z: (z, None),
+        r"self.model\(x\).logits": lambda m, x, z: SimpleNamespace(logits=z),
     }
     for named in [*batches, *outputs]:
         model = Between(lambda h, m: h)
-        model.register_forward_hook(lambda m, a, z: outputs.get(named, lambda z: z)(z))
+        if named in outputs:
+            model.register_forward_hook(outputs[named])
         inner = GaussNewton(model, InnerSolver(model, rows=2))
         for call in (GaussNewton(model).step, inner.step, KFAC(model).update):
             with raises(ValueError, match=named):
@@ -1577,7 +1555,7 @@ def test_compiled_equals_eager(monkeypatch):
 
     def solve(model, data, compile):
         solver = InnerSolver(model, "adamw", rows=6, compile=compile)
-        return solver.solve([list(range(len(solver.params)))], *data)
+        return solver.solve([range(len(solver.params))], *data)
 
     model = gpt()
     data = tokens()
@@ -1691,7 +1669,6 @@ def test_every_method_learns(go, flags, capsys):
         assert work > 1 if "gn" in flags or "kfac" in flags else work == 1
         assert f"step {row['step']}/3 | loss {row['train_loss']:.3f} | val {row['val_loss']:.3f}" in out
     assert "20 tokens from the model:\n" in out
-    assert checkpoint_of("run")["progress"]["step"] == 3
 
 
 @parametrize(
@@ -1755,13 +1732,12 @@ def test_resume_equals_the_uninterrupted_run(go, flags, monkeypatch):
     """A run that dies in step 4 with a checkpoint at 2, then --resume: the same as five steps in one go, bit
     for bit; and so after a stop before any step."""
     flags = f"{SMALL} {flags} --steps 5"
-    step_line = train.step_line
     go(f"{flags} --out_dir whole")
 
     def die(row, *args):
         if row["step"] == 4:
             raise RuntimeError("power cut")
-        return step_line(row, *args)
+        return ""
 
     with monkeypatch.context() as m, raises(RuntimeError):
         m.setattr(train, "step_line", die)
@@ -1769,7 +1745,6 @@ def test_resume_equals_the_uninterrupted_run(go, flags, monkeypatch):
     go("--resume --out_dir died")
     assert same_run("died", "whole")
     go(f"{flags} --target_loss 99 --out_dir none")
-    assert len(log_of("none")[1]) == 1
     go("--resume --target_loss 0 --out_dir none")
     assert same_run("none", "whole")
 
@@ -1831,14 +1806,13 @@ def test_signals(go, monkeypatch, capsys, number):
 
 
 def test_target_loss_stops_the_run(go, capsys):
-    """At the first evaluation at or below it, with a checkpoint; where it is not reached, a line says so."""
+    """At the first evaluation at or below it; where it is not reached, a line says so."""
     flags = f"{SMALL} --opt adamw --steps 4"
     go(f"{flags} --out_dir a")
     rows = log_of("a")[1]
     target = rows[2]["val_loss"]
     go(f"{flags} --out_dir b --target_loss {target!r}")
     assert log_of("b")[1] == rows[:3]
-    assert checkpoint_of("b")["progress"]["step"] == 2
     assert f"target {target:g} reached" in capsys.readouterr().out
     go(f"{flags} --out_dir c --target_loss 0.5")
     assert "target 0.5 not reached" in capsys.readouterr().out
@@ -1957,7 +1931,7 @@ def test_random_flags_run_or_are_refused(go, capsys):
         flags = [SMALL]
         for action in rng.sample(actions, 3):
             values = action.choices or ["0", "1", "3", "8", "16", "0.5", "1e-8"]
-            count = {0: 0, 2: 2}.get(action.nargs, 1)
+            count = 1 if action.nargs is None else action.nargs
             flags += [action.option_strings[0], *(rng.choice(values) for _ in range(count))]
         command = " ".join(flags) + f" --steps 1 --out_dir run{number}"
         status = go(command, None)
@@ -2056,7 +2030,7 @@ def test_killed_anywhere(flags, tmp_path, monkeypatch):
     the parameters and rows of a run that was never killed."""
     monkeypatch.chdir(tmp_path)
     rng = random.Random(flags)
-    Path("text.txt").write_text("".join(rng.choice("abc \n") for _ in range(9_000)))
+    Path("text.txt").write_text("".join(rng.choices("abc \n", k=9_000)))
 
     def start(out, **where):
         command = f"{SMALL} {flags} --data text.txt --threads 1 --sample 0 --steps 3 --overwrite"
@@ -2160,7 +2134,7 @@ def test_processes_make_the_step_of_one(flags, go, monkeypatch):
         command = f"{start} --steps {step} --out_dir {out}"
         assert not any(together(n, lambda rank: go(command)))
         row = log_of(out)[1][-1]
-        weights = torch.cat([t.flatten() for t in checkpoint_of(out)["model"].values()])
+        weights = gn.flatten(checkpoint_of(out)["model"].values())
         return weights, torch.tensor([row["train_loss"], row["val_loss"]])
 
     torch.set_default_dtype(torch.float64)
@@ -2239,7 +2213,7 @@ def test_ema_is_what_is_evaluated(go):
     zero, plain, ema = (checkpoint_of(out) for out in ("zero", "plain", "ema"))
     mixed = {k: 0.75 * zero["model"][k] + 0.25 * v for k, v in plain["model"].items()}
     assert same_state(ema["model"], plain["model"])
-    assert all(torch.allclose(ema["averaged"][key], mixed[key], atol=1e-6) for key in mixed)
+    torch.testing.assert_close(ema["averaged"], mixed, rtol=1e-5, atol=1e-6)
     torch.save({**plain, "model": mixed}, "mixed.pt")
     go(f"{flags} mixed --init_from mixed.pt --target_loss 99")
     losses = [log_of(out)[1][-1]["val_loss"] for out in ("ema", "mixed", "plain")]
@@ -2328,11 +2302,11 @@ def test_tokenizers(tmp_path, cache, monkeypatch):
     assert "TIKTOKEN_CACHE_DIR" in error_of(path, cache, tokenizer="gpt2")
 
 
-def test_stdlib_is_source_without_tests(tmp_path, cache, stdlib, monkeypatch):
+def test_stdlib_is_source_without_tests(tmp_path, cache, monkeypatch):
     """The default needs no network: over 5 MB of this Python's source, as read-only memmaps. It is the .py
     files in sorted order, no tests, nothing installed; a Python without its source is said in one line."""
+    stdlib = prepare("stdlib", cache_dir=cache)
     assert len(stdlib.train) > 5e6
-    assert 0.01 < len(stdlib.val) / len(stdlib.train) < 0.12
     assert stdlib.val.dtype == np.uint8
     assert not stdlib.val.flags.writeable
     monkeypatch.setattr(D, "VAL_FRACTION", 0.0)
@@ -2492,20 +2466,6 @@ def test_prepared_data_is_reused_only_if_it_matches(tmp_path, cache, monkeypatch
     assert builds() == 1
 
 
-def test_interrupted_preparation_leaves_nothing(tmp_path, cache, monkeypatch):
-    """An error half-way leaves no folder, and the next run makes the whole."""
-    path = write(tmp_path / "t.jsonl", jsonl(f"record {i}" for i in range(200)))
-
-    def broken(*files):
-        raise OSError("disk\nfull")
-
-    with monkeypatch.context() as m:
-        m.setattr(D.shutil, "copyfileobj", broken)
-        assert "disk full" in error_of(path, cache)
-    assert prepare(path, cache_dir=cache).meta["documents"] == 200
-    assert left_in(cache) == ["meta.json", "tokens.bin"]
-
-
 SHARDS = [f"c4-train.0000{i}-of-01024.json.gz" for i in range(2)]
 
 
@@ -2521,7 +2481,7 @@ def web(monkeypatch):
         web.seen.append(name)
         time.sleep(0.1)
         if name not in web.files:
-            raise urllib.error.URLError("no\nroute")
+            raise OSError("no\nroute")
         headers = {"Content-Length": len(web.files[name])}
         return urllib.response.addinfourl(io.BytesIO(web.files[name][: web.cut]), headers, url)
 
@@ -2608,7 +2568,7 @@ def test_val_batch_is_spread_over_all_of_validation(n):
         count = min(max(n_tokens // 16, 1), (n - 1) // 16)
         assert torch.equal(idx, starts[:, None] + torch.arange(16))
         assert torch.equal(targets, idx + 1)
-        ideal = torch.linspace(0, n - 17 if count > 1 else 0, count)
+        ideal = torch.linspace(0, n - 17, count)
         assert len(idx) == count
         assert (starts - ideal).abs().max() < 1
         assert (starts.diff() >= 16).all()
@@ -2659,12 +2619,11 @@ def test_every_run_of_the_list_is_recorded_and_its_flags_are_known():
     """Of those that can be made again."""
     sys.path.insert(0, str(HERE / "results"))
     from study import read_list, read_records
-    from train import resolve
 
     records = read_records()
     for line in read_list():
         assert line.key in records
-        args, given = (None, {}) if line.gone else resolve(line.flags.split())
+        args, given = (None, {}) if line.gone else train.resolve(line.flags.split())
         assert all(args.kind in kinds for kinds in given.values())  # none that the run would not use
 
 

@@ -845,7 +845,7 @@ def test_step_is_the_dense_one(layerwise, search):
     record = opt.step(idx, targets, search)
     alpha = record["alpha"]
     masks = [dense.mask(part) for part in opt.parts]
-    A = dense.G * sum(torch.outer(own, own) for own in masks) + damping * torch.eye(len(theta))
+    A = dense.G * sum(torch.outer(own, own) for own in masks) + damping * torch.eye(len(theta)).double()
     d = torch.linalg.solve(A, -dense.g)
     # how exactly floating point can solve that
     tol = 1e3 * torch.finfo(A.dtype).eps * torch.linalg.cond(A).item()

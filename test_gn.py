@@ -836,10 +836,9 @@ def test_step_is_the_dense_one(layerwise, search):
     of 20 rows (40 %), or other data, decide α by their least loss; θ moves by αd, and the record and the next
     λ are their definitions, recomputed."""
     model, (idx, targets) = gpt(), tokens(20)
-    parts = scrambled(model) if layerwise else None
     damping = 0.01
     solver = ConjugateGradients(model, "gn", 1, 300, damping, "none", curvature_frac=1.0)
-    opt = GaussNewton(model, solver, parts, "grid", search_frac=0.4)
+    opt = GaussNewton(model, solver, scrambled(model) if layerwise else None, "grid", search_frac=0.4)
     theta = theta_of(model)
     dense = Dense(model, idx, targets)
     record = opt.step(idx, targets, search)

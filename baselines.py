@@ -81,8 +81,7 @@ def make_optimizer(
         return KFACOptimizer(model, decayed(params), lr, **o)
     hidden = hidden_matrices(model)
     rest = [p for p in params if p not in set(hidden)]
-    betas = o.pop("betas")
-    adamw = torch.optim.AdamW(decayed(rest), lr, betas, weight_decay=o["weight_decay"])
+    adamw = torch.optim.AdamW(decayed(rest), lr, o.pop("betas"), weight_decay=o["weight_decay"])
     # match_rms_adamw: steps of AdamW's size, 0.2 sqrt(max(m, n)) U V^T, so that one rate suits both
     muon = torch.optim.Muon([dict(params=hidden)], lr, adjust_lr_fn="match_rms_adamw", **o)
     return Combined([muon, adamw])

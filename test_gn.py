@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -1982,21 +1983,23 @@ def test_help_explains_every_flag(capsys):
 
 
 def in_children(*functions):
-    """Run each in a forked process of its own, without output, all at once; their exit statuses, or minus the
-    signal that ended one."""
+    """Run each in a forked process of its own, all at once; their exit statuses, or minus the signal that
+    ended one. They start when all are forked: a lock that a thread holds at a fork (that of a store which one
+    of them talks to, say) would never open for the others."""
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork")
     children = []
+    forked = multiprocessing.Event()
     for function in functions:
         children.append(os.fork())
         if not children[-1]:
             status = 99
             try:
-                for stream in (1, 2):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+                forked.wait()
                 status = function()
             finally:
                 os._exit(status)
+    forked.set()
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 

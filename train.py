@@ -169,8 +169,8 @@ def build_parser():
          "all of it", number(1e-6, 1), 0.5)
 
     flag = p.heading("Gauss-Newton with --solver muon, soap or adamw", "inner")
-    flag("--inner_tokens", "tokens per inner step, of which a batch gives batch_tokens / inner_tokens",
-         count, 2048)
+    flag("--inner_tokens", "tokens per inner step, of which a pass over the batch has batch_tokens / "
+         "inner_tokens", count, 2048)
     flag("--inner_passes", "passes over the batch in an outer step (the paper: 1)", count, 2)
     flag("--inner_lr", "inner learning rate", positive, 8e-3)
     flag("--inner_schedule", "inner rate over an outer step and the run",

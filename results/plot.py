@@ -19,8 +19,10 @@ def picture(path, width, height, panels=1, **options):
     """A panel of matplotlib, or panels, to draw in; then the file."""
     import matplotlib
     from matplotlib.figure import Figure
+    tab = matplotlib.colormaps["tab20"].colors          # ten, and a pale one of each
     matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none",
-                                "svg.hashsalt": "the same file each time"})
+                                "svg.hashsalt": "the same file each time",
+                                "axes.prop_cycle": matplotlib.cycler(color=tab[::2] + tab[1::2])})
     figure = Figure((width, height), layout="constrained")
     yield figure.subplots(1, panels, **options)
     figure.savefig(path, metadata={"Date": None})
@@ -55,21 +57,21 @@ def against_steps(stage, runs):
 def study(runs):
     colours = {}
     methods = frontier(runs)
-    with picture(HERE / "frontier.svg", 8, 5) as axis:
+    with picture(HERE / "frontier.svg", 10, 5) as axis:
         draw(axis, one_curve(methods), colours, "o", xlabel="work to 1.60, gradients of a million tokens",
              ylabel="steps to 1.60", yscale="log")
         for name, points in methods.items():
             for batch, point in points.items():
                 axis.annotate(f"{batch}k", point, xytext=(4, 3), textcoords="offset points", fontsize=7,
                               color=colours[name])
-        axis.legend()
+        axis.figure.legend(loc="outside right upper")
 
     with picture(HERE / "loss.svg", 11, 5, panels=2) as (left, right):
         draw(left, against_steps("same batch", runs), colours, ylim=(1.55, 2.5), ylabel=LOSS,
              xlabel="outer steps of 262,144 tokens, to 1.60")
         draw(right, against_steps("slow", runs), colours, ylim=(1.3, 2.5),
              xlabel="outer steps, to 1.33, with a rate that falls")
-        left.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        left.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
     curves = one_curve(exactness(runs))
     for name in ("full GN, inner SOAP", "full GN, inner Muon"):

@@ -156,8 +156,8 @@ def build_parser():
          "that streams over the batch", ("cg", "muon", "soap", "adamw"), "cg")
     flag("--line_search", "along each step: backtracking, the best of all candidates, or none",
          ("armijo", "grid", "none"), "armijo")
-    flag("--line_search_data", "search on the last sixteenth of the batch or on as many fresh tokens",
-         ("same", "fresh"), "same")
+    flag("--line_search_data", "search on the last sixteenth of the batch, or on as many fresh tokens, which "
+         "no solver has fitted (safer with small batches)", ("same", "fresh"), "same")
 
     flag = p.heading("Gauss-Newton with --solver cg", "cg")
     flag("--damping", "λ at the start; each Newton step adapts it", positive, 3.0)

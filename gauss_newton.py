@@ -496,13 +496,14 @@ class InnerSolver:
 
     def solve(self, parts, idx, targets):
         refuse_randomness(self.model, idx)
-        batches = [(x, y) for x, y in pieces(idx, targets, self.rows) if (y != IGNORED).any()] * self.passes
-        counts = [(y != IGNORED).sum().item() for _, y in batches]
+        batches = [(x, y) for x, y in pieces(idx, targets, self.rows) if (y != IGNORED).any()]
+        counts = [(y != IGNORED).sum().item() for _, y in batches] * self.passes
+        late = len(counts) - math.ceil(len(batches) / 16)
+        batches *= self.passes
         if self.outer == 0 or self.reset or self.stale:
             assign(self.ends, self.params)
             self._start()
             self.stale = False
-        late = len(batches) - math.ceil(len(batches) / self.passes / 16)
         n = sum(counts)
         n_late = sum(counts[late:])
         theta = flatten([p.detach() for p in self.params])

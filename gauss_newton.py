@@ -24,11 +24,11 @@ import random
 import warnings
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from statistics import geometric_mean
 from typing import NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -36,6 +36,7 @@ from baselines import (
     IGNORED,
     KFAC,
     assign,
+    check_logits,
     check_targets,
     cosine,
     counted_rows,
@@ -482,7 +483,6 @@ class InnerSolver:
         self.reset = reset
         self.compile = compile
         self.programs = {}
-        self.double_backward = False
         self.progress = no_progress
         self.outer = 0
         self.stale = False
@@ -496,6 +496,7 @@ class InnerSolver:
 
     def solve(self, parts, idx, targets):
         refuse_randomness(self.model, idx)
+        self.resolution = resolution(self.model, idx, targets)
         batches = [(x, y) for x, y in pieces(idx, targets, self.rows) if (y != IGNORED).any()]
         counts = [(y != IGNORED).sum().item() for _, y in batches] * self.passes
         late = len(counts) - math.ceil(len(batches) / 16)
@@ -513,15 +514,14 @@ class InnerSolver:
         work = 0.0
         for k, (x, y) in enumerate(batches):
             self.progress("inner", k, len(batches))
-            v = flatten([e.detach() for e in self.ends]) - theta
-            local = self._expand if len(parts) == 1 else self._expand_parts
-            value, difference, gradients, g_theta, cost = local(x, y, v, parts, k >= late)
+            v = [e.detach() - p.detach() for e, p in zip(self.ends, self.params)]
+            value, difference, gradient, g_theta, cost = self._expand(x, y, v, parts, k >= late)
             loss = loss + value * (counts[k] / n)
             if k >= late:
-                grad = grad + g_theta * (counts[k] / n_late)
+                grad = grad + flatten(g_theta) * (counts[k] / n_late)
                 change = change + difference * (counts[k] / n_late)
             work += cost * y.numel() / targets.numel()
-            norm = self._inner_step(parts, gradients, k, len(batches))
+            norm = self._inner_step(parts, gradient, k, len(batches))
         self.outer += 1
         d = flatten([e.detach() for e in self.ends]) - theta
         record = {
@@ -534,14 +534,13 @@ class InnerSolver:
         trouble = "" if finite else "loss or gradient not finite"
         return Solution(float(loss), d, grad.dot(d).item(), -float(change), trouble, record)
 
-    def _inner_step(self, parts, gradients, k, steps):
-        """θ̂ ← optimizer(θ̂, ∇) by the k-th micro-batch's gradients, one for each part; returns their
-        norm."""
-        norms = [g.norm() for g in gradients]
-        for part, g, norm in zip(parts, gradients, norms):
-            g = g * (self.CLIP / (norm + 1e-12)).clamp(max=1.0)
-            for i, t in zip(part, unflatten(g, [self.params[i] for i in part])):
-                self.ends[i].grad = t
+    def _inner_step(self, parts, gradient, k, steps):
+        """θ̂ ← optimizer(θ̂, ∇) by the k-th micro-batch's gradient, clipped for each part; returns its norm
+        before."""
+        norms = [flatten([gradient[i] for i in part]).norm() for part in parts]
+        for part, norm in zip(parts, norms):
+            for i in part:
+                self.ends[i].grad = gradient[i] * (self.CLIP / (norm + 1e-12)).clamp(max=1.0)
         factor = inner_schedule(self.schedule, self.outer, self.outer_steps, k, steps, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
@@ -549,39 +548,18 @@ class InnerSolver:
         return torch.stack(norms).norm()
 
     def _expand(self, x, y, v, parts, at_theta):
-        """The local model of a micro-batch at v: L at θ, m(v) − L, ∇m(v) for each part, g or None, and the
-        work."""
+        """The local model of a micro-batch at v, each part with the others at rest: L at θ, m(v) − L, ∇m(v)
+        and g (empty without at_theta), lists over the parameters, and the work."""
         n = (y != IGNORED).sum()
-        k = len(self.params)
         x, y = share(x, y)
-        arguments = [p.detach() for p in self.params], x, y, unflatten(v, self.params), n
-
-        def function(theta, x, y, v, n, double_backward=False):
-            double_backward = double_backward or self.double_backward
-            return expand_once(self.model, theta, x, y, v, self.prox_linear, at_theta, double_backward, n)
-
+        arguments = [p.detach() for p in self.params], x, y, v, n
+        function = partial(expand_once, self.model, parts, self.prox_linear, at_theta, self.resolution)
         key = (x.shape, at_theta)
         if self.compile and key not in self.programs:
-            self.programs[key] = compiled_or_eager(function, *arguments)
-        try:
-            found = self.programs.get(key, function)(*arguments)
-        except NotImplementedError:  # an operation without a forward-mode rule
-            self.double_backward = True
-            found = function(*arguments)
-        loss, change, *g = reduce(*found)
-        work = (5 + 2 * at_theta + 2 * self.double_backward) / 3
-        return loss, change, [flatten(g[:k])], flatten(g[k:]) if at_theta else None, work
-
-    def _expand_parts(self, x, y, v, parts, at_theta):
-        """The same for several parts, each with the others at rest, all on one linearisation."""
-        ggn = GGN(self.model, x, y)
-        change = 0.0
-        gradients = []
-        for part in parts:
-            difference, gradient = ggn.expand(select(v, self.params, part), part, self.prox_linear)
-            change = change + difference
-            gradients.append(gradient)
-        return ggn.loss, change, gradients, ggn.grad, ggn.work
+            self.programs[key] = compiled_or_eager(function, self.resolution**0.25, *arguments)
+        loss, change, *g = reduce(*self.programs.get(key, function)(*arguments))
+        work = (1 + len(parts) + 2 * at_theta) / 3 + sum(backward_work(self.params, part) for part in parts)
+        return loss, change, g[: len(v)], g[len(v) :], work
 
     def adapt(self, rho, alpha):
         """Nothing: a streaming optimizer has no λ."""
@@ -882,11 +860,8 @@ class GGN:
             yield piece
 
     def _product_work(self, part):
-        sizes = [p.numel() for p in self.params]
-        own = sum(sizes[i] for i in part)
-        behind = sum(sizes[max(part) + 1 :])
         again = 1 - len(self.cache) / len(self.data)  # that are linearised, and moved, once more
-        return 4 / 3 * (own + behind / 2) / sum(sizes) + again * (5 / 3 if self.offset else 1)
+        return 2 * backward_work(self.params, part) + again * (5 / 3 if self.offset else 1)
 
 
 class Piece:
@@ -928,36 +903,52 @@ class Piece:
         return self.vjp(HJv, part)
 
 
-def expand_once(model, theta, x, y, v, prox_linear, at_theta, double_backward=False, n=None):
-    """The local model of a micro-batch that is used once, at v, all parameters one part; theta, v: lists of
-    tensors. Sums over tokens are divided by n, by default their number.
+def expand_once(model, parts, prox_linear, at_theta, eps, theta, x, y, v, n):
+    """The local model of a micro-batch that is used once, at v, each of the parts with the others at rest.
+    theta, v: lists of tensors; sums over tokens are divided by n; eps: see `resolution`
 
-        forward mode   z, J v in one pass               1/3 + 2/3 of a gradient by matrix multiplications
-        backward       ∇m(v) = Jᵀ(u + H J v), or Jᵀ ∂L/∂z(z + J v) for prox-linear       2/3
+        forward        z, with its graph                        1/3 of a gradient by matrix multiplications
+        difference     J v ≈ (z(θ + hv) − z(θ)) / h             1/3, for each part
+        backward       ∇m(v), see local_change                  2/3
 
-    5/3 in all, where GGN and its first product take 7/3. Returns [L(θ), m(v) − L(θ), *∇m(v)], and with
-    at_theta behind them *g, the gradient at θ, for 2/3 more. double_backward: J v by that, for compilers,
-    which know no forward mode (the gradient that it makes on its way is dead code there), and for models that
-    have no forward-mode rule.
+    4/3 in all, where forward mode takes 5/3, GGN and its first product 7/3. The error of J v is h/2 of the
+    second derivative along v, and eps / h of rounding. With ‖hv‖ = √eps ‖θ‖ they are alike; it is a tenth of
+    that, since over many tokens rounding averages out, and what a long chord cuts off does not.
+
+    Returns [L(θ), m(v) − L(θ), *∇m(v)], and with at_theta behind them *g, the gradient at θ, for 2/3 more.
     """
     theta = [p.detach().requires_grad_() for p in theta]
-    with differentiable_attention(), torch.enable_grad():
-        if double_backward:
-            with placed(model, theta):
-                z = logits(model, x)
-            u = torch.zeros_like(z, requires_grad=True)
-            g = derivative(z, theta, u, create_graph=True)
-            Jv = derivative(g, u, v)[0]
-        else:
-            with forward_ad.dual_level(), placed(model, map(forward_ad.make_dual, theta, v)):
-                z, Jv = forward_ad.unpack_dual(logits(model, x, y))
-    with torch.no_grad():
-        n = (y != IGNORED).sum() if n is None else n
-        loss = cross_entropy_sum(z, y) / n
-        Jv = torch.zeros_like(z) if Jv is None else Jv.detach()
-        change, w = local_change(z, Jv, y, n, prox_linear)
-        u = cross_entropy_grad(torch.softmax(z, dim=-1), y, per_token(y, n))
-    return [loss, change, *derivative(z, theta, w), *(derivative(z, theta, u) if at_theta else ())]
+    with torch.enable_grad(), placed(model, theta):
+        z = logits(model, x)
+    loss = cross_entropy_sum(z.detach(), y) / n
+    change = 0.0
+    gradient = [None] * len(theta)
+    length = 0.1 * eps**0.5 * (1 + norm(theta))  # ‖hv‖
+    for part in parts:
+        h = length / torch.maximum(norm([v[i] for i in part]), length)
+        there = [p.detach() + h * t if i in part else p.detach() for i, (p, t) in enumerate(zip(theta, v))]
+        with placed(model, there):
+            Jv = (evaluate(model, x) - z.detach()) / h
+        difference, w = local_change(z.detach(), Jv, y, n, prox_linear)
+        change = change + difference
+        for i, g in zip(part, derivative(z, [theta[i] for i in part], w)):
+            gradient[i] = g
+    u = cross_entropy_grad(torch.softmax(z.detach(), dim=-1), y, per_token(y, n))
+    return [loss, change, *gradient, *(derivative(z, theta, u) if at_theta else ())]
+
+
+def norm(tensors):
+    """Of all of them as one vector, without a copy."""
+    return torch.stack([t.detach().norm() for t in tensors]).norm()
+
+
+def backward_work(params, part):
+    """Of a backward pass from the logits to the parameters in `part`, in gradients: 2 of a gradient's 3
+    multiplications per weight of theirs, 1 per weight of those behind, which it goes through."""
+    sizes = [p.numel() for p in params]
+    own = sum(sizes[i] for i in part)
+    behind = sum(sizes[max(part) + 1 :])
+    return (2 * own + behind) / sum(sizes) / 3
 
 
 def derivative(outputs, inputs, cotangents, **settings):
@@ -1000,7 +991,7 @@ def cross_entropy_hvp(probs, t, n):
     return (t - mean).mul_(probs).div_(n)  # one tensor of the logits' size
 
 
-def evaluate(model, x, y):
+def evaluate(model, x, y=None):
     """Logits without a graph, by the path on which the model is differentiated: with gradients off torch
     takes another in nn.TransformerEncoder, whose loss is another function."""
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t):
@@ -1077,6 +1068,22 @@ def free_memory(device):
         return 4e9
 
 
+def resolution(model, x, y):
+    """eps of the coarsest precision that the model works in, by autocast or TF32: of what its graph saves.
+    Raises ValueError where its logits do not fit the targets."""
+    dtypes = set()
+
+    def pack(t):
+        dtypes.update({t.dtype} if t.is_floating_point() else ())
+        return t.detach()  # t itself, a node's output, would keep that node alive for ever
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        z = logits(model, x[:1], y[:1])
+    check_logits(z.expand(len(y), *z.shape[1:]), y)
+    tf32 = z.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return max(2.0**-10 * tf32, *(torch.finfo(dtype).eps for dtype in {z.dtype, *dtypes}))
+
+
 _deterministic = weakref.WeakKeyDictionary()  # models that passed the check below -> modes of their modules
 
 
@@ -1125,22 +1132,14 @@ def trace(function, *examples):
     return graph
 
 
-def tolerance(graph):
-    """How far two evaluations of it may differ: the root of the coarsest precision that it works in."""
-    values = (node.meta.get("val") for node in graph.graph.nodes)
-    dtypes = {t.dtype for t in values if torch.is_tensor(t) and t.dtype.is_floating_point}
-    return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
-
-
-def compiled_or_eager(function, *examples):
+def compiled_or_eager(function, tolerance, *examples):
     """The function compiled for the examples' shapes; itself, with a warning, where that fails or the results
-    differ."""
+    differ by more than the tolerance."""
     try:
-        graph = trace(lambda *arguments: function(*arguments, double_backward=True), *examples)
-        compiled = torch.no_grad()(torch.compile(graph, dynamic=False))
-        for a, b in zip(function(*examples, double_backward=True), compiled(*examples)):
+        compiled = torch.no_grad()(torch.compile(trace(function, *examples), dynamic=False))
+        for a, b in zip(function(*examples), compiled(*examples)):
             size = a.norm() if a.dim() else 1.0  # loss and decrease: rounding of the loss, however small
-            if not (a - b).norm() <= tolerance(graph) * (size + 1e-3):
+            if not (a - b).norm() <= tolerance * (size + 1e-3):
                 raise RuntimeError("the compiled result differs from the eager one")
         return compiled
     except Exception as e:

@@ -58,8 +58,10 @@ from gauss_newton import (
     batch_grad,
     batch_loss,
     cg,
+    expand_once,
     levenberg_marquardt,
     line_search,
+    resolution,
     unflatten,
 )
 from model import GPT, PRESETS, GPTConfig, differentiable_attention
@@ -1092,6 +1094,26 @@ def test_newton_steps_are_the_dense_ones(prox, layerwise):
 # ---- the inner solver ----
 
 
+@parametrize("bf16", [False, True])
+def test_difference_of_logits(bf16):
+    """G v by the inner solver's J v, a difference over h: rounding by eps makes an error of some √eps, in
+    each precision by its own h. With the h of float32 nothing is left of G v in bfloat16."""
+    model, (idx, targets) = gpt(), tokens()
+    ggn = GGN(model, idx, targets)
+    v = ggn.grad
+    Gv = ggn.matvec(v)
+    model.float().bf16 = bf16
+    theta = list(model.parameters())
+
+    def found(eps):
+        batch = theta, idx, targets, unflatten(v.float(), theta), targets.numel()
+        return gn.flatten(expand_once(model, [range(len(theta))], False, False, eps, *batch)[2:]) - v
+
+    eps = resolution(model, idx, targets)
+    assert eps == 2.0 ** (-7 if bf16 else -23)
+    assert close(found(eps), Gv, 5 * eps**0.5) and bf16 != close(found(2**-23), Gv, 0.5)
+
+
 @parametrize("prox", [False, True])
 @parametrize("layerwise", [False, True])
 def test_inner_solver_is_a_plain_loop(prox, layerwise):
@@ -1130,6 +1152,9 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
                 group["lr"] = 0.05 * (1 + math.cos(math.pi * k / 34)) / 2
             adam.step()
         found = solver.solve(parts, idx, targets)
+        at_theta = 2 / 3 * 3 / 33  # the gradient at θ, on the late rows
+        each = sum(1 / 3 + gn.backward_work(solver.params, part) for part in parts)  # a backward and a J v
+        assert isclose(found.record["work"], 2 * (1 / 3 + each) + at_theta)
         d = theta_of(end) - theta
         assert close(found.direction, d, 1e-6)
         for got, want in ((found.loss, loss), (found.slope, grad @ d), (found.decrease, fall)):

@@ -22,7 +22,7 @@ from torch.utils.benchmark import timer
 
 sys.path.append(sys.path[0] + "/..")
 from baselines import KFAC, flatten, trainable, unflatten
-from gauss_newton import GGN, GaussNewton, batch_grad, batch_loss, cg, expand_once, select
+from gauss_newton import GGN, GaussNewton, batch_grad, batch_loss, cg, expand_once, resolution, select
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=512)
@@ -39,12 +39,13 @@ def ours(model, x, y, v):
     quarter = x[::4], y[::4]
     kfac.update(*quarter)
     kfac.decompose()
-    local = model, params, x, y, unflatten(v, params), False, False
+    local = model, [range(len(params))], False, False, resolution(model, x, y)
+    batch = params, x, y, unflatten(v, params), y.numel()
     return {
         "gradient": lambda: batch_grad(model, x, y)[1],
         "product": lambda: ggn.matvec(v),
         "gradient, with all that products need": lambda: GGN(model, x, y).grad,
-        "local gradient, on a batch used once": lambda: flatten(expand_once(*local)[2:]),
+        "local gradient, on a batch used once": lambda: flatten(expand_once(*local, *batch)[2:]),
         "layerwise products": lambda: [ggn.matvec(select(v, params, part), part) for part in layers],
         "line-search candidate": lambda: batch_loss(model, x, y),
         "K-FAC factors, a quarter of the sequences": lambda: kfac.update(*quarter),

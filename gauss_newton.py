@@ -986,7 +986,7 @@ def local_change(z, s, y, n, prox_linear, differentiate=True):
 
 def cross_entropy_hvp(probs, t, n):
     """H t = p ∘ (t − ⟨p, t⟩) / n, the logit Hessian in closed form: differentiating cross-entropy twice would
-    hold about ten times the logits, and its backward has no forward-mode derivative."""
+    hold about ten times the logits."""
     mean = torch.einsum("...v,...v->...", probs, t).unsqueeze(-1)
     return (t - mean).mul_(probs).div_(n)  # one tensor of the logits' size
 

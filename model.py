@@ -246,9 +246,9 @@ class _Attention(torch.autograd.Function):
         Jᵀ    v̄ = Pᵀ w,   T = P ∘ (W − rowsum(P ∘ W)),  W = w vᵀ,   q̄ = T k,   k̄ = Tᵀ q
         J     o' = t v + P v',   t = P ∘ (D − rowsum(P ∘ D)),   D = q' kᵀ + q k'ᵀ
 
-    The fused kernels have no derivative of their backward nor a forward-mode one, and each of their calls
-    makes P anew. The graph of the backward is to be differentiated by the cotangent w alone, in which it is
-    linear, so that its transpose is J; what depends on q, k and v in it counts as constant.
+    The fused kernels have no derivative of their backward, and each of their calls makes P anew. The graph of
+    the backward is to be differentiated by the cotangent w alone, in which it is linear, so that its
+    transpose is J; what depends on q, k and v in it counts as constant.
     """
 
     @staticmethod
@@ -264,16 +264,11 @@ class _Attention(torch.autograd.Function):
             out.append(P[-1] @ v[..., keys, :])
         ctx.causal = causal
         ctx.save_for_backward(q, k, v, *P)
-        ctx.save_for_forward(q, k, v, *P)
         return torch.cat(out, -2)
 
     @staticmethod
     def backward(ctx, w):
         return *_AttentionBackward.apply(w, ctx.causal, *ctx.saved_tensors), None
-
-    @staticmethod
-    def jvp(ctx, dq, dk, dv, _):
-        return apply_jacobian(dq, dk, dv, ctx.causal, *ctx.saved_tensors)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -296,19 +291,15 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
-        constants = [None] * (1 + len(ctx.saved_tensors))
-        return apply_jacobian(dq, dk, dv, ctx.causal, *ctx.saved_tensors), *constants
-
-
-def apply_jacobian(dq, dk, dv, causal, q, k, v, *P):
-    out = []
-    left = torch.cat((dq, q), -1)
-    right = torch.cat((k, dk), -1).transpose(-1, -2)
-    for p, (rows, keys) in zip(P, blocks(q.shape[-2], causal)):
-        D = left[..., rows, :] @ right[..., keys]  # q' kᵀ + q k'ᵀ as one product
-        t = torch.ops.aten._softmax_backward_data(D, p, -1, p.dtype)
-        out.append(t @ v[..., keys, :] + p @ dv[..., keys, :])
-    return torch.cat(out, -2)
+        q, k, v, *P = ctx.saved_tensors
+        out = []
+        left = torch.cat((dq, q), -1)
+        right = torch.cat((k, dk), -1).transpose(-1, -2)
+        for p, (rows, keys) in zip(P, blocks(q.shape[-2], ctx.causal)):
+            D = left[..., rows, :] @ right[..., keys]  # q' kᵀ + q k'ᵀ as one product
+            t = torch.ops.aten._softmax_backward_data(D, p, -1, p.dtype)
+            out.append(t @ v[..., keys, :] + p @ dv[..., keys, :])
+        return torch.cat(out, -2), *[None] * (1 + len(ctx.saved_tensors))
 
 
 def blocks(T, causal):

@@ -1358,9 +1358,9 @@ def test_work_and_products_are_counted():
 
 @parametrize("kind", FOREIGN)
 def test_foreign_modules(kind):
-    """Biases, unused and frozen parameters, a module in two places, others' attention, no forward-mode
-    rule: the product is the dense one, both solvers lower the loss, and the model keeps its Parameters,
-    those moved that can be."""
+    """Biases, unused and frozen parameters, a module in two places, others' attention, an
+    LSTM: the product is the dense one, both solvers lower the loss, and the model keeps its Parameters, those
+    moved that can be."""
     for inner in (False, True):
         x, y = vectors()
         model = FOREIGN[kind]()

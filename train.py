@@ -178,7 +178,7 @@ def build_parser():
     flag("--inner_warmup", "inner steps of linear warmup", natural, 0)
     flag("--inner_reset", "start each inner solve at the parameters with fresh moments, not where the last "
          "one ended", bool)
-    flag("--compile", "compile inner steps (full_gn): half a minute to some minutes at the start, for long "
+    flag("--compile", "compile inner steps: half a minute to some minutes at the start, for long "
          "runs (needs a C++ compiler)", bool)
 
     flag = p.heading("baselines", "baseline")

@@ -443,8 +443,7 @@ class InnerSolver:
     lr                the optimizer's; schedule, warmup, outer_steps: see inner_schedule
     reset             start every outer step at θ with fresh moments; else at the last θ̂, before the line
                       search, with the old ones
-    compile           compile what is done per micro-batch (with one part); eager, with a warning, where that
-                      fails
+    compile           compile what is done per micro-batch; eager, with a warning, where that fails
     """
 
     WEIGHT_DECAY = 1e-3
@@ -537,7 +536,7 @@ class InnerSolver:
     def _inner_step(self, parts, gradient, k, steps):
         """θ̂ ← optimizer(θ̂, ∇) by the k-th micro-batch's gradient, clipped for each part; returns its norm
         before."""
-        norms = [flatten([gradient[i] for i in part]).norm() for part in parts]
+        norms = [norm_of([gradient[i] for i in part]) for part in parts]
         for part, norm in zip(parts, norms):
             for i in part:
                 self.ends[i].grad = gradient[i] * (self.CLIP / (norm + 1e-12)).clamp(max=1.0)
@@ -920,24 +919,29 @@ def expand_once(model, parts, prox_linear, at_theta, eps, theta, x, y, v, n):
     theta = [p.detach().requires_grad_() for p in theta]
     with torch.enable_grad(), placed(model, theta):
         z = logits(model, x)
-    loss = cross_entropy_sum(z.detach(), y) / n
+    z0 = z.detach()
+    loss = cross_entropy_sum(z0, y) / n
     change = 0.0
     gradient = [None] * len(theta)
-    length = 0.1 * eps**0.5 * (1 + norm(theta))  # ‖hv‖
+    length = 0.1 * eps**0.5 * (1 + norm_of(theta))  # ‖hv‖
     for part in parts:
-        h = length / torch.maximum(norm([v[i] for i in part]), length)
-        there = [p.detach() + h * t if i in part else p.detach() for i, (p, t) in enumerate(zip(theta, v))]
+        h = length / torch.maximum(norm_of([v[i] for i in part]), length)
+        there = list(theta)
+        for i in part:
+            there[i] = theta[i] + h * v[i]
         with placed(model, there):
-            Jv = (evaluate(model, x) - z.detach()) / h
-        difference, w = local_change(z.detach(), Jv, y, n, prox_linear)
+            Jv = (evaluate(model, x) - z0) / h
+        difference, w = local_change(z0, Jv, y, n, prox_linear)
         change = change + difference
         for i, g in zip(part, derivative(z, [theta[i] for i in part], w)):
             gradient[i] = g
-    u = cross_entropy_grad(torch.softmax(z.detach(), dim=-1), y, per_token(y, n))
-    return [loss, change, *gradient, *(derivative(z, theta, u) if at_theta else ())]
+    if at_theta:
+        u = cross_entropy_grad(torch.softmax(z0, dim=-1), y, per_token(y, n))
+        gradient += derivative(z, theta, u)
+    return [loss, change, *gradient]
 
 
-def norm(tensors):
+def norm_of(tensors):
     """Of all of them as one vector, without a copy."""
     return torch.stack([t.detach().norm() for t in tensors]).norm()
 

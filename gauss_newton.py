@@ -23,7 +23,7 @@ import os
 import random
 import warnings
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from statistics import geometric_mean
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from baselines import (
     IGNORED,
@@ -434,6 +435,9 @@ class InnerSolver:
         prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v)
         θ̂ ← optimizer(θ̂, ∇), ∇ clipped in norm for each part
 
+    J v is a difference of logits (see expand_once), so that the model's graph must differentiate what the
+    model computes: no straight-through estimators, no stopped gradients.
+
     Slope and decrease are means over the last sixteenth of the batch in the last pass, the decrease of each
     micro-batch taken before its inner step: on data that v has been fitted to in the passes before, if any.
 
@@ -495,7 +499,7 @@ class InnerSolver:
 
     def solve(self, parts, idx, targets):
         refuse_randomness(self.model, idx)
-        self.resolution = resolution(self.model, idx, targets)
+        self.eps = working_eps(self.model, idx, targets)
         batches = [(x, y) for x, y in pieces(idx, targets, self.rows) if (y != IGNORED).any()]
         counts = [(y != IGNORED).sum().item() for _, y in batches] * self.passes
         late = len(counts) - math.ceil(len(batches) / 16)
@@ -506,23 +510,21 @@ class InnerSolver:
             self.stale = False
         n = sum(counts)
         n_late = sum(counts[late:])
-        theta = flatten([p.detach() for p in self.params])
         loss = 0.0
         grad = 0.0
         change = 0.0
         work = 0.0
         for k, (x, y) in enumerate(batches):
             self.progress("inner", k, len(batches))
-            v = [e.detach() - p.detach() for e, p in zip(self.ends, self.params)]
-            value, difference, gradient, g_theta, cost = self._expand(x, y, v, parts, k >= late)
+            value, moved, gradient, g_theta, cost = self._expand(x, y, self._moved(), parts, k >= late)
             loss = loss + value * (counts[k] / n)
             if k >= late:
                 grad = grad + flatten(g_theta) * (counts[k] / n_late)
-                change = change + difference * (counts[k] / n_late)
+                change = change + moved * (counts[k] / n_late)
             work += cost * y.numel() / targets.numel()
             norm = self._inner_step(parts, gradient, k, len(batches))
         self.outer += 1
-        d = flatten([e.detach() for e in self.ends]) - theta
+        d = flatten(self._moved())
         record = {
             "work": work,
             "inner_steps": len(batches),
@@ -533,13 +535,18 @@ class InnerSolver:
         trouble = "" if finite else "loss or gradient not finite"
         return Solution(float(loss), d, grad.dot(d).item(), -float(change), trouble, record)
 
+    def _moved(self):
+        """v = θ̂ − θ, a list of tensors."""
+        return [e.detach() - p.detach() for e, p in zip(self.ends, self.params)]
+
     def _inner_step(self, parts, gradient, k, steps):
         """θ̂ ← optimizer(θ̂, ∇) by the k-th micro-batch's gradient, clipped for each part; returns its norm
-        before."""
-        norms = [norm_of([gradient[i] for i in part]) for part in parts]
+        before clipping."""
+        norms = [flatten([gradient[i] for i in part]).norm() for part in parts]
         for part, norm in zip(parts, norms):
+            clip = (self.CLIP / (norm + 1e-12)).clamp(max=1.0)
             for i in part:
-                self.ends[i].grad = gradient[i] * (self.CLIP / (norm + 1e-12)).clamp(max=1.0)
+                self.ends[i].grad = clip * gradient[i]
         factor = inner_schedule(self.schedule, self.outer, self.outer_steps, k, steps, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
@@ -547,16 +554,18 @@ class InnerSolver:
         return torch.stack(norms).norm()
 
     def _expand(self, x, y, v, parts, at_theta):
-        """The local model of a micro-batch at v, each part with the others at rest: L at θ, m(v) − L, ∇m(v)
-        and g (empty without at_theta), lists over the parameters, and the work."""
+        """The local model of a micro-batch at v, each part with the others at rest: (L(θ), m(v) − L(θ),
+        ∇m(v), g, work), where ∇m(v) and g are lists of tensors, g empty without at_theta."""
         n = (y != IGNORED).sum()
         x, y = share(x, y)
-        arguments = [p.detach() for p in self.params], x, y, v, n
-        function = partial(expand_once, self.model, parts, self.prox_linear, at_theta, self.resolution)
-        key = (x.shape, at_theta)
+        theta = [p.detach() for p in self.params]
+        function = partial(expand_once, self.model, parts, self.prox_linear, at_theta, self.eps)
+        key = x.shape, at_theta, self.eps, str(parts)
         if self.compile and key not in self.programs:
-            self.programs[key] = compiled_or_eager(function, self.resolution**0.25, *arguments)
-        loss, change, *g = reduce(*self.programs.get(key, function)(*arguments))
+            anywhere = [p.clone() for p in theta]  # v may be 0, where J v would tell nothing
+            tolerance = self.eps**0.25  # two differences of logits are some √eps apart
+            self.programs[key] = compiled_or_eager(function, tolerance, theta, x, y, anywhere, n)
+        loss, change, *g = reduce(*self.programs.get(key, function)(theta, x, y, v, n))
         work = (1 + len(parts) + 2 * at_theta) / 3 + sum(backward_work(self.params, part) for part in parts)
         return loss, change, g[: len(v)], g[len(v) :], work
 
@@ -789,15 +798,11 @@ class GGN:
         self.work += self._product_work(part)
         return reduce(out)[0]
 
-    def expand(self, d, part=None, prox_linear=False):
-        """(m(d) − m(0), ∇m(d)) of the local model (see local_change), where d moves the parameters in `part`
-        alone and the gradient is theirs. From now on matvec's H is the one at z + J d, for GN at z; J stays.
-        """
-        return self.expand_along(d, None, [0.0], 0.0, part, prox_linear)[1:]
-
     def expand_along(self, d, delta, lengths, tilt, part=None, prox_linear=False):
-        """Expand at d + tδ, where t is the one of `lengths` with the least m(d + tδ) + t tilt, tilt a number:
-        (t, what `expand` returns)."""
+        """(t, m(d + tδ) − m(0), ∇m(d + tδ)) of the local model (see local_change), where t is the one of
+        `lengths` with the least m(d + tδ) + t tilt, tilt a number; d and δ move the parameters in `part`
+        alone, and the gradient is theirs. From now on matvec's H is the one at z + J (d + tδ), for GN at z; J
+        stays."""
         part = self._part(part)
         self.offset = None
         product = self._product_work(part)
@@ -904,51 +909,47 @@ class Piece:
 
 def expand_once(model, parts, prox_linear, at_theta, eps, theta, x, y, v, n):
     """The local model of a micro-batch that is used once, at v, each of the parts with the others at rest.
-    theta, v: lists of tensors; sums over tokens are divided by n; eps: see `resolution`
+    theta, v: lists of tensors; sums over tokens are divided by n; eps: see working_eps.
 
         forward        z, with its graph                        1/3 of a gradient by matrix multiplications
         difference     J v ≈ (z(θ + hv) − z(θ)) / h             1/3, for each part
-        backward       ∇m(v), see local_change                  2/3
+        backward       ∇m(v), see local_change                  2/3, for one part
 
-    4/3 in all, where forward mode takes 5/3, GGN and its first product 7/3. The error of J v is h/2 of the
-    second derivative along v, and eps / h of rounding. With ‖hv‖ = √eps ‖θ‖ they are alike; it is a tenth of
-    that, since over many tokens rounding averages out, and what a long chord cuts off does not.
+    4/3 in all for one part, where forward mode takes 5/3, GGN and its first product 7/3. J v errs by h/2
+    times the second derivative along v, and by eps / h times z for rounding. They are alike where hv is √eps
+    of θ, in the root of the sum over tensors of ‖hv‖² / (‖θ‖² + ‖v‖²); h is at most 1.
 
     Returns [L(θ), m(v) − L(θ), *∇m(v)], and with at_theta behind them *g, the gradient at θ, for 2/3 more.
     """
     theta = [p.detach().requires_grad_() for p in theta]
-    with torch.enable_grad(), placed(model, theta):
-        z = logits(model, x)
-    z0 = z.detach()
-    loss = cross_entropy_sum(z0, y) / n
     change = 0.0
     gradient = [None] * len(theta)
-    length = 0.1 * eps**0.5 * (1 + norm_of(theta))  # ‖hv‖
-    for part in parts:
-        h = length / torch.maximum(norm_of([v[i] for i in part]), length)
-        there = list(theta)
-        for i in part:
-            there[i] = theta[i] + h * v[i]
-        with placed(model, there):
-            Jv = (evaluate(model, x) - z0) / h
-        difference, w = local_change(z0, Jv, y, n, prox_linear)
-        change = change + difference
-        for i, g in zip(part, derivative(z, [theta[i] for i in part], w)):
-            gradient[i] = g
+    with torch.enable_grad():  # at both ends of a difference: modules may compute another way without
+        with placed(model, theta):
+            z = logits(model, x)
+        z0 = z.detach()
+        for part in parts:
+            sizes = [(v[i].norm() ** 2, theta[i].detach().norm() ** 2) for i in part]
+            h = (eps / sum(a / (a + b + 1e-30) for a, b in sizes)).sqrt().clamp(max=1.0)
+            there = list(theta)
+            for i in part:
+                there[i] = theta[i] + h * v[i]
+            with placed(model, there):
+                z1 = evaluate(model, x)
+            Jv = torch.where(z1 == z0, 0.0, (z1 - z0) / h)  # 0 between logits of −inf
+            part_change, w = local_change(z0, Jv, y, n, prox_linear)
+            change = change + part_change
+            for i, g in zip(part, derivative(z, [theta[i] for i in part], w)):
+                gradient[i] = g
     if at_theta:
         u = cross_entropy_grad(torch.softmax(z0, dim=-1), y, per_token(y, n))
         gradient += derivative(z, theta, u)
-    return [loss, change, *gradient]
-
-
-def norm_of(tensors):
-    """Of all of them as one vector, without a copy."""
-    return torch.stack([t.detach().norm() for t in tensors]).norm()
+    return [cross_entropy_sum(z0, y) / n, change, *gradient]
 
 
 def backward_work(params, part):
-    """Of a backward pass from the logits to the parameters in `part`, in gradients: 2 of a gradient's 3
-    multiplications per weight of theirs, 1 per weight of those behind, which it goes through."""
+    """The work, in gradients, of a backward pass to the parameters in `part`: of a gradient's 3
+    multiplications per weight it has 2 for their own, and 1 for those between them and the logits."""
     sizes = [p.numel() for p in params]
     own = sum(sizes[i] for i in part)
     behind = sum(sizes[max(part) + 1 :])
@@ -964,8 +965,8 @@ def derivative(outputs, inputs, cotangents, **settings):
         if "checkpoint" not in str(e):
             raise
         raise ValueError(
-            "activation checkpointing does not go with Gauss-Newton, which differentiates a graph more "
-            "than once: switch it off (micro_batch bounds the memory)"
+            "activation checkpointing does not go with GGN, which differentiates a graph more than once: "
+            "switch it off (micro_batch bounds the memory), or take an InnerSolver"
         ) from e
 
 
@@ -1072,20 +1073,25 @@ def free_memory(device):
         return 4e9
 
 
-def resolution(model, x, y):
-    """eps of the coarsest precision that the model works in, by autocast or TF32: of what its graph saves.
-    Raises ValueError where its logits do not fit the targets."""
+def working_eps(model, x, y):
+    """Machine epsilon of the coarsest numbers that the model computes in, seen on its first row: float32's,
+    or more by autocast, casts or TF32. Raises ValueError where its logits do not fit the targets."""
     dtypes = set()
 
-    def pack(t):
-        dtypes.update({t.dtype} if t.is_floating_point() else ())
-        return t.detach()  # t itself, a node's output, would keep that node alive for ever
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if torch.is_tensor(out) and out.is_floating_point():
+                dtypes.add(out.dtype)
+            return out
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        z = logits(model, x[:1], y[:1])
+    with Watch():
+        z = evaluate(model, x[:1], y[:1])
     check_logits(z.expand(len(y), *z.shape[1:]), y)
-    tf32 = z.is_cuda and torch.get_float32_matmul_precision() != "highest"
-    return max(2.0**-10 * tf32, *(torch.finfo(dtype).eps for dtype in {z.dtype, *dtypes}))
+    products = 2.0**-10
+    with suppress(RuntimeError):  # where torch.backends has a setting of its own
+        products = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+    return max([torch.finfo(t).eps for t in dtypes] + [products] * (torch.float32 in dtypes))
 
 
 _deterministic = weakref.WeakKeyDictionary()  # models that passed the check below -> modes of their modules

@@ -22,7 +22,7 @@ from torch.utils.benchmark import timer
 
 sys.path.append(sys.path[0] + "/..")
 from baselines import KFAC, flatten, trainable, unflatten
-from gauss_newton import GGN, GaussNewton, batch_grad, batch_loss, cg, expand_once, resolution, select
+from gauss_newton import GGN, GaussNewton, batch_grad, batch_loss, cg, expand_once, select, working_eps
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=512)
@@ -39,7 +39,7 @@ def ours(model, x, y, v):
     quarter = x[::4], y[::4]
     kfac.update(*quarter)
     kfac.decompose()
-    local = model, [range(len(params))], False, False, resolution(model, x, y)
+    local = model, [range(len(params))], False, False, working_eps(model, x, y)
     batch = params, x, y, unflatten(v, params), y.numel()
     return {
         "gradient": lambda: batch_grad(model, x, y)[1],

@@ -123,20 +123,22 @@ def race(title, methods):
 
 def frontier(runs):
     """{method: {batch in 1024 tokens: (gradients, steps)}} to 1.60 from the warmup, means over seeds, at the
-    best of all settings that were tried with that batch; for full GN of those with three seeds, where there
-    are any."""
-    settings = defaultdict(dict)           # {(method, batch, flags without the seed): {flags: result}}
+    best of all settings that were tried with that batch and arrived with every seed; for full GN of those
+    with three seeds, where there are any."""
+    settings = defaultdict(dict)           # {(method, batch, flags without the seed): {flags: run}}
     for run in runs:
-        if run["stage"] in STUDY and run["steps"] and not run["flags"].startswith("was"):
+        if run["stage"] in STUDY and not run["flags"].startswith("was"):
             method = run["method"].split(", G from")[0]
             setting = method, run["batch_tokens"] // 1024, re.sub(r"--seed \d+", "", run["flags"])
-            settings[setting][run["flags"]] = crossing(run), cost(run)
+            settings[setting][run["flags"]] = run
     best = defaultdict(dict)
-    for (method, batch, _), results in settings.items():
-        seeds = min(len(results), 3) if " GN" in method else 0
-        steps, gradients = map(mean, zip(*results.values()))
-        found = -seeds, steps, gradients
-        best[method][batch] = min(found, best[method].get(batch, found))
+    for (method, batch, _), found in settings.items():
+        if None in [run["steps"] for run in found.values()]:
+            continue
+        seeds = min(len(found), 3) if " GN" in method else 0
+        steps, gradients = (mean(map(of, found.values())) for of in (crossing, cost))
+        point = -seeds, steps, gradients
+        best[method][batch] = min(point, best[method].get(batch, point))
     return {method: {batch: (gradients, steps) for batch, (_, steps, gradients) in sorted(points.items())}
             for method, points in best.items() if len(points) > 2}
 

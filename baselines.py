@@ -61,9 +61,9 @@ def make_optimizer(
         weight_decay=weight_decay,
         betas=betas,
         momentum=momentum,
-        precondition_frequency=precondition_frequency,
+        precondition_frequency=precondition_frequency
     )
-    o = {key: default if given.get(key) is None else given[key] for key, default in DEFAULTS[name].items()}
+    o = {key: default if given[key] is None else given[key] for key, default in DEFAULTS[name].items()}
     params = [p for p in model.parameters() if p.requires_grad]  # a tied matrix comes once
 
     def decayed(params):
@@ -383,8 +383,8 @@ class SOAP(Optimizer):
     """Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, algorithm 3). For a matrix of
     gradient G (m, n):
 
-        L  = b3 L + (1 - b3) G G^T                        Shampoo's two sides
-        R  = b3 R + (1 - b3) G^T G
+        L  = b2 L + (1 - b2) G G^T                        Shampoo's two sides
+        R  = b2 R + (1 - b2) G^T G
         G' = Q_L^T G Q_R                                  the gradient in the basis
         M  = b1 M + (1 - b1) G'                           Adam's moments, with bias correction
         V  = b2 V + (1 - b2) G' * G'
@@ -399,16 +399,15 @@ class SOAP(Optimizer):
     lost to rounding. 2. eps is added to the bias-corrected root, as in torch.optim.Adam. Like that code, and
     unlike the paper, it holds M in the basis, which saves two products and changes rounding only.
 
-    betas: b1, b2. shampoo_beta: b3, negative for b2. precondition_frequency: f, in steps. A side longer than
-    max_precond_dim keeps the identity for its basis, and so do both sides of anything not 2-D, which makes it
-    AdamW. Parameters: float32 or float64. Memory: 2 (m^2 + n^2 + mn) numbers per matrix."""
+    betas: b1, b2. precondition_frequency: f, in steps. A side longer than max_precond_dim keeps the identity
+    for its basis, and so do both sides of anything not 2-D, which makes it AdamW. Parameters: float32 or
+    float64. Memory: 2 (m^2 + n^2 + mn) numbers per matrix."""
 
     def __init__(
         self,
         params,
         lr=3e-3,
         betas=(0.95, 0.95),
-        shampoo_beta=-1,
         eps=1e-8,
         weight_decay=0.01,
         precondition_frequency=10,
@@ -417,17 +416,15 @@ class SOAP(Optimizer):
         settings = dict(
             lr=lr,
             betas=betas,
-            shampoo_beta=shampoo_beta,
             eps=eps,
             weight_decay=weight_decay,
             precondition_frequency=precondition_frequency,
             max_precond_dim=max_precond_dim,
         )
-        in_range = min(lr, eps, weight_decay, *betas) >= 0 and max(*betas, shampoo_beta) < 1
-        if not in_range or precondition_frequency < 1:
+        if min(lr, eps, weight_decay, *betas, precondition_frequency - 1) < 0 or max(betas) >= 1:
             raise ValueError(
-                "lr, eps and weight_decay must not be negative, betas in [0, 1), shampoo_beta below 1, "
-                f"precondition_frequency at least 1, and the settings are {settings}"
+                "lr, eps and weight_decay must not be negative, betas in [0, 1), precondition_frequency at "
+                f"least 1, and the settings are {settings}"
             )
         super().__init__(params, settings)
 
@@ -446,7 +443,6 @@ class SOAP(Optimizer):
     def _update(self, p, G, s, group):
         lr = group["lr"]
         b1, b2 = group["betas"]
-        b3 = b2 if group["shampoo_beta"] < 0 else group["shampoo_beta"]
         sides = [k for k in (0, 1) if G.ndim == 2 and G.shape[k] <= group["max_precond_dim"]]
         first = not s
         if first:
@@ -465,10 +461,10 @@ class SOAP(Optimizer):
         for k in sides:
             new = G @ G.T if k == 0 else G.T @ G
             if first:
-                cov[k] = new * (1 - b3)
+                cov[k] = new * (1 - b2)
                 basis[k] = eigh(cov[k])[1]
             else:
-                cov[k].lerp_(new, 1 - b3)
+                cov[k].lerp_(new, 1 - b2)
 
         G_rot = to_basis(G, basis)  # (m, n)
         if first and sides:
@@ -648,8 +644,12 @@ class KFAC:
             for square, g in zip(squares.values(), reduce(*grads.values())):
                 square += g * g
         means = {}
-        for (i, side), total in sums.items():
-            outside, inside, count = reduce(*total)
+        keys = sorted(sums)
+        paths = hash(tuple(keys)) >> 20  # exact as a float
+        if reduce_number(paths) != ranks()[1] * paths:
+            raise ValueError("K-FAC needs every process's rows to take the same paths through the model")
+        for i, side in keys:
+            outside, inside, count = reduce(*sums[i, side])
             # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over both.
             means[i] = [outside / n, inside / count]
             if side == 1:

@@ -20,7 +20,6 @@ Any nn.Module will do whose forward(inputs) gives logits (..., classes):
 
 import math
 import os
-import random
 import warnings
 import weakref
 from contextlib import contextmanager, suppress
@@ -122,7 +121,7 @@ class GaussNewton:
         idx, targets = counted_rows(idx, check_targets(idx, targets)[0])
         self._check_parameters()
         theta = [p.detach().clone() for p in self.params]
-        rows = some_rows(targets.shape, self.search_frac)
+        rows = some_rows(targets, self.search_frac)
         x, y = search or (idx[-rows:], targets[-rows:])
         accepted = False
         try:
@@ -204,11 +203,11 @@ class GaussNewton:
         self.rejections = state["rejections"]
 
 
-def some_rows(shape, frac, least=32):
-    """How many rows stand for a batch whose targets have this shape: a share of them, enough to hold `least`
-    targets, and at most all."""
-    rows, *row = shape
-    enough = math.ceil(least / math.prod(row))
+def some_rows(targets, frac, least=32):
+    """How many rows stand for a batch with these targets: a share of them, enough to hold `least` that count
+    where all hold alike, and at most all."""
+    rows = len(targets)
+    enough = math.ceil(least * rows / (targets != IGNORED).sum().item())
     return min(rows, max(enough, int(frac * rows)))
 
 
@@ -348,7 +347,7 @@ class ConjugateGradients:
     def _linearise(self, idx, targets):
         """The rows of each Newton step linearised, and loss and gradient of the whole batch."""
         self.progress("linearise")
-        rows = some_rows(targets.shape, self.curvature_frac / self.newton_steps)
+        rows = some_rows(targets, self.curvature_frac / self.newton_steps)
         used = rows * min(self.newton_steps, len(idx) // rows)
         if self.cache_gb is None:  # found once, since torch keeps the memory that it frees
             self.cache_gb = 0.7e-9 * free_memory(idx.device)
@@ -369,7 +368,7 @@ class ConjugateGradients:
     def _precondition(self, idx, targets, record):
         """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
         self.progress("kfac")
-        rows = some_rows(targets.shape, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
+        rows = some_rows(targets, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
         self.kfac.update(idx[:rows], targets[:rows], self.micro_batch, self.generator)
         self.kfac.decompose()
         ones = flatten([torch.ones_like(p) for p in self.params])
@@ -436,7 +435,8 @@ class InnerSolver:
         θ̂ ← optimizer(θ̂, ∇), ∇ clipped in norm for each part
 
     J v is a difference of logits (see expand_once), so that the model's graph must differentiate what the
-    model computes: no straight-through estimators, no stopped gradients.
+    model computes: no straight-through estimators, no stopped gradients, no jumps (a top-k router's make
+    J v huge for the tokens that change experts).
 
     Slope and decrease are means over the last sixteenth of the batch in the last pass, the decrease of each
     micro-batch taken before its inner step: on data that v has been fitted to in the passes before, if any.
@@ -488,7 +488,7 @@ class InnerSolver:
         self.programs = {}
         self.progress = no_progress
         self.outer = 0
-        self.stale = False
+        self.stale = True
         self.ends = [nn.Parameter(p.detach().clone()) for p in self.params]  # θ̂
         self._start()
 
@@ -498,13 +498,13 @@ class InnerSolver:
             self.optimizer = make_optimizer(self.name, self.model, self.lr, self.WEIGHT_DECAY, self.BETAS)
 
     def solve(self, parts, idx, targets):
-        refuse_randomness(self.model, idx)
+        refuse_randomness(self.model, idx, targets)
         self.eps = working_eps(self.model, idx, targets)
         batches = [(x, y) for x, y in pieces(idx, targets, self.rows) if (y != IGNORED).any()]
         counts = [(y != IGNORED).sum().item() for _, y in batches] * self.passes
         late = len(counts) - math.ceil(len(batches) / 16)
         batches *= self.passes
-        if self.outer == 0 or self.reset or self.stale:
+        if self.reset or self.stale:
             assign(self.ends, self.params)
             self._start()
             self.stale = False
@@ -560,7 +560,8 @@ class InnerSolver:
         x, y = share(x, y)
         theta = [p.detach() for p in self.params]
         function = partial(expand_once, self.model, parts, self.prox_linear, at_theta, self.eps)
-        key = x.shape, at_theta, self.eps, str(parts)
+        modes = tuple(m.training for m in self.model.modules())
+        key = x.shape, at_theta, self.eps, str(parts), modes
         if self.compile and key not in self.programs:
             anywhere = [p.clone() for p in theta]  # v may be 0, where J v would tell nothing
             tolerance = self.eps**0.25  # two differences of logits are some √eps apart
@@ -591,7 +592,7 @@ class InnerSolver:
         self.stale = state["stale"]
 
 
-SCHEDULES = ("constant_with_inner_cosine", "cosine_with_global_schedule", "global_cosine", "constant")
+SCHEDULES = ("constant_with_inner_cosine", "cosine_with_global_schedule", "global_cosine")
 
 
 def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
@@ -601,7 +602,6 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
     cosine_with_global_schedule    a cosine inside each outer step, whose peaks follow a cosine over the outer
                                    steps
     constant_with_inner_cosine     a cosine inside each outer step, constant peaks
-    constant                       no decay
     The first `warmup` inner steps of the run are scaled by (steps done + 1) / warmup.
     """
     done = outer * n + k
@@ -609,7 +609,6 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
         "global_cosine": cosine(done / (outer_steps * n)),
         "cosine_with_global_schedule": cosine(outer / outer_steps) * cosine(k / n),
         "constant_with_inner_cosine": cosine(k / n),
-        "constant": 1.0,
     }[kind]
     return factor * (min(1.0, (done + 1) / warmup) if warmup else 1.0)
 
@@ -770,7 +769,8 @@ class GGN:
         self.work = 1.0
         self.loss = 0.0
         self.grad = 0.0
-        refuse_randomness(model, self.data[0][0])
+        refuse_randomness(model, *self.data[0])
+        refuse_single_derivatives(model, *self.data[0])
         room = math.inf
         if micro_batch is not None:
             room = 0.4 * free_memory(self.params[0].device) if cache_gb is None else 1e9 * cache_gb
@@ -789,7 +789,7 @@ class GGN:
     def matvec(self, v, part=None):
         """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those
         parameters alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
-        part = self._part(part)
+        part = part or range(len(self.params))
         out = None
         for piece in self._pieces():
             product = piece.product(v, part)
@@ -803,7 +803,7 @@ class GGN:
         `lengths` with the least m(d + tδ) + t tilt, tilt a number; d and δ move the parameters in `part`
         alone, and the gradient is theirs. From now on matvec's H is the one at z + J (d + tδ), for GN at z; J
         stays."""
-        part = self._part(part)
+        part = part or range(len(self.params))
         self.offset = None
         product = self._product_work(part)
         totals = [0.0] * len(lengths)  # of m
@@ -832,9 +832,6 @@ class GGN:
         passes = 1 if len(lengths) == 1 else 1.5 if len(kept) == len(self.data) else 2
         self.work += passes * product
         return t, reduce_number(change), reduce(gradient)[0]
-
-    def _part(self, part):
-        return range(len(self.params)) if part is None else part
 
     def _linearise(self, x, y):
         return Piece(self.model, self.params, x, y, self.n)
@@ -924,7 +921,7 @@ def expand_once(model, parts, prox_linear, at_theta, eps, theta, x, y, v, n):
     theta = [p.detach().requires_grad_() for p in theta]
     change = 0.0
     gradient = [None] * len(theta)
-    with torch.enable_grad():  # at both ends of a difference: modules may compute another way without
+    with torch.enable_grad():
         with placed(model, theta):
             z = logits(model, x)
         z0 = z.detach()
@@ -959,15 +956,7 @@ def backward_work(params, part):
 def derivative(outputs, inputs, cotangents, **settings):
     """torch.autograd.grad on a graph that stays; an input that plays no part has derivative 0."""
     settings = {"retain_graph": True, "materialize_grads": True, "allow_unused": True, **settings}
-    try:
-        return torch.autograd.grad(outputs, inputs, cotangents, **settings)
-    except RuntimeError as e:
-        if "checkpoint" not in str(e):
-            raise
-        raise ValueError(
-            "activation checkpointing does not go with GGN, which differentiates a graph more than once: "
-            "switch it off (micro_batch bounds the memory), or take an InnerSolver"
-        ) from e
+    return torch.autograd.grad(outputs, inputs, cotangents, **settings)
 
 
 def local_change(z, s, y, n, prox_linear, differentiate=True):
@@ -999,8 +988,13 @@ def cross_entropy_hvp(probs, t, n):
 def evaluate(model, x, y=None):
     """Logits without a graph, by the path on which the model is differentiated: with gradients off torch
     takes another in nn.TransformerEncoder, whose loss is another function."""
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t):
-        return logits(model, x, y).detach()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            return logits(model, x, y).detach()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def batch_loss(model, idx, targets, micro_batch=None):
@@ -1010,6 +1004,7 @@ def batch_loss(model, idx, targets, micro_batch=None):
     return reduce_number(sum(cross_entropy_sum(evaluate(model, x, y), y).item() for x, y in batches)) / n
 
 
+@torch.enable_grad()
 def batch_grad(model, idx, targets, micro_batch=None):
     """Loss (float) and flat gradient by ordinary backward passes."""
     targets, n = check_targets(idx, targets)
@@ -1065,12 +1060,10 @@ def free_memory(device):
     """Bytes that the device has free (4 GB where nobody says); on a CPU, this process's part of them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as f:
-            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as f:
+        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
         return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    except (OSError, StopIteration):
-        return 4e9
+    return 4e9
 
 
 def working_eps(model, x, y):
@@ -1094,39 +1087,56 @@ def working_eps(model, x, y):
     return max([torch.finfo(t).eps for t in dtypes] + [products] * (torch.float32 in dtypes))
 
 
-_deterministic = weakref.WeakKeyDictionary()  # models that passed the check below -> modes of their modules
+def once(check):
+    """A check that is made once for a model and its modes (train or eval), on the first rows of a batch."""
+    passed = weakref.WeakKeyDictionary()
+
+    def checked(model, x, y):
+        modes = tuple(m.training for m in model.modules())
+        if passed.get(model) != modes:
+            check(model, x[:8], y[:8])
+            passed[model] = modes
+
+    return checked
 
 
-def refuse_randomness(model, x):
+@once
+def refuse_randomness(model, x, y):
     """A derivative of a function that changes between calls means nothing: raises ValueError for a model that
-    gives the first rows of x other logits when it is called again, or whose batch norm makes them depend on
-    the other rows. Checked once for a model and its modes (train or eval)."""
-    modes = tuple(m.training for m in model.modules())
-    if _deterministic.get(model) == modes:
-        return
+    gives the same rows other logits when it is called again, or whose batch norm makes them depend on other
+    rows."""
     advice = "Gauss-Newton needs a deterministic model; call model.eval() or set its rates to 0"
     for name, m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
             raise ValueError(
                 f"{name or 'the model'} ({type(m).__name__}) is active in training mode: {advice}"
             )
-    with torch.no_grad():
-        before = generator_states(x.device)
-        first = model(x[:8])
-        calls = 1 if generator_states(x.device) == before else 9  # rare events take more calls to be seen
-        for _ in range(calls if torch.is_tensor(first) else 0):
-            change = (model(x[:8]) - first).abs()
-            size = first.abs().max()
-            if (change > 1e3 * torch.finfo(first.dtype).eps * size).any():
-                raise ValueError(
-                    f"the model gives the same inputs other logits at each call (dropout?): {advice}"
-                )
-    _deterministic[model] = modes
+    first = evaluate(model, x, y)
+    seen = torch.softmax(first, dim=-1) > 0  # not of classes that are masked by −1e9, say
+    tolerance = working_eps(model, x, y) ** 0.5 * first.abs().where(seen, 0).max()
+    for _ in range(9):  # rare events take some calls to be seen
+        change = (evaluate(model, x, y) - first).abs()
+        if (change.where(seen, 0) > tolerance).any():
+            raise ValueError(f"the model gives the same inputs other logits every time (dropout?): {advice}")
 
 
-def generator_states(device):
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    return [random.getstate(), *(state.tolist() for state in states)]
+@once
+def refuse_single_derivatives(model, x, y):
+    """Raises ValueError for a model whose gradient g = Jᵀu cannot be differentiated, or lacks derivatives, so
+    that uᵀJ g is not ‖g‖²."""
+    try:
+        params = trainable(model)
+        piece = Piece(model, params, x, y, 1.0)
+        g = piece.grad()
+        Jg = piece.jvp(g, range(len(params)))
+        rounding = torch.finfo(Jg.dtype).eps ** 0.5 * piece.u.norm() * Jg.norm()
+        if (g.dot(g) - (piece.u * Jg).sum()).abs() > 0.1 * g.dot(g) + rounding:
+            raise RuntimeError("an autograd.Function lacks its second derivative")
+    except RuntimeError as e:
+        raise ValueError(
+            f"GGN differentiates the model twice, which fails ({first_line(e)}): switch off what is in the "
+            "way (activation checkpointing, compilation), or take an InnerSolver"
+        ) from e
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ Each run owns a folder: log.jsonl (first line the configuration, then one line a
 Ctrl-C ends the step, saves, and says how to go on.
 """
 import argparse
-import copy
 import ctypes
 import json
 import math
@@ -133,7 +132,7 @@ def build_parser():
     flag("--device", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...", device, "auto")
     flag("--dtype", "tf32: shorter mantissas in matrix products on GPUs; bf16: those products in bfloat16 "
          "(autocast); solver vectors, sums and losses stay fp32", ("fp32", "tf32", "bf16"), "fp32")
-    flag("--threads", "CPU threads (default: all cores)", count)
+    flag("--threads", "CPU threads (default: all cores)", number(1, 1024, int))
 
     flag = p.heading("model")
     flag("--model", "size: layers, heads, width and block size", PRESETS, "tiny")
@@ -198,8 +197,6 @@ def build_parser():
     flag("--overwrite", "replace an earlier run in --out_dir", bool)
     flag("--eval_interval", "steps between evaluations (default 1 for GN, 10 for baselines)", count)
     flag("--eval_tokens", "validation tokens, the same ones for every optimizer and seed", count, 65536)
-    flag("--ema", "evaluate an average of the weights over steps with this decay; 0 = the weights",
-         decay, 0.0)
     flag("--checkpoint_interval", "steps between checkpoints (default 1 for GN, 50 for baselines)", count)
     flag("--sample", "tokens of text to generate at the end; 0 = none", natural, 200)
     return p
@@ -261,18 +258,18 @@ def in_blocks(flag, tokens, block_size):
     return tokens // block_size
 
 
-def check_shares(args, shape, val_rows):
-    """Raises ValueError where a process would have nothing of the smallest piece that all share of a batch of
-    this shape, rows and block size."""
-    rows, block_size = shape
+def check_shares(args, batch, val_rows):
+    """Raises ValueError where a process would have nothing of the smallest piece that all share of a batch
+    (rows, block size)."""
+    rows, block_size = batch.shape
     shared = [rows, val_rows]
     if args.kind == "inner":
         inner = args.inner_tokens // block_size
-        shared += [inner, rows % inner or inner, some_rows(shape, SEARCH_FRAC)]
+        shared += [inner, rows % inner or inner, some_rows(batch, SEARCH_FRAC)]
     elif args.kind == "cg":
-        newton = some_rows(shape, args.curvature_frac / args.newton_steps)
+        newton = some_rows(batch, args.curvature_frac / args.newton_steps)
         rest = rows - newton * min(args.newton_steps, rows // newton)
-        shared += [newton, rest or newton, some_rows(shape, SEARCH_FRAC)]
+        shared += [newton, rest or newton, some_rows(batch, SEARCH_FRAC)]
     elif args.opt == "kfac":
         shared.append(rows / 4)
     share(range(math.ceil(min(shared))))
@@ -399,7 +396,7 @@ class Run:
     def __init__(self, args, checkpoint):
         """checkpoint: from where to go on. ValueError for what cannot be used, before there is a folder."""
         self.args = args
-        self.progress = {"step": 0, "tokens": 0, "distinct_tokens": 0, "seconds": 0., "grad_equivalents": 0.}
+        self.progress = {"step": 0, "tokens": 0, "seconds": 0.0, "grad_equivalents": 0.0}
         self.losses = {}                                # step: validation loss, where it was evaluated
         self.began = time.time()                        # the step
         self.asked = False                              # to stop, by a signal
@@ -407,24 +404,27 @@ class Run:
         block_size = args.block_size or PRESETS[args.model]["block_size"]
         self.data = prepare(args.data, args.tokenizer, args.data_dir, block_size, partial(self.bar, "data"),
                             args.shards)                # by one process at a time
+        found = self.data.meta["sha256"]
+        if getattr(args, "data_sha256", found) != found:
+            raise ValueError(f"--data {args.data} is no longer what this run began with (other files? "
+                             "another Python?)")
+        args.data_sha256 = found
         self.val = [t.to(args.device) for t in val_batch(self.data.val, block_size, args.eval_tokens)]
         self.model = build_model(args, self.data.vocab_size)
         if checkpoint or args.init_from:
             load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
         self.model.to(args.device)
-        self.averaged = copy.deepcopy(self.model) if args.ema else self.model
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
-        shape = self.rows, block_size
+        batch = torch.zeros(()).expand(self.rows, block_size)      # its shape
         fresh = args.line_search_data == "fresh" and args.kind != "baseline"
-        self.search_rows = some_rows(shape, SEARCH_FRAC) if fresh else 0
+        self.search_rows = some_rows(batch, SEARCH_FRAC) if fresh else 0
         args.micro_batch = args.micro_batch or default_micro_batch(self.model.config, args.device)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in self.stepper.params)
-        check_shares(args, shape, len(self.val[0]))
+        check_shares(args, batch, len(self.val[0]))
         if checkpoint:
             self.stepper.load_state_dict(checkpoint["optimizer"])
             self.stepper.rejections %= MAX_REJECTIONS   # after giving up, as many again
-            self.averaged.load_state_dict(checkpoint["averaged"])
             self.progress = checkpoint["progress"]
             self.losses = checkpoint["losses"]
         self.out = open_out_dir(args)
@@ -479,13 +479,9 @@ class Run:
         batch = self.batch(0, self.rows)
         fresh = {"search": self.batch(2, self.search_rows)} if self.search_rows else {}
         record = {**STEP_FIELDS, **self.stepper.step(*batch, **fresh)}
-        if args.ema:
-            for average, p in zip(trainable(self.averaged), params):
-                average.detach().lerp_(p.detach(), 1 - args.ema)
         seconds = time.time() - self.began
         progress["step"] += 1
-        progress["tokens"] += args.batch_tokens
-        progress["distinct_tokens"] += (self.rows + self.search_rows) * self.model.config.block_size
+        progress["tokens"] += (self.rows + self.search_rows) * self.model.config.block_size
         progress["grad_equivalents"] += record.pop("work")
         progress["seconds"] += seconds
         self.stopped = bool(reduce_number(self.asked))
@@ -504,7 +500,7 @@ class Run:
         step = self.progress["step"]
         old = self.losses.get(step - 1)
         new = self.losses.get(step)
-        if None not in (old, new) and not self.args.ema:
+        if None not in (old, new):
             record["actual_fresh"] = new - old
         if new is not None and record["actual"] is None:
             record["actual"] = batch_loss(self.model, *batch, self.args.micro_batch) - record["loss"]
@@ -517,9 +513,9 @@ class Run:
         return [t.to(self.args.device) for t in found]
 
     def evaluate(self):
-        """Validation loss, of the weights' average where there is one."""
+        """Validation loss."""
         self.bar("evaluate")
-        loss = batch_loss(self.averaged, *self.val, self.args.micro_batch)
+        loss = batch_loss(self.model, *self.val, self.args.micro_batch)
         self.losses[self.progress["step"]] = loss
         return loss
 
@@ -538,8 +534,7 @@ class Run:
         if is_first():
             save_checkpoint(self.out / "checkpoint.pt", config=vars(self.args),
                             model_config=vars(self.model.config), model=self.model.state_dict(),
-                            averaged=self.averaged.state_dict(), optimizer=self.stepper.state_dict(),
-                            progress=self.progress, losses=self.losses)
+                            optimizer=self.stepper.state_dict(), progress=self.progress, losses=self.losses)
 
     def finish(self):
         """The closing lines: what was reached, at what cost, where it lies, and text of the model's own."""
@@ -551,11 +546,11 @@ class Run:
         say(f"{target}val {self.last_loss():.4f} after {done['step']} steps, {done['tokens']:,} tokens, "
             f"{done['grad_equivalents']:.0f} gradient-equivalents, {duration(done['seconds'])}\n"
             f"records: {self.out}/log.jsonl and checkpoint.pt{how}")
-        if args.sample and not self.stopped and is_first():
+        if args.sample and not self.stopped and math.isfinite(self.last_loss()) and is_first():
             encoding = self.data.encoding
             torch.manual_seed(args.seed)
             newline = torch.tensor([encoding.encode_ordinary("\n")], device=args.device)
-            tokens = self.averaged.generate(newline, args.sample)[0].tolist()
+            tokens = self.model.generate(newline, args.sample)[0].tolist()
             text = encoding.decode(tokens).strip("\n")
             say(f"\n{args.sample} tokens from the model:\n{text}")
 
@@ -637,14 +632,14 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------------------
 # The log and checkpoints
 
-FORMAT = 5   # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
+FORMAT = 6   # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
 
 
 def lines_until(path, step):
     """How many bytes of a log are whole lines up to this step's, and the step of the last of them."""
     size = 0
     last = None
-    with suppress(FileNotFoundError, ValueError):       # ValueError: a line that was cut off
+    with suppress(FileNotFoundError, ValueError, AttributeError):   # cut off, or no row
         for line in path.read_bytes().splitlines(keepends=True):
             row = json.loads(line)
             if row.get("step", 0) > step or not line.endswith(b"\n"):
@@ -769,6 +764,8 @@ def main(argv=None):
     """Returns the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot be used,
     130 for a second Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    with suppress(AttributeError):                      # no file
+        sys.stdout.reconfigure(errors="replace")        # for terminals that do not have λ
     process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
     try:
         args, given = resolve(argv)
@@ -785,12 +782,11 @@ def main(argv=None):
         if process in ("", "0"):                        # all of them found it
             complain(e)
         return 2
-    except (OSError, MemoryError, torch.OutOfMemoryError) as e:     # a full disk, too large a batch
-        complain(f"{first_line(e)}; the last checkpoint, if there is one, is whole")
-    except RuntimeError as e:                           # another process is gone, or has come apart
-        if not process:
+    except (OSError, MemoryError, RuntimeError) as e:   # a full disk, too large a batch, another process gone
+        if isinstance(e, RuntimeError) and not process and "allocate" not in str(e):
             raise
-        complain(f"process {process}: {first_line(e)}")
+        complain(f"process {process}: " * bool(process)
+                 + f"{first_line(e)}; the last checkpoint, if there is one, is whole")
     except KeyboardInterrupt:
         complain("interrupted; the last checkpoint, if there is one, is whole")
         return 130

@@ -181,8 +181,8 @@ class GaussNewton:
     def _indices(self, parts):
         index = {id(p): i for i, p in enumerate(self.params)}
         parts = [[index.get(id(p), -1) for p in part] for part in parts]
-        if sorted(i for part in parts for i in part) != list(range(len(self.params))):
-            raise ValueError("parts must hold every trainable parameter of the model exactly once")
+        if sorted(i for part in parts for i in part) != list(range(len(self.params))) or [] in parts:
+            raise ValueError("parts, none empty, must hold every trainable parameter of the model exactly once")
         return parts
 
     def _check_parameters(self):

@@ -958,6 +958,7 @@ def test_what_cannot_be_stepped_is_named():
         (gpt().bfloat16(), None, "bfloat16"),
         (mixed, None, "float32 and torch.float64"),
         (model, layers[1:], "exactly once"),
+        (model, [*layers, []], "none empty"),
         (model, layers + layers[:1], "exactly once"),
         (model, layers + [[nn.Parameter(torch.ones(1))]], "exactly once"),
     ]

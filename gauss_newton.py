@@ -118,10 +118,11 @@ class GaussNewton:
         rejects the step: parameters stay bitwise as they were, and record["reason"] says why ("" when all
         went well). Inside torch.autocast the model alone works in short numbers.
         """
-        idx, targets = counted_rows(idx, check_targets(idx, targets)[0])
+        targets, n = check_targets(idx, targets)
+        idx, targets = counted_rows(idx, targets)
         self._check_parameters()
         theta = [p.detach().clone() for p in self.params]
-        rows = some_rows(targets, self.search_frac)
+        rows = some_rows(len(idx), n, self.search_frac)
         x, y = search or (idx[-rows:], targets[-rows:])
         accepted = False
         try:
@@ -182,7 +183,7 @@ class GaussNewton:
         index = {id(p): i for i, p in enumerate(self.params)}
         parts = [[index.get(id(p), -1) for p in part] for part in parts]
         if sorted(i for part in parts for i in part) != list(range(len(self.params))) or [] in parts:
-            raise ValueError("parts, none empty, must hold every trainable parameter of the model exactly once")
+            raise ValueError("parts, none empty, must hold every trainable parameter exactly once")
         return parts
 
     def _check_parameters(self):
@@ -203,11 +204,10 @@ class GaussNewton:
         self.rejections = state["rejections"]
 
 
-def some_rows(targets, frac, least=32):
-    """How many rows stand for a batch with these targets: a share of them, enough to hold `least` that count
-    where all hold alike, and at most all."""
-    rows = len(targets)
-    enough = math.ceil(least * rows / (targets != IGNORED).sum().item())
+def some_rows(rows, n, frac, least=32):
+    """How many of a batch's rows, with n targets that count, stand for all: a share of them, enough to hold
+    `least` such targets where all rows hold alike, and at most all."""
+    enough = math.ceil(least * rows / n)
     return min(rows, max(enough, int(frac * rows)))
 
 
@@ -290,12 +290,13 @@ class ConjugateGradients:
         self.generator = torch.Generator(device=self.params[0].device).manual_seed(seed)
 
     def solve(self, parts, idx, targets):
-        ggns, loss, grad = self._linearise(idx, targets)
+        n = (targets != IGNORED).sum().item()
+        ggns, loss, grad = self._linearise(idx, targets, n)
         record = {"work": 1.0, "grad_norm": grad.norm().item()}
         if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
-            self._precondition(idx, targets, record)
+            self._precondition(idx, targets, n, record)
         found = (self._newton(ggns, part, grad, len(parts)) for part in parts)
         directions, decreases, dampings, solves = zip(*found)
         d = self.direction = join(directions, self.params, parts)
@@ -344,10 +345,11 @@ class ConjugateGradients:
         promise = results[-1].values[-1] - damped
         return d + delta, -(at_d + promise), damping, results
 
-    def _linearise(self, idx, targets):
-        """The rows of each Newton step linearised, and loss and gradient of the whole batch."""
+    def _linearise(self, idx, targets, n):
+        """The rows of each Newton step linearised, and loss and gradient of the whole batch, in which n
+        targets count."""
         self.progress("linearise")
-        rows = some_rows(targets, self.curvature_frac / self.newton_steps)
+        rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps)
         used = rows * min(self.newton_steps, len(idx) // rows)
         if self.cache_gb is None:  # found once, since torch keeps the memory that it frees
             self.cache_gb = 0.7e-9 * free_memory(idx.device)
@@ -355,20 +357,19 @@ class ConjugateGradients:
             GGN(self.model, x, y, self.micro_batch, self.cache_gb / self.newton_steps)
             for x, y in pieces(idx[:used], targets[:used], rows)
         ]
-        n = sum(ggn.n for ggn in ggns)
         loss = sum(ggn.loss * ggn.n for ggn in ggns)
         grad = sum(ggn.grad * ggn.n for ggn in ggns)
-        rest = (targets[used:] != IGNORED).sum().item()
+        rest = n - sum(ggn.n for ggn in ggns)
         if rest > 0:
             rest_loss, rest_grad = batch_grad(self.model, idx[used:], targets[used:], self.micro_batch)
             loss += rest * rest_loss
             grad += rest * rest_grad
-        return ggns, loss / (n + rest), grad / (n + rest)
+        return ggns, loss / n, grad / n
 
-    def _precondition(self, idx, targets, record):
+    def _precondition(self, idx, targets, n, record):
         """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
         self.progress("kfac")
-        rows = some_rows(targets, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
+        rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
         self.kfac.update(idx[:rows], targets[:rows], self.micro_batch, self.generator)
         self.kfac.decompose()
         ones = flatten([torch.ones_like(p) for p in self.params])

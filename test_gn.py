@@ -1582,13 +1582,19 @@ def test_randomness_is_seen_behind_large_and_short_numbers(masked, bf16):
         GaussNewton(model.float()).step(x.float(), y)
 
 
-def test_rows_stand_for_targets_that_count():
-    """A sixteenth of 64 rows of 32 targets is enough; where one in each counts, 32 are not in less than 32
-    rows."""
-    targets = torch.zeros(64, 32).long()
-    assert gn.some_rows(targets, 1 / 16) == 4
-    targets[:, 1:] = -100
-    assert gn.some_rows(targets, 1 / 16) == 32
+def test_rows_stand_for_targets_that_count(monkeypatch):
+    """A sixteenth of 64 rows of 32 targets is enough. In a step the rows searched, and those of each of eight
+    Newton steps, hold 32: six rows of six targets; where one in each counts 32 rows, in two Newton steps."""
+    assert gn.some_rows(64, 64 * 32, 1 / 16) == 4
+    searched = []
+    healthy = gn.batch_loss
+    monkeypatch.setattr(gn, "batch_loss", lambda m, x, y, _: searched.append(len(y)) or healthy(m, x, y))
+    idx, targets = tokens(64)
+    for rows, most in ((6, 48), (32, 12)):
+        iterations = GaussNewton(gpt()).step(idx, targets)["cg_iterations"]
+        assert set(searched) == {rows} and most / 2 < iterations <= most
+        targets[:, 1:] = -100
+        searched.clear()
 
 
 def test_ignored_targets_are_left_out():

@@ -258,18 +258,18 @@ def in_blocks(flag, tokens, block_size):
     return tokens // block_size
 
 
-def check_shares(args, batch, val_rows):
-    """Raises ValueError where a process would have nothing of the smallest piece that all share of a batch
-    (rows, block size)."""
-    rows, block_size = batch.shape
+def check_shares(args, rows, block_size, val_rows):
+    """Raises ValueError where a process would have nothing of the smallest piece that all share of a batch of
+    so many rows."""
+    some = partial(some_rows, rows, rows * block_size)
     shared = [rows, val_rows]
     if args.kind == "inner":
         inner = args.inner_tokens // block_size
-        shared += [inner, rows % inner or inner, some_rows(batch, SEARCH_FRAC)]
+        shared += [inner, rows % inner or inner, some(SEARCH_FRAC)]
     elif args.kind == "cg":
-        newton = some_rows(batch, args.curvature_frac / args.newton_steps)
+        newton = some(args.curvature_frac / args.newton_steps)
         rest = rows - newton * min(args.newton_steps, rows // newton)
-        shared += [newton, rest or newton, some_rows(batch, SEARCH_FRAC)]
+        shared += [newton, rest or newton, some(SEARCH_FRAC)]
     elif args.opt == "kfac":
         shared.append(rows / 4)
     share(range(math.ceil(min(shared))))
@@ -415,13 +415,12 @@ class Run:
             load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
         self.model.to(args.device)
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
-        batch = torch.zeros(()).expand(self.rows, block_size)      # its shape
         fresh = args.line_search_data == "fresh" and args.kind != "baseline"
-        self.search_rows = some_rows(batch, SEARCH_FRAC) if fresh else 0
+        self.search_rows = some_rows(self.rows, args.batch_tokens, SEARCH_FRAC) if fresh else 0
         args.micro_batch = args.micro_batch or default_micro_batch(self.model.config, args.device)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in self.stepper.params)
-        check_shares(args, batch, len(self.val[0]))
+        check_shares(args, self.rows, block_size, len(self.val[0]))
         if checkpoint:
             self.stepper.load_state_dict(checkpoint["optimizer"])
             self.stepper.rejections %= MAX_REJECTIONS   # after giving up, as many again

@@ -2330,6 +2330,20 @@ def test_processes_that_come_apart_stop(go, monkeypatch):
     go("--resume --out_dir run")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@parametrize("flags, status", [(CG, 0), ("--batch_tokens 8", 2)])
+def test_no_thread_of_the_group_outlives_a_run(data_dir, tmp_path, flags, status):
+    """One that is there when the interpreter ends aborts it, now and then."""
+    argv = f"{SMALL} --data {TEXT} --data_dir {data_dir} --out_dir {tmp_path}/run --steps 1 {flags}".split()
+    script = f"""
+import train
+print(train.main({argv}), *[name.read_text().strip() for name in train.Path("/proc/self/task").glob("*/comm")])"""
+    job = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    ended, *threads = python("-c", script, TORCHELASTIC_RUN_ID="test", **job).stdout.splitlines()[-1].split()
+    assert int(ended) == status
+    assert not [name for name in threads if "gloo" in name]
+
+
 def test_kfac_refuses_processes_on_different_paths():
     """As where experts see no row of a process: a ValueError, before factors of other weights are added."""
 

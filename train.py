@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401 (imported later, as torch does, it keeps the group for good)
 
 from baselines import (BASELINES, DEFAULT_LR, DEFAULTS, assign, flatten, lr_schedule, make_optimizer, ranks,
                        reduce_number, share, trainable, unflatten)
@@ -774,22 +775,22 @@ def main(argv=None):
         if process:
             join(args)
         status = start(args, given, checkpoint, shlex.join(["python", "train.py", *argv]))
-        if process:
-            dist.destroy_process_group()
-        return status
     except UsageError as e:
         if process in ("", "0"):                        # all of them found it
             complain(e)
-        return 2
+        status = 2
     except (OSError, MemoryError, RuntimeError) as e:   # a full disk, too large a batch, another process gone
         if isinstance(e, RuntimeError) and not process and "allocate" not in str(e):
             raise
         complain(f"process {process}: " * bool(process)
                  + f"{first_line(e)}; the last checkpoint, if there is one, is whole")
+        return 1
     except KeyboardInterrupt:
         complain("interrupted; the last checkpoint, if there is one, is whole")
         return 130
-    return 1
+    if process and dist.is_initialized():               # threads that outlive the interpreter abort it
+        dist.destroy_process_group()
+    return status
 
 
 def complain(message):

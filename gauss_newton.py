@@ -165,17 +165,13 @@ class GaussNewton:
             # what is left of a decrease by the rounding of a huge loss, say
             return f"the loss fell by {-change:.1e} where the model promised {-predicted:.1e}"
         assign(self.params, [t + alpha * v for t, v in zip(theta, d)])
-        length = found.direction.norm().item()
         record.update(
             alpha=alpha,
-            search_loss0=loss0,
-            search_loss=loss,
             search_tries=tries,
             predicted=predicted,
             actual=change,
             rho=change / predicted if predicted < 0 else 0.0,
-            cosine=-slope / (record["grad_norm"] * length),
-            step_norm=alpha * length,
+            cosine=-slope / (record["grad_norm"] * found.direction.norm().item()),
         )
         return ""
 
@@ -518,18 +514,17 @@ class InnerSolver:
         for k, (x, y) in enumerate(batches):
             self.progress("inner", k, len(batches))
             value, moved, gradient, g_theta, cost = self._expand(x, y, self._moved(), parts, k >= late)
-            loss = loss + value * (counts[k] / n)
+            loss += value * (counts[k] / n)
             if k >= late:
-                grad = grad + flatten(g_theta) * (counts[k] / n_late)
-                change = change + moved * (counts[k] / n_late)
+                grad += flatten(g_theta) * (counts[k] / n_late)
+                change += moved * (counts[k] / n_late)
             work += cost * y.numel() / targets.numel()
-            norm = self._inner_step(parts, gradient, k, len(batches))
+            self._inner_step(parts, gradient, k, len(batches))
         self.outer += 1
         d = flatten(self._moved())
         record = {
             "work": work,
             "inner_steps": len(batches),
-            "inner_grad_norm": norm.item(),
             "grad_norm": grad.norm().item(),
         }
         finite = math.isfinite(float(loss)) and math.isfinite(record["grad_norm"])
@@ -541,10 +536,9 @@ class InnerSolver:
         return [e.detach() - p.detach() for e, p in zip(self.ends, self.params)]
 
     def _inner_step(self, parts, gradient, k, steps):
-        """θ̂ ← optimizer(θ̂, ∇) by the k-th micro-batch's gradient, clipped for each part; returns its norm
-        before clipping."""
-        norms = [flatten([gradient[i] for i in part]).norm() for part in parts]
-        for part, norm in zip(parts, norms):
+        """θ̂ ← optimizer(θ̂, ∇) by the k-th micro-batch's gradient, clipped for each part."""
+        for part in parts:
+            norm = flatten([gradient[i] for i in part]).norm()
             clip = (self.CLIP / (norm + 1e-12)).clamp(max=1.0)
             for i in part:
                 self.ends[i].grad = clip * gradient[i]
@@ -552,7 +546,6 @@ class InnerSolver:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
         self.optimizer.step()
-        return torch.stack(norms).norm()
 
     def _expand(self, x, y, v, parts, at_theta):
         """The local model of a micro-batch at v, each part with the others at rest: (L(θ), m(v) − L(θ),
@@ -645,8 +638,8 @@ def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
         return CGResult(x, 0, "nonfinite", values)
     if bnorm == 0:
         return CGResult(x, 0, "zero", values)
-    p = None
-    rz = None
+    p = torch.zeros_like(b)
+    rz = 1.0
     for k in range(max_iter + 1):
         if r.norm() <= max(rtol, eps) * bnorm:
             return CGResult(x, k, "residual", values)
@@ -654,7 +647,7 @@ def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
             return CGResult(x, k, "max_iter", values)
         z = r if precond is None else precond(r)
         rz, rz_old = r.dot(z), rz
-        p = z.clone() if p is None else p.mul_(rz / rz_old).add_(z)
+        p.mul_(rz / rz_old).add_(z)
         del z  # five vectors: b, x, r, p, Ap
         Ap = matvec(p)
         pAp = p.dot(Ap)
@@ -741,9 +734,9 @@ class GGN:
 
     idx, targets   inputs (B, ...) and int64 classes (B, ...), as the model takes them; logits are (B, ..., V)
     micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
-    cache_gb       with micro_batch: pieces keep their graphs while they fit in this many GB (None: 40 % of
-                   what is free), so that a product repeats no forward; the others are linearised anew at each
-                   product, in memory that does not grow with the batch
+    cache_gb       with micro_batch: pieces keep their graphs while they fit in this many GB, so that a
+                   product repeats no forward; the others are linearised anew at each product, in memory that
+                   does not grow with the batch
 
     loss           mean cross-entropy in nats per token, a float; targets of -100 are left out
     grad           its gradient (P,), parameters flattened in the order of model.parameters(), tied ones once
@@ -772,9 +765,7 @@ class GGN:
         self.grad = 0.0
         refuse_randomness(model, *self.data[0])
         refuse_single_derivatives(model, *self.data[0])
-        room = math.inf
-        if micro_batch is not None:
-            room = 0.4 * free_memory(self.params[0].device) if cache_gb is None else 1e9 * cache_gb
+        room = math.inf if micro_batch is None else 1e9 * cache_gb
         for i, (x, y) in enumerate(self.data):
             if i == 0 and room < math.inf:  # the first piece is the largest
                 piece, piece_bytes = self._measure(x, y)
@@ -791,10 +782,9 @@ class GGN:
         """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those
         parameters alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
         part = part or range(len(self.params))
-        out = None
+        out = 0.0
         for piece in self._pieces():
-            product = piece.product(v, part)
-            out = product if out is None else out.add_(product)
+            out += piece.product(v, part)
         self.products += 1
         self.work += self._product_work(part)
         return reduce(out)[0]
@@ -828,7 +818,7 @@ class GGN:
             moved, w = local_change(piece.z.detach(), s, piece.y, self.n, prox_linear)
             piece.move(s if prox_linear else 0.0)
             change += moved.item()
-            gradient = gradient + piece.vjp(w, part)
+            gradient += piece.vjp(w, part)
         self.offset = (d, part) if prox_linear else None
         passes = 1 if len(lengths) == 1 else 1.5 if len(kept) == len(self.data) else 2
         self.work += passes * product
@@ -1011,12 +1001,11 @@ def batch_grad(model, idx, targets, micro_batch=None):
     targets, n = check_targets(idx, targets)
     params = trainable(model)
     loss = 0.0
-    grad = None
+    grad = 0.0
     for x, y in pieces(*share(idx, targets), micro_batch):
         mean = cross_entropy_sum(logits(model, x, y), y) / n
-        g = flatten(torch.autograd.grad(mean, params, materialize_grads=True, allow_unused=True))
-        loss = loss + mean.item()
-        grad = g if grad is None else grad.add_(g)
+        loss += mean.item()
+        grad += flatten(torch.autograd.grad(mean, params, materialize_grads=True, allow_unused=True))
     return reduce_number(loss), reduce(grad)[0]
 
 

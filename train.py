@@ -341,7 +341,7 @@ class FirstOrder:
         self.rejections = 0
         slope = grad.dot(d).item()                      # what a first-order method promises
         return {**record, "accepted": True, "reason": "", "alpha": 1.0, "predicted": slope,
-                "step_norm": length, "cosine": -slope / (norm * length + 1e-30)}
+                "cosine": -slope / (norm * length + 1e-30)}
 
     def state_dict(self):
         return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "rejections": self.rejections}
@@ -387,7 +387,7 @@ def git_commit():
 # The run
 
 STEP_FIELDS = dict.fromkeys(  # in every row of every method, null where it has no such thing
-    "predicted actual actual_fresh rho alpha damping cosine step_norm layer_norms products cg_iterations "
+    "predicted actual actual_fresh rho alpha damping cosine layer_norms products cg_iterations "
     "cg_reason repaired".split())
 
 

@@ -82,7 +82,7 @@ def make_optimizer(
     hidden = hidden_matrices(model)
     rest = [p for p in params if p not in set(hidden)]
     adamw = torch.optim.AdamW(decayed(rest), lr, o.pop("betas"), weight_decay=o["weight_decay"])
-    # match_rms_adamw: steps of AdamW's size, 0.2 sqrt(max(m, n)) U V^T, so that one rate suits both
+    # match_rms_adamw: steps of AdamW's size, 0.2 sqrt(max(m, n)) U Vᵀ, so that one rate suits both
     muon = torch.optim.Muon([dict(params=hidden)], lr, adjust_lr_fn="match_rms_adamw", **o)
     return Combined([muon, adamw])
 
@@ -146,7 +146,7 @@ def assign(params, values):
         p.copy_(v)
 
 
-def runs(rows, size):
+def chunks(rows, size):
     """Neighbouring rows of a tensor, or of a range, at most `size` (None: all) at a time."""
     size = size or len(rows)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -155,7 +155,7 @@ def runs(rows, size):
 def pieces(idx, targets, micro_batch):
     """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole
     batch)."""
-    return list(zip(runs(idx, micro_batch), runs(targets, micro_batch)))
+    return list(zip(chunks(idx, micro_batch), chunks(targets, micro_batch)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def ranks():
 
 
 def share(*tensors):
-    """This process's rows, neighbours, of tensors that every process holds whole. Raises ValueError for fewer
+    """This process's slice of the rows of tensors that every process holds whole. Raises ValueError for fewer
     rows than processes."""
     rank, world = ranks()
     rows = len(tensors[0])
@@ -208,7 +208,7 @@ IGNORED = -100
 def check_targets(idx, targets):
     """The targets as int64, and how many count. Raises ValueError for what are not classes for these
     inputs."""
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+    if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(
             f"targets must be class numbers (int64), not {targets.dtype}: soft targets are not supported"
         )
@@ -216,7 +216,7 @@ def check_targets(idx, targets):
         raise ValueError(f"inputs have {len(idx)} rows and targets {len(targets)}")
     targets = targets.long()
     n = int((targets != IGNORED).sum())
-    if n == 0:
+    if not n:
         raise ValueError(f"the batch is empty: it has {len(idx)} rows and no target that counts")
     return targets, n
 
@@ -333,13 +333,13 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self):
         # For copies and pickles. torch would keep three attributes, we keep all but the private ones and
         # the `step` that a learning-rate scheduler puts here.
-        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
+        return {k: v for k, v in vars(self).items() if k[0] != "_" and k != "step"}
 
 
 class Combined(Optimizer):
     """Optimizers over disjoint parameters as one. Its param_groups are theirs in order, and its state is
-    theirs; a group that is added later is the last one's. The `momentum` of every group is what schedulers
-    cycle: an AdamW takes it for its beta1, whatever its betas say."""
+    theirs; a group that is added later is the last one's. Every group has `momentum`, since schedulers cycle
+    that key; an AdamW takes it as beta1 in place of betas[0]."""
 
     parts = ()
 
@@ -383,19 +383,19 @@ class SOAP(Optimizer):
     """Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, algorithm 3). For a matrix of
     gradient G (m, n):
 
-        L  = b2 L + (1 - b2) G G^T                        Shampoo's two sides
-        R  = b2 R + (1 - b2) G^T G
-        G' = Q_L^T G Q_R                                  the gradient in the basis
-        M  = b1 M + (1 - b1) G'                           Adam's moments, with bias correction
-        V  = b2 V + (1 - b2) G' * G'
-        W  = W - lr wd W - lr Q_L (M / (sqrt V + eps)) Q_R^T
+        L  ← β₂ L + (1 − β₂) G Gᵀ                         Shampoo's two sides
+        R  ← β₂ R + (1 − β₂) Gᵀ G
+        G′ = Q_Lᵀ G Q_R                                   the gradient in the basis
+        M  ← β₁ M + (1 − β₁) G′                           Adam's moments, with bias correction
+        V  ← β₂ V + (1 − β₂) G′ ∘ G′
+        W  ← W − lr wd W − lr Q_L (M / (√V + eps)) Q_Rᵀ
         every f-th step, for Q_L by L and Q_R by R:       one power iteration (algorithm 4)
-            sort Q's columns, and V with them, by diag(Q^T L Q), largest first
+            sort Q's columns, and V with them, by diag(Qᵀ L Q), largest first
             Q = orthonormal factor of QR(L Q)
             M = the same vector in the new basis
 
     Differs from the published code in: 1. The first step is taken, not skipped: L, R and (by eigh) Q_L, Q_R
-    come from the first gradient, so that step is lr times its polar factor U V^T, short of singular values
+    come from the first gradient, so that step is lr times its polar factor U Vᵀ, short of singular values
     lost to rounding. 2. eps is added to the bias-corrected root, as in torch.optim.Adam. Like that code, and
     unlike the paper, it holds M in the basis, which saves two products and changes rounding only.
 
@@ -421,7 +421,8 @@ class SOAP(Optimizer):
             precondition_frequency=precondition_frequency,
             max_precond_dim=max_precond_dim,
         )
-        if min(lr, eps, weight_decay, *betas, precondition_frequency - 1) < 0 or max(betas) >= 1:
+        least = lr, eps, weight_decay, *betas, precondition_frequency - 1
+        if not all(x >= 0 for x in least) or max(betas) >= 1:
             raise ValueError(
                 "lr, eps and weight_decay must not be negative, betas in [0, 1), precondition_frequency at "
                 f"least 1, and the settings are {settings}"
@@ -468,7 +469,7 @@ class SOAP(Optimizer):
 
         G_rot = to_basis(G, basis)  # (m, n)
         if first and sides:
-            # In its own eigenbasis G is diagonal, but L = G G^T resolves its singular values only down to
+            # In its own eigenbasis G is diagonal, but L = G Gᵀ resolves its singular values only down to
             # sqrt(machine eps) of the largest. Adam would enlarge what rounding leaves below that to full
             # steps.
             G_rot = G_rot.where(G_rot.abs() > torch.finfo(G.dtype).eps ** 0.5 * G_rot.abs().max(), 0)
@@ -489,14 +490,14 @@ class SOAP(Optimizer):
 
 
 def to_basis(X, basis):
-    """Q_L^T X Q_R; None stands for the identity."""
+    """Q_Lᵀ X Q_R; None stands for the identity."""
     left, right = basis
     X = X if left is None else left.T @ X
     return X if right is None else X @ right
 
 
 def from_basis(X, basis):
-    """Q_L X Q_R^T; None stands for the identity."""
+    """Q_L X Q_Rᵀ; None stands for the identity."""
     return to_basis(X, [None if q is None else q.T for q in basis])
 
 
@@ -504,7 +505,7 @@ def power_iteration(C, Q):
     """One step from the basis Q towards the eigenvectors of C (d, d), and the order in which it took the old
     columns."""
     CQ = C @ Q
-    order = (Q * CQ).sum(0).argsort(descending=True)  # diag(Q^T C Q) estimates the eigenvalues
+    order = (Q * CQ).sum(0).argsort(descending=True)  # diag(Qᵀ C Q) estimates the eigenvalues
     return torch.linalg.qr(CQ[:, order]).Q, order
 
 
@@ -590,7 +591,7 @@ class KFAC:
 
     For a linear map s = W a the block of W (out, in) is approximated by L ⊗ R, with L = E[δ δᵀ], R = E[a aᵀ],
     the expectations over tokens and over labels sampled from the model, and δ = ∂(loss of one sequence)/∂s.
-    With own_labels they are the batch's, as in the empirical Fisher matrix, which knows from the first step
+    With batch_labels they are the batch's, as in the empirical Fisher matrix, which knows from the first step
     on which tokens are frequent.
     With L = Q_L Λ_L Q_Lᵀ, R = Q_R Λ_R Q_Rᵀ, and S = λ_L λ_Rᵀ (out, in) the products of their eigenvalues,
 
@@ -604,10 +605,10 @@ class KFAC:
 
     SQUARES = 8  # gradients, each of a part of the rows, that the diagonals are made from
 
-    def __init__(self, model, max_side=4096, own_labels=False):
+    def __init__(self, model, max_side=4096, batch_labels=False):
         self.model = model
         self.max_side = max_side
-        self.own_labels = own_labels
+        self.batch_labels = batch_labels
         self.params = trainable(model)
         self.repaired = ""  # what went wrong in the last update or decomposition, and was mended
         # For each parameter, by its index, the sides [L, R], or [diagonal] in the parameter's shape; and the
@@ -623,7 +624,7 @@ class KFAC:
         every = range(len(idx))
         [mine] = share(every)
         z = logits(self.model, idx[:2], targets[:2])
-        shape = [1] * targets.ndim if self.own_labels else z.shape[1:]  # of what is drawn for a row
+        shape = [1] * targets.ndim if self.batch_labels else z.shape[1:]  # of what is drawn for a row
         factored = {i for i, *_ in linear_maps(z, self.params)}
         del z
         squares = {
@@ -631,9 +632,9 @@ class KFAC:
         }
         sums = {}  # by a parameter's index and the side that s has: of δδᵀ and of aaᵀ, and how many they are
         # All processes draw for all rows, so that labels and signs do not depend on who has them.
-        for group in runs(every, math.ceil(len(every) / self.SQUARES)):
+        for group in chunks(every, math.ceil(len(every) / self.SQUARES)):
             grads = {p: torch.zeros_like(p) for p in squares}
-            for piece in runs(group, micro_batch):
+            for piece in chunks(group, micro_batch):
                 draws = torch.empty(len(piece), *shape, device=idx.device).exponential_(generator=generator)
                 own = [row for row in piece if row in mine]
                 if own:
@@ -669,10 +670,10 @@ class KFAC:
         maps = list(linear_maps(z, self.params))
         probs = torch.softmax(z.detach().float(), dim=-1)
         # argmax p / e with exponential e has the distribution p; e > log 2 is a coin
-        labels = y if self.own_labels else (probs / draws).argmax(-1)
+        labels = y if self.batch_labels else (probs / draws).argmax(-1)
         # a sum over tokens, so that each has its own gradient
         u = cross_entropy_grad(probs, labels, per_token(y, 1.0)).to(z.dtype)
-        if self.own_labels:
+        if self.batch_labels:
             u *= (draws - math.log(2)).sign()
         edges = [edge for _, _, edge, _ in maps]
         found = torch.autograd.grad(z, edges + list(grads), u, allow_unused=True)
@@ -742,10 +743,11 @@ def tikhonov(sides, gamma):
 class KFACOptimizer(Optimizer):
     """Natural gradient with Kronecker factors (Martens & Grosse 2015) and momentum, its step clipped in KL:
 
-        L, R = running averages of E[delta delta^T], E[a a^T], labels sampled from the model, by `observe`
-        n = [(L + gamma/pi) (x) (R + gamma pi)]^-1 g, factored Tikhonov damping, gamma = sqrt(DAMPING)
-        n = n min(1, sqrt(KL_CLIP / sum of lr^2 n^T g over the groups)) Ba et al. 2017 (arXiv 1708.05144)
-        M = momentum M + n;   W = W - lr wd W - lr M
+        L, R  running averages of E[δδᵀ], E[aaᵀ], labels sampled from the model, by `observe`
+        n = [(L + γ/π) ⊗ (R + γπ)]⁻¹ g                    factored Tikhonov damping, γ = √DAMPING
+        n ← n min(1, √(KL_CLIP / Σ lr² nᵀg))              Σ over the groups: Ba et al. 2017 (arXiv 1708.05144)
+        M ← momentum M + n
+        W ← W − lr wd W − lr M
 
     Call `observe(inputs, targets)` before each step. Differs from the 2015 paper in: 1. damping is fixed, not
     adapted. 2. momentum is fixed, not solved for by the quadratic. 3. factors come from the first

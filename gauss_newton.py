@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch.autograd.graph import get_gradient_edge
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,7 +117,7 @@ class GaussNewton:
         Rows must be in random order: some stand for all, in the search, in Newton steps and for K-FAC.
         A loss, gradient or product that is not finite, an indefinite product, or a search without a decrease
         rejects the step: parameters stay bitwise as they were, and record["reason"] says why ("" when all
-        went well). Inside torch.autocast the model alone works in short numbers.
+        went well). Inside torch.autocast the model's forward alone has its dtype, the solver keeps float32.
         """
         targets, n = check_targets(idx, targets)
         idx, targets = counted_rows(idx, targets)
@@ -148,9 +149,12 @@ class GaussNewton:
         if not slope < 0:
             return f"no descent direction (slope {slope:.1e})"
 
+        def move(alpha):
+            assign(self.params, [t + alpha * v for t, v in zip(theta, d)])
+
         def loss_at(alpha):
             self.progress("line search")
-            assign(self.params, [t + alpha * v if alpha else t for t, v in zip(theta, d)])
+            move(alpha)
             record["work"] += cost
             return batch_loss(self.model, x, y, self.micro_batch)
 
@@ -164,7 +168,7 @@ class GaussNewton:
         if self.line_search != "none" and change > 1e-4 * predicted:
             # what is left of a decrease by the rounding of a huge loss, say
             return f"the loss fell by {-change:.1e} where the model promised {-predicted:.1e}"
-        assign(self.params, [t + alpha * v for t, v in zip(theta, d)])
+        move(alpha)
         record.update(
             alpha=alpha,
             search_tries=tries,
@@ -272,7 +276,7 @@ class ConjugateGradients:
         check_positive(damping=damping, cg_iters=cg_iters, newton_steps=newton_steps)
         self.model = model
         self.params = trainable(model)
-        self.kfac = KFAC(model, own_labels=True) if precond == "kfac" else None
+        self.kfac = KFAC(model, batch_labels=True) if precond == "kfac" else None
         self.prox_linear = local_model == "prox_linear"
         self.newton_steps = newton_steps
         self.cg_iters = cg_iters
@@ -329,7 +333,7 @@ class ConjugateGradients:
                 damping = bounded(damping * (self.LOWER if t == 1 else 1 / max(t, 0.25)))
 
             def matvec(v):
-                total = n_parts * self.cg_iters * self.newton_steps
+                total = n_parts * self.cg_iters * len(ggns)
                 self.progress("cg", sum(ggn.products for ggn in ggns), total)
                 return ggn.matvec(v, part) + damping * self._damp(v, part)
 
@@ -455,7 +459,7 @@ class InnerSolver:
         self,
         model,
         name="soap",
-        rows=64,
+        rows=32,
         passes=2,
         lr=8e-3,
         local_model="prox_linear",
@@ -513,15 +517,15 @@ class InnerSolver:
         work = 0.0
         for k, (x, y) in enumerate(batches):
             self.progress("inner", k, len(batches))
-            value, moved, gradient, g_theta, cost = self._expand(x, y, self._moved(), parts, k >= late)
+            value, m, gradient, g_theta, cost = self._expand(x, y, self._offset(), parts, k >= late)
             loss += value * (counts[k] / n)
             if k >= late:
                 grad += flatten(g_theta) * (counts[k] / n_late)
-                change += moved * (counts[k] / n_late)
+                change += m * (counts[k] / n_late)
             work += cost * y.numel() / targets.numel()
             self._inner_step(parts, gradient, k, len(batches))
         self.outer += 1
-        d = flatten(self._moved())
+        d = flatten(self._offset())
         record = {
             "work": work,
             "inner_steps": len(batches),
@@ -531,7 +535,7 @@ class InnerSolver:
         trouble = "" if finite else "loss or gradient not finite"
         return Solution(float(loss), d, grad.dot(d).item(), -float(change), trouble, record)
 
-    def _moved(self):
+    def _offset(self):
         """v = θ̂ − θ, a list of tensors."""
         return [e.detach() - p.detach() for e, p in zip(self.ends, self.params)]
 
@@ -622,7 +626,7 @@ def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
     """Solve A x = b, A symmetric positive definite and given by matvec(v) = A v; equivalently minimise ½xᵀAx
     − bᵀx.
 
-    precond   v -> M⁻¹v, M ≈ A symmetric positive definite
+    precond   v -> P⁻¹v, P ≈ A symmetric positive definite
     rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; below machine epsilon: at that, which is all that the numbers
               resolve
 
@@ -789,11 +793,10 @@ class GGN:
         self.work += self._product_work(part)
         return reduce(out)[0]
 
-    def expand_along(self, d, delta, lengths, tilt, part=None, prox_linear=False):
+    def expand_along(self, d, delta, lengths, extra_slope, part=None, prox_linear=False):
         """(t, m(d + tδ) − m(0), ∇m(d + tδ)) of the local model (see local_change), where t is the one of
-        `lengths` with the least m(d + tδ) + t tilt, tilt a number; d and δ move the parameters in `part`
-        alone, and the gradient is theirs. From now on matvec's H is the one at z + J (d + tδ), for GN at z; J
-        stays."""
+        `lengths` with the least m(d + tδ) + t extra_slope; d and δ move the parameters in `part` alone, and
+        the gradient is theirs. From now on matvec's H is the one at z + J (d + tδ), for GN at z; J stays."""
         part = part or range(len(self.params))
         self.offset = None
         product = self._product_work(part)
@@ -809,15 +812,15 @@ class GGN:
                     totals[j] += local_change(piece.z.detach(), s, piece.y, self.n, prox_linear, False)[0]
                 if i < len(self.cache):
                     kept.append((Jd, Jdelta))
-            _, t = min((reduce_number(m.item()) + t * tilt, t) for m, t in zip(totals, lengths))
+            _, t = min((reduce_number(m.item()) + t * extra_slope, t) for m, t in zip(totals, lengths))
             d = d + t * delta
         change = 0.0
         gradient = 0.0
         for i, piece in enumerate(self._pieces()):
             s = kept[i][0] + t * kept[i][1] if i < len(kept) else piece.jvp(d, part)
-            moved, w = local_change(piece.z.detach(), s, piece.y, self.n, prox_linear)
-            piece.move(s if prox_linear else 0.0)
-            change += moved.item()
+            m, w = local_change(piece.z.detach(), s, piece.y, self.n, prox_linear)
+            piece.curve_at(s if prox_linear else 0.0)
+            change += m.item()
             gradient += piece.vjp(w, part)
         self.offset = (d, part) if prox_linear else None
         passes = 1 if len(lengths) == 1 else 1.5 if len(kept) == len(self.data) else 2
@@ -848,7 +851,7 @@ class GGN:
         for x, y in self.data[len(self.cache) :]:
             piece = self._linearise(x, y)
             if self.offset is not None:
-                piece.move(piece.jvp(*self.offset))
+                piece.curve_at(piece.jvp(*self.offset))
             yield piece
 
     def _product_work(self, part):
@@ -871,21 +874,21 @@ class Piece:
             self.z = logits(model, x, y)
             self.probs = torch.softmax(self.z.detach(), dim=-1)
             self.u = cross_entropy_grad(self.probs, y, self.divisor).requires_grad_()
-            self.g = derivative(self.z, params, self.u, create_graph=True, materialize_grads=False)
+            self.g = derivative(self.z, params, self.u, create_graph=True)
 
-    def move(self, s):
+    def curve_at(self, s):
         """H is the one at z + s from now on."""
         self.probs = torch.softmax(self.z.detach() + s, dim=-1)
 
     def grad(self):
-        return flatten(
-            [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(self.g, self.params)]
-        )
+        """g, once: of what is kept the graph is needed, the values are not."""
+        g = flatten(self.g).detach()
+        self.g = [get_gradient_edge(t) for t in self.g]
+        return g
 
     def jvp(self, v, part):
         v = unflatten(v, [self.params[i] for i in part])
-        used = [(self.g[i], t) for i, t in zip(part, v) if self.g[i] is not None]
-        return derivative([g for g, _ in used], self.u, [t for _, t in used])[0]
+        return derivative([self.g[i] for i in part], self.u, v)[0]
 
     def vjp(self, w, part):
         return flatten(derivative(self.z, [self.params[i] for i in part], w))
@@ -944,9 +947,9 @@ def backward_work(params, part):
     return (2 * own + behind) / sum(sizes) / 3
 
 
-def derivative(outputs, inputs, cotangents, **settings):
+def derivative(outputs, inputs, cotangents, create_graph=False):
     """torch.autograd.grad on a graph that stays; an input that plays no part has derivative 0."""
-    settings = {"retain_graph": True, "materialize_grads": True, "allow_unused": True, **settings}
+    settings = dict(retain_graph=True, create_graph=create_graph, materialize_grads=True)
     return torch.autograd.grad(outputs, inputs, cotangents, **settings)
 
 
@@ -1005,7 +1008,7 @@ def batch_grad(model, idx, targets, micro_batch=None):
     for x, y in pieces(*share(idx, targets), micro_batch):
         mean = cross_entropy_sum(logits(model, x, y), y) / n
         loss += mean.item()
-        grad += flatten(torch.autograd.grad(mean, params, materialize_grads=True, allow_unused=True))
+        grad += flatten(torch.autograd.grad(mean, params, materialize_grads=True))
     return reduce_number(loss), reduce(grad)[0]
 
 

@@ -2,7 +2,7 @@
 
     x = E[idx]                                              token embedding
     x = x + Attn(RMSNorm(x));  x = x + SwiGLU(RMSNorm(x))   n_layer times
-    logits = RMSNorm(x) W_head^T
+    logits = RMSNorm(x) W_headᵀ
 
 Below it is attention with the derivatives that Gauss-Newton takes, for this model and others.
 
@@ -187,7 +187,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=0.8, generator=None):
         """Continue idx (B, T) by max_new_tokens sampled tokens; T >= 1."""
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size :])[:, -1].float()
+            logits = self(idx[:, -self.config.block_size :])[:, -1]
             probs = F.softmax(logits / max(temperature, 1e-6), dim=-1)
             idx = torch.cat((idx, torch.multinomial(probs, 1, generator=generator)), dim=1)
         return idx

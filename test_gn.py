@@ -219,19 +219,6 @@ def plain_attention(q, k, v, is_causal, scale=None):
 # ---- model ----
 
 
-def test_attention_is_causal_softmax_of_scaled_scores(monkeypatch):
-    """The fused kernel and the MATH backend are attention written out, in logits and in every gradient."""
-    model, data = gpt(n_embd=8), tokens()  # no fused kernel for heads of two
-
-    def found(backend):
-        with sdpa_kernel(backend):
-            return torch.cat([model(data[0]).flatten(), batch_grad(model, *data)[1]])
-
-    both = [found(SDPBackend.FLASH_ATTENTION), found(SDPBackend.MATH)]
-    monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
-    torch.testing.assert_close(both, [found(SDPBackend.MATH)] * 2, rtol=0, atol=1e-12)
-
-
 def test_later_tokens_do_not_change_earlier_logits():
     """Causality, at every position; and what follows a changed position does change."""
     model, idx = gpt(), tokens(1)[0]
@@ -256,17 +243,11 @@ def test_rotary_scores_depend_on_relative_position(monkeypatch):
 
 
 @parametrize(
-    "name, sizes, vocab, millions",
-    [
-        ("tiny", [2, 4, 64, 64], 256, 0.164),
-        ("small", [4, 4, 128, 256], 256, 1.12),
-        ("45m", [4, 8, 512, 1024], 32_000, 49.5),
-        ("150m", [12, 16, 768, 1024], 32_000, 162.4),
-    ],
+    "name, vocab, millions",
+    [("tiny", 256, 0.164), ("small", 256, 1.12), ("45m", 32_000, 49.5), ("150m", 32_000, 162.4)],
 )
-def test_presets_have_the_stated_sizes(name, sizes, vocab, millions):
-    """Depth, heads, width, context and parameters (bytes for the small ones, the paper's 32k for its two)."""
-    assert list(PRESETS[name].values()) == sizes
+def test_presets_have_the_stated_sizes(name, vocab, millions):
+    """In parameters (bytes for the small ones, the paper's 32k tokens for its two)."""
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab, **PRESETS[name]))
     assert isclose(sum(p.numel() for p in model.parameters()) / 1e6, millions, rel_tol=0.01)
@@ -356,7 +337,6 @@ def dense_soap(x, grads, Q, sides, lr=0.02, b1=0.9, b2=0.95, decay=0.3, every=4)
         ((3, 7), 99, (0, 1)),
         ((7, 4), 99, (0, 1)),
         ((4, 7), 5, (0,)),
-        ((2, 3), 1, ()),
     ],
 )
 def test_soap_equals_dense_kronecker_derivation(shape, limit, sides):
@@ -384,7 +364,7 @@ def test_soap_equals_dense_kronecker_derivation(shape, limit, sides):
 @parametrize("shape", [(5, 5), (4, 9), (9, 4)])
 @parametrize("dtype, tol", [(torch.float64, 1e-6), (torch.float32, 1e-3)])
 def test_soap_first_step_is_the_polar_factor(shape, dtype, tol):
-    """The first step is not lost: it is lr U V^T of the gradient, so lr along each singular direction and
+    """The first step is not lost: it is lr U Vᵀ of the gradient, so lr along each singular direction and
     nothing else (in float32 too, where rounding beside the diagonal must not become steps of its own)."""
     U, _, Vh = torch.linalg.svd(torch.randn(shape).double(), full_matrices=False)
     W = nn.Parameter(torch.zeros(shape, dtype=dtype))
@@ -528,9 +508,11 @@ def test_baselines_refuse_nonsense():
         make_optimizer("adamx", gpt())
     with raises(ValueError, match="wsd"):
         lr_schedule(0, 10, "linear")
-    for bad in (dict(lr=-1.0), dict(betas=(1.0, 0.9)), dict(precondition_frequency=0)):
+    for bad in (dict(lr=-1.0), dict(eps=nan), dict(betas=(1.0, 0.9)), dict(precondition_frequency=0)):
         with raises(ValueError):
             SOAP([nn.Parameter(torch.zeros(2, 2))], **bad)
+    with raises(ValueError, match="bfloat16.*autocast"):
+        make_optimizer("soap", gpt().bfloat16())
 
 
 # ---- what torch promises of an optimizer ----
@@ -626,20 +608,6 @@ def test_optimizer_copies_go_on_bit_for_bit(name, copied):
     assert torch.equal(theta_of(twin), theta_of(model))
 
 
-@every_baseline
-def test_optimizer_refuses_or_trains_bfloat16(name):
-    """SOAP and K-FAC refuse it before the first step, and say what to do instead; the others train in it."""
-    model = gpt(n_layer=2).bfloat16()
-    before = named(model)
-    if name in ("soap", "kfac"):
-        with raises(ValueError, match="bfloat16.*autocast"):
-            make_optimizer(name, model)
-    else:
-        baseline_steps(model, make_optimizer(name, model), range(3))
-        assert moved(model, before)
-        assert theta_of(model).isfinite().all()
-
-
 # ---- Kronecker factors ----
 
 
@@ -660,7 +628,7 @@ def readable(tie):
     return model.double()
 
 
-def plain_factors(model, idx, targets, own_labels):
+def plain_factors(model, idx, targets, batch_labels):
     """{parameter: [L, R] or [diagonal]}, L = mean δδᵀ and R = mean aaᵀ, module by module, for the likeliest
     labels or the targets; the diagonal from squares of sums over three rows."""
     h = [idx]
@@ -668,7 +636,7 @@ def plain_factors(model, idx, targets, own_labels):
         h.append(m(h[-1]))
         h[-1].retain_grad()
     z = h[-1].flatten(0, 1)
-    y = targets.flatten() if own_labels else z.argmax(-1)
+    y = targets.flatten() if batch_labels else z.argmax(-1)
     F.cross_entropy(z, y, reduction="sum").backward()
     found = {}
     n = idx.numel()
@@ -687,10 +655,10 @@ def plain_factors(model, idx, targets, own_labels):
     return found
 
 
-@parametrize("own_labels", [False, True])
+@parametrize("batch_labels", [False, True])
 @parametrize("tie", [False, True])
 @parametrize("max_side", [4096, 5])
-def test_kfac_is_the_kronecker_product_of_plain_factors(tie, max_side, own_labels, monkeypatch):
+def test_kfac_is_the_kronecker_product_of_plain_factors(tie, max_side, batch_labels, monkeypatch):
     """For weights, embedding (its side the token frequencies; tied: the head's factors), biases and norms
     (a diagonal) `apply` is the dense K = L ⊗ R in K (K + λI)⁻¹, from two squares of uneven pieces and a
     running average; sides above max_side are diagonal. Every draw is 1 here: the likeliest labels, and no
@@ -701,10 +669,10 @@ def test_kfac_is_the_kronecker_product_of_plain_factors(tie, max_side, own_label
     model = readable(tie)
     wanted = []
     batches = tokens(seed=1), tokens()
-    kfac = make_kfac(model, *batches[0], micro_batch=2, max_side=max_side, own_labels=own_labels)
+    kfac = make_kfac(model, *batches[0], micro_batch=2, max_side=max_side, batch_labels=batch_labels)
     kfac.update(*batches[1], micro_batch=2, decay=0.75)
     kfac.decompose()
-    first, second = (plain_factors(model, *batch, own_labels) for batch in batches)
+    first, second = (plain_factors(model, *batch, batch_labels) for batch in batches)
     v = torch.randn_like(theta_of(model))
     for p, own in zip(kfac.params, unflatten(v, kfac.params)):
         K = torch.ones(1, 1).double()
@@ -721,7 +689,7 @@ def test_kfac_is_the_kronecker_product_of_plain_factors(tie, max_side, own_label
         assert close(got, torch.cat([wanted[i] for i in part]), 1e-6)  # the labels' softmax is float32
 
 
-def test_kfac_of_own_labels_adds_up_squares_of_sequences(monkeypatch):
+def test_kfac_of_batch_labels_adds_up_squares_of_sequences(monkeypatch):
     """Random signs make the square of a sum of sequences' gradients, for a norm (it has no factors), that of
     their squares: the mean of 4,000 draws is within five standard errors, at most √2 of the mean each."""
     monkeypatch.setattr(KFAC, "SQUARES", 1)
@@ -729,7 +697,7 @@ def test_kfac_of_own_labels_adds_up_squares_of_sequences(monkeypatch):
     idx, targets = tokens(6)
     sums = [6 * Dense(model, x, y).g[28:32] for x, y in zip(idx.split(1), targets.split(1))]
     want = sum(g**2 for g in sums) / 36
-    kfac = KFAC(model, own_labels=True)
+    kfac = KFAC(model, batch_labels=True)
     generator = torch.Generator().manual_seed(0)
     got = 0
     for _ in range(4_000):
@@ -843,27 +811,21 @@ def test_kfac_of_odd_parameters():
 # ---- one Gauss-Newton step ----
 
 
-@parametrize("layerwise", [False, True])
 @parametrize("search", [None, tokens(3, seed=3)], ids=["rows", "other"])
-def test_step_is_the_dense_one(layerwise, search):
-    """One Newton step of GN on the whole batch: d = −(G + λI)⁻¹ g, G whole or its parts' blocks. The last 8
-    of 20 rows (40 %), or other data, decide α by their least loss; θ moves by αd, and the record and the next
-    λ are their definitions, recomputed."""
+def test_step_is_the_dense_one(search):
+    """One Newton step of GN on the whole batch: the last 8 of 20 rows (40 %), or other data, decide α by
+    their least loss; θ moves by αd, and the record and the next λ are their definitions, recomputed. (That d
+    is the dense one: test_newton_steps_are_the_dense_ones.)"""
     model, (idx, targets) = gpt(), tokens(20)
     damping = 0.01
     solver = ConjugateGradients(model, "gn", 1, 300, damping, "none", curvature_frac=1.0)
-    opt = GaussNewton(model, solver, scrambled(model) if layerwise else None, "grid", search_frac=0.4)
+    opt = GaussNewton(model, solver, None, "grid", search_frac=0.4)
     theta = theta_of(model)
     dense = Dense(model, idx, targets)
     record = opt.step(idx, targets, search)
     alpha = record["alpha"]
-    masks = [dense.mask(part) for part in opt.parts]
-    A = dense.G * sum(torch.outer(own, own) for own in masks) + damping * torch.eye(len(theta)).double()
-    d = torch.linalg.solve(A, -dense.g)
-    # how exactly floating point can solve that
-    tol = 1e3 * torch.finfo(A.dtype).eps * torch.linalg.cond(A).item()
-    assert close(solver.direction, alpha * d, tol)
-    assert 0 < alpha < 1 and close(theta_of(model) - theta, alpha * d, tol)
+    d = solver.direction / alpha
+    assert 0 < alpha < 1 and close(theta_of(model) - theta, alpha * d)
     x, y = search or (idx[-8:], targets[-8:])
     lengths = [2 ** (-i / 2) for i in range(10)]
     start, *losses = (batch_loss(with_theta(model, theta + t * d), x, y) for t in [0, *lengths])
@@ -878,8 +840,6 @@ def test_step_is_the_dense_one(layerwise, search):
         grad_norm=dense.g.norm(),
         work=1 + 4 / 3 * record["products"] + 4 / 3 + 11 / 3 * len(x) / 20,
     )
-    if layerwise:
-        del wanted["work"]
     for key, want in wanted.items():
         assert isclose(record[key], float(want), rel_tol=1e-6), key
     assert isclose(solver.damping, levenberg_marquardt(damping, record["rho"], alpha))
@@ -1422,8 +1382,11 @@ def test_attention_has_the_derivatives_of_its_formula(queries, keys, batch, head
 
 
 def test_loss_and_linearisation_are_one_function():
-    """nn.TransformerEncoder with masked rows: in eval mode and without gradients torch computes another
-    function. The search's loss is the linearisation's, and so are the logits whose difference is J v."""
+    """Our attention with derivatives and torch's without. And nn.TransformerEncoder with masked rows: in eval
+    mode and without gradients torch computes another function. The search's loss is the linearisation's, and
+    so are the logits whose difference is J v."""
+    model = gpt(n_embd=8)
+    assert isclose(batch_loss(model, *tokens()), GGN(model, *tokens()).loss)
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     mask = torch.arange(5) > 2
     model = Between(
@@ -1488,6 +1451,12 @@ for i in range(12):
     if i in (1, 11):
         print(kilobytes('VmRSS'))
 """
+KEPT = MEMORY + """
+wide = torch.nn.Sequential(torch.nn.Linear(999, 1000), torch.nn.Tanh(), torch.nn.Linear(1000, 4))
+for rows in (4, 64):
+    ggn = GGN(wide, torch.randn(rows, 999), torch.arange(rows) % 4, micro_batch=1, cache_gb=1)
+    print(kilobytes('VmRSS'), len(ggn.cache))
+"""
 VOCABULARY = MEMORY + """
 model = GPT(GPTConfig(vocab_size=50257, block_size=256, n_layer=1, n_head=2, n_embd=32))
 data = torch.randint(0, 50257, (2, 8, 256))
@@ -1506,6 +1475,13 @@ def test_memory_does_not_grow_with_the_batch():
     assert large - small < 10e3 and cached - large > 50e3
     first, last = child(LEFT)
     assert last - first < 30e3
+
+
+@linux
+def test_pieces_keep_their_graphs_alone():
+    """60 pieces of a row more, kept for products: the values of their gradients would take 240 MB."""
+    small, _, large, kept = child(KEPT)
+    assert kept == 64 and large - small < 60e3
 
 
 @linux
@@ -1671,11 +1647,11 @@ def test_compiled_equals_eager(monkeypatch):
 
     model = gpt()
     data = tokens()
-    traced = []
+    graphs = []
     eager = solve(model, data, False)
-    monkeypatch.setattr(torch, "compile", lambda graph, **_: traced.append(graph) or graph)
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graphs.append(graph) or graph)
     compiled = solve(model, data, True)
-    assert traced and close(compiled.direction, eager.direction, 1e-6)
+    assert graphs and close(compiled.direction, eager.direction, 1e-6)
     assert isclose(compiled.loss, eager.loss)
     assert close(*(torch.tensor([s.slope, s.decrease + 1]) for s in (compiled, eager)))
     model = Between(lambda h, m: h * (1 + m.training))
@@ -1733,7 +1709,7 @@ def same_state(a, b):
 
 
 def same_run(a, b):
-    """The same rows, weights, average and optimizer state."""
+    """The same rows, weights and optimizer state."""
     ends = [checkpoint_of(out) for out in (a, b)]
     for end in ends:
         del end["config"], end["progress"]  # other folders, and seconds
@@ -1772,15 +1748,12 @@ def test_every_method_learns(go, flags, capsys):
     go(f"{SMALL} {flags} --steps 3 --out_dir run --sample 20")
     head, rows = log_of("run")
     out = capsys.readouterr().out
-    assert head["config"]["steps"] == 3
-    assert "commit" in head
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert rows[3]["val_loss"] < rows[0]["val_loss"]
     for row in rows[1:]:
         assert row["accepted"]
         assert "grid" not in flags or row["search_tries"] == 10
         assert row["tokens"] == (544 if "fresh" in flags else 512) * row["step"]
-        assert train.STEP_FIELDS.keys() <= row.keys()
         work = row["grad_equivalents"] / row["step"]
         assert work > 1 if "gn" in flags or "kfac" in flags else work == 1
         assert f"step {row['step']}/3 | loss {row['train_loss']:.3f} | val {row['val_loss']:.3f}" in out
@@ -2092,17 +2065,9 @@ def test_flags_that_a_run_does_not_use_are_named(go, capsys):
     assert "note: full_gn (cg) does not use --momentum\n" in capsys.readouterr().out
 
 
-def test_help_explains_every_flag(capsys):
-    """Each flag is in --help, in a group, with a text of its own."""
-    with raises(SystemExit, match="0"):
-        train.main(["--help"])
-    out = capsys.readouterr().out
-    parser = train.build_parser()
-    grouped = [a for group in parser._action_groups[2:] for a in group._group_actions]
-    assert grouped == parser._actions[1:]
-    assert len({a.help for a in grouped}) == len(grouped)
-    assert all(f"  {a.option_strings[0]}" in out for a in grouped)
-    assert python("train.py", "--help", PYTHONIOENCODING="cp1252").returncode == 0  # which has no λ
+def test_help_on_any_terminal():
+    """Also where it cannot write λ."""
+    assert python("train.py", "--help", PYTHONIOENCODING="cp1252").returncode == 0
 
 
 def test_want_of_memory_is_one_line(go, capsys, monkeypatch):
@@ -2327,7 +2292,7 @@ def test_processes_that_come_apart_stop(go, monkeypatch):
     go("--resume --out_dir run")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@linux
 @parametrize("flags, status", [(CG, 0), ("--batch_tokens 8", 2)])
 def test_no_thread_of_the_group_outlives_a_run(data_dir, tmp_path, flags, status):
     """One that is there when the interpreter ends aborts it, now and then."""
@@ -2346,7 +2311,7 @@ def test_kfac_refuses_processes_on_different_paths():
     """As where experts see no row of a process: a ValueError, before factors of other weights are added."""
 
     def update(rank):
-        train.join(SimpleNamespace(device="cpu"))
+        train.join_group(SimpleNamespace(device="cpu"))
         x, y = vectors()
         model = Between(lambda h, m: m.inner[rank](h), nn.Linear(4, 4), nn.Linear(4, 4))
         with raises(ValueError, match="same paths"):
@@ -2726,8 +2691,8 @@ def test_val_batch_is_spread_over_all_of_validation(n):
 
 
 def test_study_makes_what_is_missing_and_goes_on_where_it_was_killed(tmp_path):
-    """A run whose folder is as a kill leaves it, a row cut off, ends as the same run in one piece; what is
-    recorded, or not to be made again, is left alone; a failure is told in one line."""
+    """A run whose folder is as a kill leaves it ends as the same run in one piece; what is recorded, or not
+    to be made again, is left alone; a failure is told in one line."""
     small = "--opt adamw --batch_tokens 1024 --eval_tokens 1024 --n_layer 1"
     flags = f"{small} --steps 12 --checkpoint_interval 5 --init_from warmup"
     (tmp_path / "list").write_text(
@@ -2751,11 +2716,8 @@ def test_study_makes_what_is_missing_and_goes_on_where_it_was_killed(tmp_path):
     assert "2 lines, 0 runs" in study("records", "--only", "whole")[0].stdout
     [run] = (tmp_path / "out").glob("opt-adamw*seed-0")
     shutil.copyfile(run / "checkpoint.previous.pt", run / "checkpoint.pt")
-    rows = (run / "log.jsonl").read_text().splitlines(keepends=True)
-    (run / "log.jsonl").write_text("".join(rows[:-1]) + rows[-1][:20])
     done, made_again = study("again", "--only", "whole")
     assert made_again[-1]["curve"] == made[-1]["curve"]
-    assert len((run / "log.jsonl").read_text().splitlines()) == len(rows)
 
 
 def test_tables_of_the_readme_come_from_the_records():

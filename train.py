@@ -36,14 +36,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401 (imported later, as torch does, it keeps the group for good)
 
-from baselines import (BASELINES, DEFAULT_LR, DEFAULTS, assign, flatten, lr_schedule, make_optimizer, ranks,
-                       reduce_number, share, trainable, unflatten)
+from baselines import (BASELINES, DEFAULT_LR, DEFAULTS, KFACOptimizer, assign, flatten, lr_schedule,
+                       make_optimizer, ranks, reduce_number, share, trainable, unflatten)
 from data import TOKENIZERS, get_batch, prepare, val_batch
 from gauss_newton import (SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewton, InnerSolver, batch_grad,
                           batch_loss, first_line, some_rows)
 from model import GPT, PRESETS, GPTConfig
 
-# By kind of run: Gauss-Newton by CG or by a streaming optimizer, whose steps are few and large, and all else.
+# By kind of run: Gauss-Newton (by CG or by an inner optimizer) takes few, large steps, all else many.
 GN_DEFAULTS = dict(steps=15, batch_tokens=262144, eval_interval=1, checkpoint_interval=1)
 RUN_DEFAULTS = {
     "cg": GN_DEFAULTS,
@@ -126,14 +126,14 @@ def build_parser():
          "baselines)", count)
     flag("--micro_batch", "sequences worked on at a time; changes memory and speed, not results (default: "
          "about 8192 tokens, more on a GPU)", count)
-    flag("--seed", "of initialisation, batches and sampled labels", natural, 0)
+    flag("--seed", "of initialisation, batches and the random signs of CG's K-FAC", natural, 0)
     flag("--target_loss", "stop at the first evaluation at or below this validation loss, in nats per "
          "token; 0 = never", not_negative, 0.0)
     flag("--init_from", "checkpoint (or its run's folder) whose weights to start from", str)
     flag("--device", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...", device, "auto")
     flag("--dtype", "tf32: shorter mantissas in matrix products on GPUs; bf16: those products in bfloat16 "
          "(autocast); solver vectors, sums and losses stay fp32", ("fp32", "tf32", "bf16"), "fp32")
-    flag("--threads", "CPU threads (default: all cores)", number(1, 1024, int))
+    flag("--threads", "CPU threads (default: all cores, one under torchrun)", number(1, 1024, int))
 
     flag = p.heading("model")
     flag("--model", "size: layers, heads, width and block size", PRESETS, "tiny")
@@ -272,7 +272,7 @@ def check_shares(args, rows, block_size, val_rows):
         rest = rows - newton * min(args.newton_steps, rows // newton)
         shared += [newton, rest or newton, some(SEARCH_FRAC)]
     elif args.opt == "kfac":
-        shared.append(rows / 4)
+        shared.append(rows * KFACOptimizer.CURVATURE_FRAC)
     share(range(math.ceil(min(shared))))
 
 
@@ -699,7 +699,7 @@ def save_checkpoint(path, **content):
 # Processes, signals, memory
 
 
-def join(args):
+def join_group(args):
     """Under torchrun: one of its processes, with a GPU of its own where they run on GPUs."""
     if on_gpu(args.device):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -762,7 +762,7 @@ def peak_memory_mb(device):
 
 def main(argv=None):
     """Returns the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot be used,
-    130 for a second Ctrl-C."""
+    130 where Ctrl-C ended it at once."""
     argv = sys.argv[1:] if argv is None else argv
     with suppress(AttributeError):                      # no file
         sys.stdout.reconfigure(errors="replace")        # for terminals that do not have λ
@@ -773,7 +773,7 @@ def main(argv=None):
         if args.resume:
             args, checkpoint = stored_settings(args, given)
         if process:
-            join(args)
+            join_group(args)
         status = start(args, given, checkpoint, shlex.join(["python", "train.py", *argv]))
     except UsageError as e:
         if process in ("", "0"):                        # all of them found it

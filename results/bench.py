@@ -6,18 +6,14 @@
 
 A gradient is forward, loss and backward, with fused attention. All ways are timed in each round, so that a
 slow moment of the machine meets all of them. Printed are median and quartiles of the ratio to a gradient, and
-the error against float64. curvlinops and BackPACK are timed in fp32, where they are installed. What a whole
-step takes is in the log of any run (step_seconds).
+the error against float64. What a whole step takes is in the log of any run (step_seconds).
 """
 import argparse
 import copy
 import platform
 import sys
-from contextlib import suppress
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import timer
 
 sys.path.append(sys.path[0] + "/..")
@@ -51,28 +47,6 @@ def ours(model, x, y, v):
         "K-FAC factors, a quarter of the sequences": lambda: kfac.update(*quarter),
         "K-FAC application": lambda: kfac.apply(v, lambda s: 1 / (s + 1e-3)),
         "vectors of a CG iteration": lambda: cg(lambda p: p, v, max_iter=1)}
-
-
-@sdpa_kernel(SDPBackend.MATH)                    # fused kernels have no second derivative
-def peers(model, x, y, v):
-    """{what: function} of the other libraries that are installed."""
-    params = trainable(model)
-    v = unflatten(v, params)
-    flat = nn.Sequential(model, nn.Flatten(0, 1))          # they want (N, classes)
-    y = y.flatten()
-    mean_loss = nn.CrossEntropyLoss()
-    ways = {}
-    with suppress(ImportError):
-        from curvlinops import GGNLinearOperator
-        G = GGNLinearOperator(flat, mean_loss, params, [(x, y)], num_data=len(y), check_deterministic=False,
-                              batch_size_fn=torch.numel)
-        ways["product, curvlinops"] = sdpa_kernel(SDPBackend.MATH)(lambda: flatten(G @ v))
-    with suppress(ImportError):
-        from backpack.hessianfree.ggnvp import ggn_vector_product
-        output = flat(x)
-        loss = mean_loss(output, y)
-        ways["product, BackPACK"] = lambda: flatten(ggn_vector_product(loss, output, flat, v))
-    return ways
 
 
 def seconds(function):
@@ -116,10 +90,7 @@ def main():
         product = reference.matvec(v.double())
         exact = {"gradient": reference.grad, "product": product, "local gradient": reference.grad + product}
         model.bf16 = args.dtype == "bf16"
-        ways = ours(model, x, y, v)
-        if not model.bf16:
-            ways.update(peers(model, x, y, v))
-        report(ways, args.rounds, exact)
+        report(ours(model, x, y, v), args.rounds, exact)
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ def cross_entropy_grad(probs, targets, n):
 @contextmanager
 def full_precision(model):
     """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of
-    short weights is off too: inside a context it would outlive a change of the weights."""
+    bfloat16 weights is off too: inside a context it would outlive a change of the weights."""
     device_type = next(model.parameters()).device.type
     outside = torch.autocast(
         device_type,
@@ -680,7 +680,7 @@ class KFAC:
         for (i, side, _, a), delta in zip(maps, found):
             if delta is None:
                 continue
-            delta = delta.to(self.params[i].dtype).flatten(0, -2)  # (rows, out); autocast's is short
+            delta = delta.to(self.params[i].dtype).flatten(0, -2)  # (rows, out); autocast's is bfloat16, say
             count = delta.new_full((1,), len(delta))
             if a is None:
                 inside = count

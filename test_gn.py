@@ -953,7 +953,7 @@ def test_what_cannot_be_stepped_is_named():
 
 @parametrize("name", ["full_gn", "inner soap", *BASELINES])
 def test_step_inside_autocast(name):
-    """Only the model works in short numbers, in the closure and in K-FAC's observe too: the steps are those
+    """Only the model works in bfloat16, in the closure and in K-FAC's observe too: the steps are those
     of a model whose own forward opens autocast. The GPT leaves that of others alone."""
     x, y = vectors(16)
     x = x.float()

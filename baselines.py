@@ -208,7 +208,7 @@ IGNORED = -100
 def check_targets(idx, targets):
     """The targets as int64, and how many count. Raises ValueError for what are not classes for these
     inputs."""
-    if targets.is_floating_point() or targets.dtype == torch.bool:
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(
             f"targets must be class numbers (int64), not {targets.dtype}: soft targets are not supported"
         )
@@ -216,7 +216,7 @@ def check_targets(idx, targets):
         raise ValueError(f"inputs have {len(idx)} rows and targets {len(targets)}")
     targets = targets.long()
     n = int((targets != IGNORED).sum())
-    if not n:
+    if n == 0:
         raise ValueError(f"the batch is empty: it has {len(idx)} rows and no target that counts")
     return targets, n
 
@@ -333,7 +333,7 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self):
         # For copies and pickles. torch would keep three attributes, we keep all but the private ones and
         # the `step` that a learning-rate scheduler puts here.
-        return {k: v for k, v in vars(self).items() if k[0] != "_" and k != "step"}
+        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
 
 
 class Combined(Optimizer):

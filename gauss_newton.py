@@ -246,7 +246,7 @@ class ConjugateGradients:
                       linearisation fails first, are held back more, and λ has no unit; s is the geometric
                       mean of K's mean eigenvalue and the weight's own.  "none": M = I
     curvature_frac    share of the batch's rows that the Newton steps divide among them
-    micro_batch       rows worked on at a time; cache_gb: see GGN
+    micro_batch       rows worked on at a time; cache_gb: see GGN (None: 70 % of the memory that is free)
     seed              of the random signs in K-FAC's factors
     """
 

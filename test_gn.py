@@ -219,6 +219,19 @@ def plain_attention(q, k, v, is_causal, scale=None):
 # ---- model ----
 
 
+def test_attention_is_causal_softmax_of_scaled_scores(monkeypatch):
+    """The fused kernel and the MATH backend are attention written out, in logits and in every gradient."""
+    model, data = gpt(n_embd=8), tokens()  # no fused kernel for heads of two
+
+    def found(backend):
+        with sdpa_kernel(backend):
+            return torch.cat([model(data[0]).flatten(), batch_grad(model, *data)[1]])
+
+    both = [found(SDPBackend.FLASH_ATTENTION), found(SDPBackend.MATH)]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
+    torch.testing.assert_close(both, [found(SDPBackend.MATH)] * 2, rtol=0, atol=1e-12)
+
+
 def test_later_tokens_do_not_change_earlier_logits():
     """Causality, at every position; and what follows a changed position does change."""
     model, idx = gpt(), tokens(1)[0]
@@ -243,11 +256,17 @@ def test_rotary_scores_depend_on_relative_position(monkeypatch):
 
 
 @parametrize(
-    "name, vocab, millions",
-    [("tiny", 256, 0.164), ("small", 256, 1.12), ("45m", 32_000, 49.5), ("150m", 32_000, 162.4)],
+    "name, sizes, vocab, millions",
+    [
+        ("tiny", [2, 4, 64, 64], 256, 0.164),
+        ("small", [4, 4, 128, 256], 256, 1.12),
+        ("45m", [4, 8, 512, 1024], 32_000, 49.5),
+        ("150m", [12, 16, 768, 1024], 32_000, 162.4),
+    ],
 )
-def test_presets_have_the_stated_sizes(name, vocab, millions):
-    """In parameters (bytes for the small ones, the paper's 32k tokens for its two)."""
+def test_presets_have_the_stated_sizes(name, sizes, vocab, millions):
+    """Depth, heads, width, context and parameters (bytes for the small ones, the paper's 32k for its two)."""
+    assert list(PRESETS[name].values()) == sizes
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab, **PRESETS[name]))
     assert isclose(sum(p.numel() for p in model.parameters()) / 1e6, millions, rel_tol=0.01)
@@ -337,6 +356,7 @@ def dense_soap(x, grads, Q, sides, lr=0.02, b1=0.9, b2=0.95, decay=0.3, every=4)
         ((3, 7), 99, (0, 1)),
         ((7, 4), 99, (0, 1)),
         ((4, 7), 5, (0,)),
+        ((2, 3), 1, ()),
     ],
 )
 def test_soap_equals_dense_kronecker_derivation(shape, limit, sides):
@@ -511,8 +531,6 @@ def test_baselines_refuse_nonsense():
     for bad in (dict(lr=-1.0), dict(eps=nan), dict(betas=(1.0, 0.9)), dict(precondition_frequency=0)):
         with raises(ValueError):
             SOAP([nn.Parameter(torch.zeros(2, 2))], **bad)
-    with raises(ValueError, match="bfloat16.*autocast"):
-        make_optimizer("soap", gpt().bfloat16())
 
 
 # ---- what torch promises of an optimizer ----
@@ -606,6 +624,20 @@ def test_optimizer_copies_go_on_bit_for_bit(name, copied):
     assert not moved(twin, start)
     baseline_steps(twin, again, range(7, 12))
     assert torch.equal(theta_of(twin), theta_of(model))
+
+
+@every_baseline
+def test_optimizer_refuses_or_trains_bfloat16(name):
+    """SOAP and K-FAC refuse it before the first step, and say what to do instead; the others train in it."""
+    model = gpt(n_layer=2).bfloat16()
+    before = named(model)
+    if name in ("soap", "kfac"):
+        with raises(ValueError, match="bfloat16.*autocast"):
+            make_optimizer(name, model)
+    else:
+        baseline_steps(model, make_optimizer(name, model), range(3))
+        assert moved(model, before)
+        assert theta_of(model).isfinite().all()
 
 
 # ---- Kronecker factors ----
@@ -811,21 +843,27 @@ def test_kfac_of_odd_parameters():
 # ---- one Gauss-Newton step ----
 
 
+@parametrize("layerwise", [False, True])
 @parametrize("search", [None, tokens(3, seed=3)], ids=["rows", "other"])
-def test_step_is_the_dense_one(search):
-    """One Newton step of GN on the whole batch: the last 8 of 20 rows (40 %), or other data, decide α by
-    their least loss; θ moves by αd, and the record and the next λ are their definitions, recomputed. (That d
-    is the dense one: test_newton_steps_are_the_dense_ones.)"""
+def test_step_is_the_dense_one(layerwise, search):
+    """One Newton step of GN on the whole batch: d = −(G + λI)⁻¹ g, G whole or its parts' blocks. The last 8
+    of 20 rows (40 %), or other data, decide α by their least loss; θ moves by αd, and the record and the next
+    λ are their definitions, recomputed."""
     model, (idx, targets) = gpt(), tokens(20)
     damping = 0.01
     solver = ConjugateGradients(model, "gn", 1, 300, damping, "none", curvature_frac=1.0)
-    opt = GaussNewton(model, solver, None, "grid", search_frac=0.4)
+    opt = GaussNewton(model, solver, scrambled(model) if layerwise else None, "grid", search_frac=0.4)
     theta = theta_of(model)
     dense = Dense(model, idx, targets)
     record = opt.step(idx, targets, search)
     alpha = record["alpha"]
-    d = solver.direction / alpha
-    assert 0 < alpha < 1 and close(theta_of(model) - theta, alpha * d)
+    masks = [dense.mask(part) for part in opt.parts]
+    A = dense.G * sum(torch.outer(own, own) for own in masks) + damping * torch.eye(len(theta)).double()
+    d = torch.linalg.solve(A, -dense.g)
+    # how exactly floating point can solve that
+    tol = 1e3 * torch.finfo(A.dtype).eps * torch.linalg.cond(A).item()
+    assert close(solver.direction, alpha * d, tol)
+    assert 0 < alpha < 1 and close(theta_of(model) - theta, alpha * d, tol)
     x, y = search or (idx[-8:], targets[-8:])
     lengths = [2 ** (-i / 2) for i in range(10)]
     start, *losses = (batch_loss(with_theta(model, theta + t * d), x, y) for t in [0, *lengths])
@@ -840,6 +878,8 @@ def test_step_is_the_dense_one(search):
         grad_norm=dense.g.norm(),
         work=1 + 4 / 3 * record["products"] + 4 / 3 + 11 / 3 * len(x) / 20,
     )
+    if layerwise:
+        del wanted["work"]
     for key, want in wanted.items():
         assert isclose(record[key], float(want), rel_tol=1e-6), key
     assert isclose(solver.damping, levenberg_marquardt(damping, record["rho"], alpha))
@@ -1748,12 +1788,15 @@ def test_every_method_learns(go, flags, capsys):
     go(f"{SMALL} {flags} --steps 3 --out_dir run --sample 20")
     head, rows = log_of("run")
     out = capsys.readouterr().out
+    assert head["config"]["steps"] == 3
+    assert "commit" in head
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert rows[3]["val_loss"] < rows[0]["val_loss"]
     for row in rows[1:]:
         assert row["accepted"]
         assert "grid" not in flags or row["search_tries"] == 10
         assert row["tokens"] == (544 if "fresh" in flags else 512) * row["step"]
+        assert train.STEP_FIELDS.keys() <= row.keys()
         work = row["grad_equivalents"] / row["step"]
         assert work > 1 if "gn" in flags or "kfac" in flags else work == 1
         assert f"step {row['step']}/3 | loss {row['train_loss']:.3f} | val {row['val_loss']:.3f}" in out
@@ -2065,9 +2108,17 @@ def test_flags_that_a_run_does_not_use_are_named(go, capsys):
     assert "note: full_gn (cg) does not use --momentum\n" in capsys.readouterr().out
 
 
-def test_help_on_any_terminal():
-    """Also where it cannot write λ."""
-    assert python("train.py", "--help", PYTHONIOENCODING="cp1252").returncode == 0
+def test_help_explains_every_flag(capsys):
+    """Each flag is in --help, in a group, with a text of its own."""
+    with raises(SystemExit, match="0"):
+        train.main(["--help"])
+    out = capsys.readouterr().out
+    parser = train.build_parser()
+    grouped = [a for group in parser._action_groups[2:] for a in group._group_actions]
+    assert grouped == parser._actions[1:]
+    assert len({a.help for a in grouped}) == len(grouped)
+    assert all(f"  {a.option_strings[0]}" in out for a in grouped)
+    assert python("train.py", "--help", PYTHONIOENCODING="cp1252").returncode == 0  # which has no λ
 
 
 def test_want_of_memory_is_one_line(go, capsys, monkeypatch):
@@ -2691,8 +2742,8 @@ def test_val_batch_is_spread_over_all_of_validation(n):
 
 
 def test_study_makes_what_is_missing_and_goes_on_where_it_was_killed(tmp_path):
-    """A run whose folder is as a kill leaves it ends as the same run in one piece; what is recorded, or not
-    to be made again, is left alone; a failure is told in one line."""
+    """A run whose folder is as a kill leaves it, a row cut off, ends as the same run in one piece; what is
+    recorded, or not to be made again, is left alone; a failure is told in one line."""
     small = "--opt adamw --batch_tokens 1024 --eval_tokens 1024 --n_layer 1"
     flags = f"{small} --steps 12 --checkpoint_interval 5 --init_from warmup"
     (tmp_path / "list").write_text(
@@ -2716,8 +2767,11 @@ def test_study_makes_what_is_missing_and_goes_on_where_it_was_killed(tmp_path):
     assert "2 lines, 0 runs" in study("records", "--only", "whole")[0].stdout
     [run] = (tmp_path / "out").glob("opt-adamw*seed-0")
     shutil.copyfile(run / "checkpoint.previous.pt", run / "checkpoint.pt")
+    rows = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(rows[:-1]) + rows[-1][:20])
     done, made_again = study("again", "--only", "whole")
     assert made_again[-1]["curve"] == made[-1]["curve"]
+    assert len((run / "log.jsonl").read_text().splitlines()) == len(rows)
 
 
 def test_tables_of_the_readme_come_from_the_records():

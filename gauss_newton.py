@@ -68,7 +68,7 @@ class Solution(NamedTuple):
     slope: float  # gᵀd
     decrease: float  # m(0) − m(d), which the local model promises
     trouble: str  # why d is not to be used, or ""
-    record: dict  # for the log; "work" in gradients of the batch, "grad_norm"
+    record: dict  # for the log; "work" in gradients of the batch
 
 
 class GaussNewton:
@@ -175,7 +175,6 @@ class GaussNewton:
             predicted=predicted,
             actual=change,
             rho=change / predicted if predicted < 0 else 0.0,
-            cosine=-slope / (record["grad_norm"] * found.direction.norm().item()),
         )
         return ""
 
@@ -304,15 +303,17 @@ class ConjugateGradients:
         results = sum(solves, [])
         reasons = {r.reason for r in results}
         bad = sorted(reasons & {"nonfinite", "indefinite"})
+        slope = grad.dot(d).item()
         record.update(
             damping=self.damping,
+            cosine=-slope / (record["grad_norm"] * d.norm().item() + 1e-30),
             cg_iterations=sum(r.iterations for r in results),
             products=sum(ggn.products for ggn in ggns),
             cg_reason="+".join(bad or sorted(reasons)),
             work=record["work"] + sum((ggn.work - 1) * ggn.rows for ggn in ggns) / len(idx),
         )
         trouble = f"no descent direction ({bad[0]})" if bad else ""
-        return Solution(loss, d, grad.dot(d).item(), sum(decreases), trouble, record)
+        return Solution(loss, d, slope, sum(decreases), trouble, record)
 
     def _newton(self, ggns, part, grad, n_parts):
         """Newton's method for one part: (d, m(0) − m(d), λ, results of the solves)."""
@@ -430,28 +431,31 @@ class InnerSolver:
     """Minimise the local model by an optimizer that streams over the batch, one inner step per micro-batch
     (paper, Algorithm 1; there in one pass).
 
-        v = θ̂ − θ;  per micro-batch, with its own J, u = ∂L/∂z and H:
+        v ← (1 − α) v                         what the last outer step found and did not take;  0 at first
+        per micro-batch, with its own J, u = ∂L/∂z and H:
         GN            ∇ = Jᵀ(u + H J v)
         prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v)
-        θ̂ ← optimizer(θ̂, ∇), ∇ clipped in norm for each part
+        v ← optimizer(v, ∇)                   ∇ clipped in norm for each part
+        v ← v − η λ v                         by its weight decay, on matrices only;  η: its rate
+
+    λ is a damping in the optimizer's own metric: it draws v to 0 where micro-batches do not agree.
 
     J v is a difference of logits (see expand_once), so that the model's graph must differentiate what the
     model computes: no straight-through estimators, no stopped gradients, no jumps (a top-k router's make
     J v huge for the tokens that change experts).
 
-    Slope and decrease are means over the last sixteenth of the batch in the last pass, the decrease of each
-    micro-batch taken before its inner step: on data that v has been fitted to in the passes before, if any.
+    Slope and decrease are means over the last sixteenth of the batch in the last pass, of each micro-batch
+    before its inner step: on data that v has been fitted to in the passes before, if any.
 
     name              of an optimizer for baselines.make_optimizer: "soap", "muon", "adamw", ...
     rows              sequences in a micro-batch: a batch of B rows gives B / rows inner steps in a pass
-    passes            over the batch in an outer step
+    passes            over the batch in an outer step; two where it is a single micro-batch
     lr                the optimizer's; schedule, warmup, outer_steps: see inner_schedule
-    reset             start every outer step at θ with fresh moments; else at the last θ̂, before the line
-                      search, with the old ones
+    damping           λ
+    reset             start every outer step at v = 0 with fresh moments; else with the old ones
     compile           compile what is done per micro-batch; eager, with a warning, where that fails
     """
 
-    WEIGHT_DECAY = 1e-3
     BETAS = (0.9, 0.999)
     CLIP = 1.0  # the paper's
 
@@ -462,6 +466,7 @@ class InnerSolver:
         rows=32,
         passes=2,
         lr=8e-3,
+        damping=0.0,
         local_model="prox_linear",
         schedule="constant_with_inner_cosine",
         warmup=0,
@@ -480,6 +485,7 @@ class InnerSolver:
         self.rows = rows
         self.passes = passes
         self.lr = lr
+        self.damping = damping
         self.prox_linear = local_model == "prox_linear"
         self.schedule = schedule
         self.warmup = warmup
@@ -489,105 +495,91 @@ class InnerSolver:
         self.programs = {}
         self.progress = no_progress
         self.outer = 0
-        self.stale = True
-        self.ends = [nn.Parameter(p.detach().clone()) for p in self.params]  # θ̂
         self._start()
 
     def _start(self):
-        """An optimizer of θ̂, with fresh moments."""
-        with placed(self.model, self.ends):
-            self.optimizer = make_optimizer(self.name, self.model, self.lr, self.WEIGHT_DECAY, self.BETAS)
+        """v = 0, and an optimizer of it with fresh moments."""
+        self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
+        with placed(self.model, self.v):
+            self.optimizer = make_optimizer(self.name, self.model, self.lr, self.damping, self.BETAS)
 
     def solve(self, parts, idx, targets):
         refuse_randomness(self.model, idx, targets)
         self.eps = working_eps(self.model, idx, targets)
         batches = [(x, y) for x, y in pieces(idx, targets, self.rows) if (y != IGNORED).any()]
-        counts = [(y != IGNORED).sum().item() for _, y in batches] * self.passes
+        passes = max(self.passes, 3 - len(batches))  # the first inner step, where v is 0, has no slope
+        counts = [(y != IGNORED).sum().item() for _, y in batches] * passes
         late = len(counts) - math.ceil(len(batches) / 16)
-        batches *= self.passes
-        if self.reset or self.stale:
-            assign(self.ends, self.params)
+        batches *= passes
+        if self.reset:
             self._start()
-            self.stale = False
         n = sum(counts)
         n_late = sum(counts[late:])
         loss = 0.0
-        grad = 0.0
         change = 0.0
-        work = 0.0
+        slope = 0.0
         for k, (x, y) in enumerate(batches):
             self.progress("inner", k, len(batches))
-            value, m, gradient, g_theta, cost = self._expand(x, y, self._offset(), parts, k >= late)
-            loss += value * (counts[k] / n)
+            L, m, gv, *gradient = self._expand(x, y, parts)
+            loss += L * (counts[k] / n)
             if k >= late:
-                grad += flatten(g_theta) * (counts[k] / n_late)
                 change += m * (counts[k] / n_late)
-            work += cost * y.numel() / targets.numel()
+                slope += gv * (counts[k] / n_late)
             self._inner_step(parts, gradient, k, len(batches))
         self.outer += 1
-        d = flatten(self._offset())
-        record = {
-            "work": work,
-            "inner_steps": len(batches),
-            "grad_norm": grad.norm().item(),
-        }
-        finite = math.isfinite(float(loss)) and math.isfinite(record["grad_norm"])
-        trouble = "" if finite else "loss or gradient not finite"
-        return Solution(float(loss), d, grad.dot(d).item(), -float(change), trouble, record)
-
-    def _offset(self):
-        """v = θ̂ − θ, a list of tensors."""
-        return [e.detach() - p.detach() for e, p in zip(self.ends, self.params)]
+        loss, change, slope = float(loss), float(change), float(slope)
+        trouble = "" if math.isfinite(loss + slope) else "loss or slope not finite"
+        # A forward, a J v for each part, and their backward passes: by expand_once
+        work = (1 + len(parts)) / 3 + sum(backward_work(self.params, part) for part in parts)
+        record = {"work": passes * work, "inner_steps": len(batches)}
+        return Solution(loss, flatten(self.v).detach(), slope, -change, trouble, record)
 
     def _inner_step(self, parts, gradient, k, steps):
-        """θ̂ ← optimizer(θ̂, ∇) by the k-th micro-batch's gradient, clipped for each part."""
+        """v ← optimizer(v, ∇) by the k-th micro-batch's gradient, clipped for each part."""
         for part in parts:
             norm = flatten([gradient[i] for i in part]).norm()
             clip = (self.CLIP / (norm + 1e-12)).clamp(max=1.0)
             for i in part:
-                self.ends[i].grad = clip * gradient[i]
+                self.v[i].grad = clip * gradient[i]
         factor = inner_schedule(self.schedule, self.outer, self.outer_steps, k, steps, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
         self.optimizer.step()
 
-    def _expand(self, x, y, v, parts, at_theta):
-        """The local model of a micro-batch at v, each part with the others at rest: (L(θ), m(v) − L(θ),
-        ∇m(v), g, work), where ∇m(v) and g are lists of tensors, g empty without at_theta."""
+    def _expand(self, x, y, parts):
+        """expand_once for a micro-batch, all processes' rows of it."""
         n = (y != IGNORED).sum()
         x, y = share(x, y)
         theta = [p.detach() for p in self.params]
-        function = partial(expand_once, self.model, parts, self.prox_linear, at_theta, self.eps)
+        v = [t.detach() for t in self.v]
+        function = partial(expand_once, self.model, parts, self.prox_linear, self.eps)
         modes = tuple(m.training for m in self.model.modules())
-        key = x.shape, at_theta, self.eps, str(parts), modes
+        key = x.shape, self.eps, str(parts), modes
         if self.compile and key not in self.programs:
             anywhere = [p.clone() for p in theta]  # v may be 0, where J v would tell nothing
             tolerance = self.eps**0.25  # two differences of logits are some √eps apart
             self.programs[key] = compiled_or_eager(function, tolerance, theta, x, y, anywhere, n)
-        loss, change, *g = reduce(*self.programs.get(key, function)(theta, x, y, v, n))
-        work = (1 + len(parts) + 2 * at_theta) / 3 + sum(backward_work(self.params, part) for part in parts)
-        return loss, change, g[: len(v)], g[len(v) :], work
+        return reduce(*self.programs.get(key, function)(theta, x, y, v, n))
 
     def adapt(self, rho, alpha):
-        """Nothing: a streaming optimizer has no λ."""
+        """After a step by αv: what is left of v."""
+        assign(self.v, [(1 - alpha) * v for v in self.v])
 
     def forget(self):
-        """The next solve starts at θ with fresh moments."""
-        self.stale = True
+        """The next solve starts at v = 0 with fresh moments."""
+        self._start()
 
     def state_dict(self):
         return {
-            "ends": [p.detach() for p in self.ends],
+            "v": [v.detach() for v in self.v],
             "optimizer": self.optimizer.state_dict(),
             "outer": self.outer,
-            "stale": self.stale,
         }
 
     def load_state_dict(self, state):
-        assign(self.ends, state["ends"])
+        assign(self.v, state["v"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.outer = state["outer"]
-        self.stale = state["stale"]
 
 
 SCHEDULES = ("constant_with_inner_cosine", "cosine_with_global_schedule", "global_cosine")
@@ -898,7 +890,7 @@ class Piece:
         return self.vjp(HJv, part)
 
 
-def expand_once(model, parts, prox_linear, at_theta, eps, theta, x, y, v, n):
+def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
     """The local model of a micro-batch that is used once, at v, each of the parts with the others at rest.
     theta, v: lists of tensors; sums over tokens are divided by n; eps: see working_eps.
 
@@ -910,15 +902,17 @@ def expand_once(model, parts, prox_linear, at_theta, eps, theta, x, y, v, n):
     times the second derivative along v, and by eps / h times z for rounding. They are alike where hv is √eps
     of θ, in the root of the sum over tensors of ‖hv‖² / (‖θ‖² + ‖v‖²); h is at most 1.
 
-    Returns [L(θ), m(v) − L(θ), *∇m(v)], and with at_theta behind them *g, the gradient at θ, for 2/3 more.
+    Returns [L(θ), m(v) − L(θ), gᵀv, *∇m(v)].
     """
     theta = [p.detach().requires_grad_() for p in theta]
     change = 0.0
+    slope = 0.0
     gradient = [None] * len(theta)
     with torch.enable_grad():
         with placed(model, theta):
             z = logits(model, x)
         z0 = z.detach()
+        u = cross_entropy_grad(torch.softmax(z0, dim=-1), y, per_token(y, n))
         for part in parts:
             sizes = [(v[i].norm() ** 2, theta[i].detach().norm() ** 2) for i in part]
             h = (eps / sum(a / (a + b + 1e-30) for a, b in sizes)).sqrt().clamp(max=1.0)
@@ -930,12 +924,10 @@ def expand_once(model, parts, prox_linear, at_theta, eps, theta, x, y, v, n):
             Jv = torch.where(z1 == z0, 0.0, (z1 - z0) / h)  # 0 between logits of −inf
             part_change, w = local_change(z0, Jv, y, n, prox_linear)
             change = change + part_change
+            slope = slope + (u * Jv).sum()
             for i, g in zip(part, derivative(z, [theta[i] for i in part], w)):
                 gradient[i] = g
-    if at_theta:
-        u = cross_entropy_grad(torch.softmax(z0, dim=-1), y, per_token(y, n))
-        gradient += derivative(z, theta, u)
-    return [cross_entropy_sum(z0, y) / n, change, *gradient]
+    return [cross_entropy_sum(z0, y) / n, change, slope, *gradient]
 
 
 def backward_work(params, part):

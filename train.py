@@ -173,6 +173,8 @@ def build_parser():
          "inner_tokens", count, 2048)
     flag("--inner_passes", "passes over the batch in an outer step (the paper: 1)", count, 2)
     flag("--inner_lr", "inner learning rate", positive, 8e-3)
+    flag("--inner_damping", "how strongly inner steps are drawn to the outer parameters; 0.3 suits a million "
+         "tokens a step", not_negative, 0.0)
     flag("--inner_schedule", "inner rate over an outer step and the run",
          SCHEDULES, "constant_with_inner_cosine")
     flag("--inner_warmup", "inner steps of linear warmup", natural, 0)
@@ -291,9 +293,9 @@ def make_stepper(model, args, progress):
                                     args.precond, args.curvature_frac, args.micro_batch, seed=args.seed)
     else:
         rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
-        solver = InnerSolver(model, args.solver, rows, args.inner_passes, args.inner_lr, args.local_model,
-                             args.inner_schedule, args.inner_warmup, args.steps, args.inner_reset,
-                             args.compile)
+        solver = InnerSolver(model, args.solver, rows, args.inner_passes, args.inner_lr,
+                             args.inner_damping, args.local_model, args.inner_schedule, args.inner_warmup,
+                             args.steps, args.inner_reset, args.compile)
     parts = model.layers() if args.opt == "layerwise_gn" else None
     return GaussNewton(model, solver, parts, args.line_search, SEARCH_FRAC, args.micro_batch, progress)
 
@@ -632,7 +634,7 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------------------
 # The log and checkpoints
 
-FORMAT = 6   # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
+FORMAT = 7   # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
 
 
 def lines_until(path, step):

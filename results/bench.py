@@ -35,13 +35,13 @@ def ours(model, x, y, v):
     quarter = x[::4], y[::4]
     kfac.update(*quarter)
     kfac.decompose()
-    local = model, [range(len(params))], False, False, working_eps(model, x, y)
+    local = model, [range(len(params))], False, working_eps(model, x, y)
     batch = params, x, y, unflatten(v, params), y.numel()
     return {
         "gradient": lambda: batch_grad(model, x, y)[1],
         "product": lambda: ggn.matvec(v),
         "gradient, with all that products need": lambda: GGN(model, x, y).grad,
-        "local gradient, on a batch used once": lambda: flatten(expand_once(*local, *batch)[2:]),
+        "local gradient, on a batch used once": lambda: flatten(expand_once(*local, *batch)[3:]),
         "layerwise products": lambda: [ggn.matvec(select(v, params, part), part) for part in layers],
         "line-search candidate": lambda: batch_loss(model, x, y),
         "K-FAC factors, a quarter of the sequences": lambda: kfac.update(*quarter),

@@ -431,28 +431,29 @@ class InnerSolver:
     """Minimise the local model by an optimizer that streams over the batch, one inner step per micro-batch
     (paper, Algorithm 1; there in one pass).
 
-        v ← (1 − α) v                         what the last outer step found and did not take;  0 at first
+        v ← (1 − α) v           what the last outer step left;  0 at first, and after a rejected one
         per micro-batch, with its own J, u = ∂L/∂z and H:
         GN            ∇ = Jᵀ(u + H J v)
         prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v)
-        v ← optimizer(v, ∇)                   ∇ clipped in norm for each part
-        v ← v − η λ v                         by its weight decay, on matrices only;  η: its rate
+        v ← (1 − η λ) v         the optimizer's weight decay, of matrices only;  η: its rate
+        v ← optimizer(v, ∇)     ∇ clipped in norm for each part
 
-    λ is a damping in the optimizer's own metric: it draws v to 0 where micro-batches do not agree.
+    λ, a damping, keeps v near 0 where micro-batches do not agree and its entries below some 1 / λ where they
+    do. (adam and sgd have no such decay: λ v is added to ∇.)
 
     J v is a difference of logits (see expand_once), so that the model's graph must differentiate what the
     model computes: no straight-through estimators, no stopped gradients, no jumps (a top-k router's make
     J v huge for the tokens that change experts).
 
-    Slope and decrease are means over the last sixteenth of the batch in the last pass, of each micro-batch
-    before its inner step: on data that v has been fitted to in the passes before, if any.
+    Slope gᵀv and decrease m(0) − m(v) are means over the last sixteenth of the batch in the last pass, each
+    at the v that its micro-batch found: on data that v has been fitted to in the passes before, if any.
 
     name              of an optimizer for baselines.make_optimizer: "soap", "muon", "adamw", ...
     rows              sequences in a micro-batch: a batch of B rows gives B / rows inner steps in a pass
-    passes            over the batch in an outer step; two where it is a single micro-batch
+    passes            over the batch in an outer step; at least two where it is a single micro-batch
     lr                the optimizer's; schedule, warmup, outer_steps: see inner_schedule
     damping           λ
-    reset             start every outer step at v = 0 with fresh moments; else with the old ones
+    reset             start every outer step at v = 0 with fresh moments; else as written, with the old ones
     compile           compile what is done per micro-batch; eager, with a warning, where that fails
     """
 
@@ -479,6 +480,8 @@ class InnerSolver:
         check_choice("local_model", local_model, ("gn", "prox_linear"))
         check_choice("schedule", schedule, SCHEDULES)
         check_positive(rows=rows, passes=passes, lr=lr, outer_steps=outer_steps)
+        if not 0 <= damping < math.inf:
+            raise ValueError(f"damping must not be negative, and finite, got {damping}")
         self.model = model
         self.params = trainable(model)
         self.name = name
@@ -495,24 +498,18 @@ class InnerSolver:
         self.programs = {}
         self.progress = no_progress
         self.outer = 0
-        self._start()
-
-    def _start(self):
-        """v = 0, and an optimizer of it with fresh moments."""
-        self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
-        with placed(self.model, self.v):
-            self.optimizer = make_optimizer(self.name, self.model, self.lr, self.damping, self.BETAS)
+        self.forget()
 
     def solve(self, parts, idx, targets):
         refuse_randomness(self.model, idx, targets)
         self.eps = working_eps(self.model, idx, targets)
-        batches = [(x, y) for x, y in pieces(idx, targets, self.rows) if (y != IGNORED).any()]
+        batches = pieces(idx, targets, self.rows)
         passes = max(self.passes, 3 - len(batches))  # the first inner step, where v is 0, has no slope
         counts = [(y != IGNORED).sum().item() for _, y in batches] * passes
         late = len(counts) - math.ceil(len(batches) / 16)
         batches *= passes
         if self.reset:
-            self._start()
+            self.forget()
         n = sum(counts)
         n_late = sum(counts[late:])
         loss = 0.0
@@ -528,7 +525,7 @@ class InnerSolver:
             self._inner_step(parts, gradient, k, len(batches))
         self.outer += 1
         loss, change, slope = float(loss), float(change), float(slope)
-        trouble = "" if math.isfinite(loss + slope) else "loss or slope not finite"
+        trouble = "" if math.isfinite(loss + change + slope) else "loss or local model not finite"
         # A forward, a J v for each part, and their backward passes: by expand_once
         work = (1 + len(parts)) / 3 + sum(backward_work(self.params, part) for part in parts)
         record = {"work": passes * work, "inner_steps": len(batches)}
@@ -567,18 +564,22 @@ class InnerSolver:
 
     def forget(self):
         """The next solve starts at v = 0 with fresh moments."""
-        self._start()
+        self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
+        with placed(self.model, self.v):
+            self.optimizer = make_optimizer(self.name, self.model, self.lr, self.damping, self.BETAS)
 
     def state_dict(self):
         return {
             "v": [v.detach() for v in self.v],
             "optimizer": self.optimizer.state_dict(),
+            "damping": self.damping,  # which that has too
             "outer": self.outer,
         }
 
     def load_state_dict(self, state):
         assign(self.v, state["v"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.damping = state["damping"]
         self.outer = state["outer"]
 
 
@@ -902,7 +903,7 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
     times the second derivative along v, and by eps / h times z for rounding. They are alike where hv is √eps
     of θ, in the root of the sum over tensors of ‖hv‖² / (‖θ‖² + ‖v‖²); h is at most 1.
 
-    Returns [L(θ), m(v) − L(θ), gᵀv, *∇m(v)].
+    Returns [L(θ), m(v) − L(θ), gᵀv = ⟨u, J v⟩, *∇m(v)].
     """
     theta = [p.detach().requires_grad_() for p in theta]
     change = 0.0
@@ -912,7 +913,6 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
         with placed(model, theta):
             z = logits(model, x)
         z0 = z.detach()
-        u = cross_entropy_grad(torch.softmax(z0, dim=-1), y, per_token(y, n))
         for part in parts:
             sizes = [(v[i].norm() ** 2, theta[i].detach().norm() ** 2) for i in part]
             h = (eps / sum(a / (a + b + 1e-30) for a, b in sizes)).sqrt().clamp(max=1.0)
@@ -924,7 +924,7 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
             Jv = torch.where(z1 == z0, 0.0, (z1 - z0) / h)  # 0 between logits of −inf
             part_change, w = local_change(z0, Jv, y, n, prox_linear)
             change = change + part_change
-            slope = slope + (u * Jv).sum()
+            slope = slope + (cross_entropy_grad(torch.softmax(z0, dim=-1), y, per_token(y, n)) * Jv).sum()
             for i, g in zip(part, derivative(z, [theta[i] for i in part], w)):
                 gradient[i] = g
     return [cross_entropy_sum(z0, y) / n, change, slope, *gradient]
@@ -1143,7 +1143,7 @@ def compiled_or_eager(function, tolerance, *examples):
     try:
         compiled = torch.no_grad()(torch.compile(trace(function, *examples), dynamic=False))
         for a, b in zip(function(*examples), compiled(*examples)):
-            size = a.norm() if a.dim() else 1.0  # loss and decrease: rounding of the loss, however small
+            size = a.norm() if a.dim() else 1.0  # loss, decrease, slope: rounding of the loss, however small
             if not (a - b).norm() <= tolerance * (size + 1e-3):
                 raise RuntimeError("the compiled result differs from the eager one")
         return compiled

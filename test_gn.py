@@ -1818,7 +1818,8 @@ def test_every_method_learns(go, flags, capsys):
 
 def test_flags_reach_the_solver():
     flags = {
-        "cg": "--local_model gn --newton_steps 3 --cg_iters 5 --damping 0.7 --precond none --curvature_frac 0.3",
+        "cg": "--local_model gn --newton_steps 3 --cg_iters 5 --damping 0.7 --precond none "
+        "--curvature_frac 0.3",
         "soap": "--inner_passes 3 --inner_lr 0.1 --inner_damping 0.7 --local_model gn --inner_schedule "
         "global_cosine --inner_warmup 4 --steps 9 --inner_reset --compile",
     }
@@ -2301,12 +2302,12 @@ def together(processes, function):
     ],
 )
 def test_processes_make_the_step_of_one(flags, go, monkeypatch):
-    """In float64, a step by two processes, and one by four from the two's checkpoint, give the losses, what
-    the model promised, and the weights of one process from the same weights (that all have the same bits the run itself sees to). How far
-    rounding may grow in a step, the same step tells from weights that are 1e-11 off: other orders of
-    summation, some 1e-15 off, must stay below a hundred times that. A sum that lacks a row is 1e-3 off. SOAP
-    rotates only square sides here: of a longer one, rank-deficient at first, it takes part of the basis from
-    rounding."""
+    """In float64, a step by two processes, and one by four from the two's checkpoint, give the losses,
+    what the model promised, and the weights of one process from the same weights (that all have the same
+    bits the run itself sees to). How far rounding may grow in a step, the same step tells from weights
+    that are 1e-11 off: other orders of summation, some 1e-15 off, must stay below a hundred times that. A
+    sum that lacks a row is 1e-3 off. SOAP rotates only square sides here: of a longer one, rank-deficient
+    at first, it takes part of the basis from rounding."""
     flags += " --batch_tokens 1024"
     monkeypatch.setattr(SOAP, "__init__", functools.partialmethod(SOAP.__init__, max_precond_dim=8))
 

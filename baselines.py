@@ -712,7 +712,7 @@ class KFAC:
     def apply(self, v, function, part=None):
         """function(K) v, the function taken on the eigenvalues; v flat (P,), or over the parameters in
         `part`."""
-        part = range(len(self.params)) if part is None else part
+        part = part or range(len(self.params))
         tensors = unflatten(v, [self.params[i] for i in part])
         return flatten([apply_to_one(t, function, self.eigen[i]) for i, t in zip(part, tensors)])
 
@@ -801,15 +801,15 @@ class KFACOptimizer(Optimizer):
     def state_dict(self):
         return {
             **super().state_dict(),
-            "kfac": {"factors": self.kfac.factors, "eigen": self.kfac.eigen},
+            "kfac": (self.kfac.factors, self.kfac.eigen),
             "steps": self.steps,
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        kfac = tree_map_only(torch.Tensor, lambda t: t.to(self.generator.device), state["kfac"])
-        self.kfac.factors = kfac["factors"]
-        self.kfac.eigen = kfac["eigen"]
+        self.kfac.factors, self.kfac.eigen = tree_map_only(
+            torch.Tensor, lambda t: t.to(self.generator.device), state["kfac"]
+        )
         self.steps = state["steps"]
         self.generator.set_state(state["generator"].cpu())

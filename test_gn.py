@@ -1637,12 +1637,13 @@ def test_ignored_targets_are_left_out():
         change, slope = expand(ggn, v, prox_linear=True)
         solved = InnerSolver(model, "adamw", rows=1).solve([range(6)], *gn.counted_rows(x, y))
         losses = ggn.loss, batch_loss(model, x, y, micro_batch), change, solved.loss
-        return [*losses, v, batch_grad(model, x, y, micro_batch)[1], slope, ggn.matvec(v)], solved.direction
+        by_difference = torch.cat([solved.direction, torch.tensor([solved.slope, solved.decrease])])
+        return [*losses, v, batch_grad(model, x, y, micro_batch)[1], slope, ggn.matvec(v)], by_difference
 
     without, d = found(x[y != -100].view(5, 3, 4), y[y != -100].view(5, 3))
     left_out, d_left_out = found(x, y, 2)
     torch.testing.assert_close(left_out, without, rtol=1e-9, atol=1e-11)
-    assert close(d_left_out, d, 1e-6)  # by differences of logits
+    assert close(d_left_out, d, 1e-6)
 
 
 def test_batches_that_cannot_be_learned_from_are_named():

@@ -2344,7 +2344,8 @@ def test_processes_make_the_step_of_one(flags, go, monkeypatch):
 
 def test_processes_that_come_apart_stop(go, monkeypatch):
     """One process's weights differ in a bit: all end with status 1, the reason is told, and the checkpoint
-    before is whole. One is killed: the other ends too. Settings that leave one without a sequence: a line."""
+    before is whole. One is killed: the other ends too. Settings that leave one without a sequence: a line, on
+    each machine, since what is missing may be missing there alone."""
     train_step = train.Run.step
 
     def run(rank, flags, fault=None):
@@ -2373,6 +2374,14 @@ def test_processes_that_come_apart_stop(go, monkeypatch):
         assert Path("told0.txt").read_text().count("\n") == 1
         assert Path("told1.txt").read_text() == ""
         assert not Path("none").exists()
+
+    def on_a_machine_each(rank):
+        os.environ["LOCAL_RANK"] = "0"
+        return run(rank, "--out_dir none --init_from missing")
+
+    assert together(2, on_a_machine_each) == [2, 2]
+    assert "missing" in Path("told0.txt").read_text()
+    assert "missing" in Path("told1.txt").read_text()
     go("--resume --out_dir run")
 
 

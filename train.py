@@ -778,7 +778,7 @@ def main(argv=None):
             join_group(args)
         status = start(args, given, checkpoint, shlex.join(["python", "train.py", *argv]))
     except UsageError as e:
-        if process in ("", "0"):                        # all of them found it
+        if not process or os.environ["LOCAL_RANK"] == "0":      # all of a machine's processes found it
             complain(e)
         status = 2
     except (OSError, MemoryError, RuntimeError) as e:   # a full disk, too large a batch, another process gone

@@ -249,14 +249,15 @@ def find_source(source, cache, progress, shards):
 
 
 def find_files(root, skip=()):
-    """Regular files below root, but none that are hidden or were prepared here. A broken link is an error."""
+    """Regular files below root, but none that are hidden, were prepared here or are a run's. A broken link is an
+    error."""
     def fail(e):
         raise e
 
     found = []
     for folder, dirs, names in os.walk(root, onerror=fail):
         dirs[:] = [d for d in dirs if not d.startswith(".") and d not in skip]
-        if "tokens.bin" not in names:
+        if not {"tokens.bin", "checkpoint.pt"} & set(names):
             found += [Path(folder, name) for name in names if not name.startswith(".")]
     found.sort(key=lambda path: path.relative_to(root).as_posix())
     return [(path, s) for path in found for s in [path.stat()] if stat.S_ISREG(s.st_mode)]

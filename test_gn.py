@@ -2527,7 +2527,7 @@ def test_stdlib_is_source_without_tests(monkeypatch):
 
 def test_a_folder_is_its_texts_and_records(tmp_path, monkeypatch):
     """All that is visible, gzipped or not, with UTF-8's mark in front or without, sorted by path; no
-    binaries, nothing empty or hidden; also where the cache lies inside, so that it is used again."""
+    binaries, nothing empty or hidden, no run; also where the cache lies inside, so that it is used again."""
     monkeypatch.setattr(D, "VAL_FRACTION", 0.0)
     want = ""
     for name in "a.txt b/c.txt.gz b/d.jsonl b/h.json.txt f.jsonl.gz g.json i.md".split():
@@ -2536,7 +2536,7 @@ def test_a_folder_is_its_texts_and_records(tmp_path, monkeypatch):
         body = jsonl(texts) if name.removesuffix(".gz").endswith(("json", "jsonl")) else text
         write(name, body.encode("utf-8-sig" if name < "c" else "utf-8"))
         want += text
-    for name in "x.gz x.bin .git/x a/.x".split():
+    for name in "x.gz x.bin .git/x a/.x out/run/checkpoint.pt out/run/log.jsonl".split():
         write(name, "a\0b" if "x." in name else "hidden")
     write("e.jsonl", "")
     first, second = (prepare(tmp_path, cache_dir="cache") for _ in range(2))

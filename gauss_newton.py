@@ -452,12 +452,12 @@ class InnerSolver:
     rows              sequences in a micro-batch: a batch of B rows gives B / rows inner steps in a pass
     passes            over the batch in an outer step; at least two where it is a single micro-batch
     lr                the optimizer's; schedule, warmup, outer_steps: see inner_schedule
+    betas             the optimizer's (of Muon its AdamW's): short memories suit a curvature that each θ changes
     damping           λ
     reset             start every outer step at v = 0 with fresh moments; else as written, with the old ones
     compile           compile what is done per micro-batch; eager, with a warning, where that fails
     """
 
-    BETAS = (0.9, 0.999)
     CLIP = 1.0  # the paper's
 
     def __init__(
@@ -467,6 +467,7 @@ class InnerSolver:
         rows=32,
         passes=2,
         lr=8e-3,
+        betas=(0.8, 0.99),
         damping=0.0,
         local_model="prox_linear",
         schedule="constant_with_inner_cosine",
@@ -488,6 +489,7 @@ class InnerSolver:
         self.rows = rows
         self.passes = passes
         self.lr = lr
+        self.betas = betas
         self.damping = damping
         self.prox_linear = local_model == "prox_linear"
         self.schedule = schedule
@@ -566,7 +568,7 @@ class InnerSolver:
         """The next solve starts at v = 0 with fresh moments."""
         self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
         with placed(self.model, self.v):
-            self.optimizer = make_optimizer(self.name, self.model, self.lr, self.damping, self.BETAS)
+            self.optimizer = make_optimizer(self.name, self.model, self.lr, self.damping, self.betas)
 
     def state_dict(self):
         return {

@@ -1135,8 +1135,9 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
     `forget` or by `reset`, at 0."""
     model, shift, (idx, targets) = gpt(), gpt(), tokens(33, 2)
     passes = 1 if prox else 2
-    settings = dict(name="adamw", rows=2, passes=passes, lr=0.05, damping=0.4, outer_steps=3)
-    settings |= dict(local_model="prox_linear" if prox else "gn", schedule="global_cosine", warmup=9)
+    settings = dict(name="adamw", rows=2, passes=passes, lr=0.05, betas=(0.7, 0.9), damping=0.4)
+    settings |= dict(local_model="prox_linear" if prox else "gn")
+    settings |= dict(schedule="global_cosine", warmup=9, outer_steps=3)
     solver = InnerSolver(model, **settings)
     parts = GaussNewton(model, solver, scrambled(model) if layerwise else None).parts
     params = list(shift.parameters())  # v
@@ -1151,7 +1152,7 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
             solver.load_state_dict(state)
         else:
             with_theta(shift, 0 * theta)
-            adam = torch.optim.AdamW(decayed(params, 0.4))
+            adam = torch.optim.AdamW(decayed(params, 0.4), betas=(0.7, 0.9))
         if outer == 2:
             solver.reset = layerwise
             if not layerwise:

@@ -29,6 +29,7 @@ import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -173,6 +174,8 @@ def build_parser():
          "inner_tokens", count, 2048)
     flag("--inner_passes", "passes over the batch in an outer step (the paper: 1)", count, 2)
     flag("--inner_lr", "inner learning rate", positive, 8e-3)
+    flag("--inner_betas", "averaging constants of the inner optimizer (of muon: of its adamw)", decay,
+         (0.8, 0.99), nargs=2)
     flag("--inner_damping", "how strongly inner steps are drawn to the outer parameters; 0.3 suits a million "
          "tokens a step", not_negative, 0.0)
     flag("--inner_schedule", "inner rate over an outer step and the run",
@@ -223,7 +226,7 @@ def stored_settings(args, given):
     if args.out_dir is None:
         raise UsageError("--resume needs the run's --out_dir")
     checkpoint = load_checkpoint(args.out_dir)
-    stored = argparse.Namespace(**{**vars(args), **checkpoint["config"]})
+    stored = argparse.Namespace(**vars(args) | checkpoint["config"])
     stored.overwrite = False
     for key in [*given, "device"]:
         new = getattr(args, key)
@@ -294,8 +297,8 @@ def make_stepper(model, args, progress):
     else:
         rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
         solver = InnerSolver(model, args.solver, rows, args.inner_passes, args.inner_lr,
-                             args.inner_damping, args.local_model, args.inner_schedule, args.inner_warmup,
-                             args.steps, args.inner_reset, args.compile)
+                             args.inner_betas, args.inner_damping, args.local_model, args.inner_schedule,
+                             args.inner_warmup, args.steps, args.inner_reset, args.compile)
     parts = model.layers() if args.opt == "layerwise_gn" else None
     return GaussNewton(model, solver, parts, args.line_search, SEARCH_FRAC, args.micro_batch, progress)
 
@@ -325,7 +328,7 @@ class FirstOrder:
         norm = grad.norm().item()
         record = {"accepted": False, "reason": "loss or gradient not finite", "loss": loss, "grad_norm": norm,
                   "lr": self.base[0] * factor, "alpha": 0.0, "work": 1.0}
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not math.isfinite(loss + norm):
             return record
         if args.opt == "kfac":                          # curvature from this batch
             record["work"] += self.optimizer.observe(idx, targets, args.micro_batch)
@@ -625,10 +628,7 @@ def say(text):
 
 
 def duration(seconds):
-    s = round(seconds)
-    if s < 100:
-        return f"{s}s"
-    return f"{s // 60}m{s % 60:02d}s" if s < 6000 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return str(timedelta(seconds=round(seconds)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -716,11 +716,10 @@ def is_first():
 
 def check_equal(model, step):
     """Raises RuntimeError where the processes' parameters differ in a bit: they have come apart."""
-    if ranks()[1] > 1:
-        checksum = zlib.crc32(flatten(model.parameters()).detach().cpu().numpy())
-        if reduce_number(checksum) != ranks()[1] * checksum:
-            raise RuntimeError(f"after step {step} the processes' parameters are not the same; "
-                               "the last checkpoint is whole")
+    checksum = zlib.crc32(flatten(model.parameters()).detach().cpu().numpy())
+    if reduce_number(checksum) != ranks()[1] * checksum:
+        raise RuntimeError(f"after step {step} the processes' parameters are not the same; the last "
+                           "checkpoint is whole")
 
 
 @contextmanager

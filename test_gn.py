@@ -1822,13 +1822,13 @@ def test_flags_reach_the_solver():
     flags = {
         "cg": "--local_model gn --newton_steps 3 --cg_iters 5 --damping 0.7 --precond none "
         "--curvature_frac 0.3",
-        "soap": "--inner_passes 3 --inner_lr 0.1 --inner_damping 0.7 --local_model gn --inner_schedule "
-        "global_cosine --inner_warmup 4 --steps 9 --inner_reset --compile",
+        "soap": "--inner_passes 3 --inner_lr 0.1 --inner_betas 0.5 0.6 --inner_damping 0.7 --local_model gn "
+        "--inner_schedule global_cosine --inner_warmup 4 --steps 9 --inner_reset --compile",
     }
     wanted = {
         "cg": dict(prox_linear=False, newton_steps=3, cg_iters=5, damping=0.7, kfac=None, curvature_frac=0.3),
         "soap": dict(rows=8, passes=3, lr=0.1, damping=0.7, prox_linear=False, schedule="global_cosine")
-        | dict(warmup=4, outer_steps=9, reset=True, compile=True),
+        | dict(betas=[0.5, 0.6], warmup=4, outer_steps=9, reset=True, compile=True),
     }
     for name, want in wanted.items():
         command = f"--solver {name} {flags[name]} --inner_tokens 128 --micro_batch 4"

@@ -74,7 +74,7 @@ def study(runs):
         left.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
     curves = one_curve(exactness(runs))
-    for name in ("full GN, inner SOAP", "full GN, inner Muon"):
+    for name in ("full GN, inner SOAP, betas 0.9 0.999", "full GN, inner Muon"):
         curves[name] = [[(run["gradients"] / run["ran"], run["curve"][0][1] - run["curve"][1][1])
                          for run in methods_of("large batch", runs)[name]]]
     with picture(HERE / "exactness.svg", 6.5, 4) as axis:

@@ -127,7 +127,7 @@ def frontier(runs):
     settings = defaultdict(dict)           # {(method, batch, flags without the seed): {flags: run}}
     for run in runs:
         if run["stage"] in STUDY and not run["flags"].startswith("was"):
-            method = re.split(", G from|, λ", run["method"])[0]
+            method = re.split(", G from|, λ|, betas", run["method"])[0]
             setting = method, run["batch_tokens"] // 1024, re.sub(r"--seed \d+", "", run["flags"])
             settings[setting][run["flags"]] = run
     best = defaultdict(dict)

@@ -249,8 +249,8 @@ def find_source(source, cache, progress, shards):
 
 
 def find_files(root, skip=()):
-    """Regular files below root, but none that are hidden, were prepared here or are a run's. A broken link is an
-    error."""
+    """Regular files below root, but none that are hidden, were prepared here or are a run's. A broken link is
+    an error."""
     def fail(e):
         raise e
 

@@ -452,7 +452,7 @@ class InnerSolver:
     rows              sequences in a micro-batch: a batch of B rows gives B / rows inner steps in a pass
     passes            over the batch in an outer step; at least two where it is a single micro-batch
     lr                the optimizer's; schedule, warmup, outer_steps: see inner_schedule
-    betas             the optimizer's (of Muon its AdamW's): short memories suit a curvature that each θ changes
+    betas             the optimizer's (of Muon its AdamW's): shorter memories than a baseline's do best
     damping           λ
     reset             start every outer step at v = 0 with fresh moments; else as written, with the old ones
     compile           compile what is done per micro-batch; eager, with a warning, where that fails

@@ -71,7 +71,7 @@ def study(runs):
              xlabel="outer steps of 262,144 tokens, to 1.60")
         draw(right, against_steps("slow", runs), colours, ylim=(1.3, 2.5),
              xlabel="outer steps, to 1.33, with a rate that falls")
-        left.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        left.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
     curves = one_curve(exactness(runs))
     for name in ("full GN, inner SOAP, betas 0.9 0.999", "full GN, inner Muon"):

@@ -1136,8 +1136,8 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
     model, shift, (idx, targets) = gpt(), gpt(), tokens(33, 2)
     passes = 1 if prox else 2
     settings = dict(name="adamw", rows=2, passes=passes, lr=0.05, betas=(0.7, 0.9), damping=0.4)
-    settings |= dict(local_model="prox_linear" if prox else "gn")
-    settings |= dict(schedule="global_cosine", warmup=9, outer_steps=3)
+    settings |= dict(local_model="prox_linear" if prox else "gn", schedule="global_cosine", warmup=9)
+    settings |= dict(outer_steps=3)
     solver = InnerSolver(model, **settings)
     parts = GaussNewton(model, solver, scrambled(model) if layerwise else None).parts
     params = list(shift.parameters())  # v
@@ -1816,6 +1816,12 @@ def test_every_method_learns(go, flags, capsys):
         assert work > 1 if "gn" in flags or "kfac" in flags else work == 1
         assert f"step {row['step']}/3 | loss {row['train_loss']:.3f} | val {row['val_loss']:.3f}" in out
     assert "20 tokens from the model:\n" in out
+
+
+def test_a_duration_can_be_of_any_length():
+    """As an eta is, with --steps beyond what anyone waits for."""
+    assert [train.duration(s) for s in (59.6, 242, 7384)] == ["60s", "4m02s", "2h03m"]
+    assert train.duration(9e18).startswith("2500000000000000h")
 
 
 def test_flags_reach_the_solver():

@@ -115,8 +115,15 @@ def cosine(done):
 
 def trainable(model):
     """The parameters that a step moves, tied ones once, in the order of model.parameters(). Raises ValueError
-    where there are none, or where they do not make one float32 or float64 vector."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    where there are none, where they do not make one float32 or float64 vector, and for a hook on one."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in named.items():
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"{name} has a hook on its gradient, which not every solver would follow: remove it, and "
+                "change the forward instead, or freeze the parameter"
+            )
+    params = list(named.values())
     if not params:
         raise ValueError("the model has no trainable parameters")
     dtypes = {p.dtype for p in params}

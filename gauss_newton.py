@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 from torch.autograd.graph import get_gradient_edge
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from baselines import (
     IGNORED,
@@ -109,6 +109,7 @@ class GaussNewton:
         self.progress = self.solver.progress = progress or no_progress
         self.rejections = 0  # in a row
 
+    @torch.inference_mode(False)
     def step(self, idx, targets, search=None):
         """One outer step on a batch, inputs (B, ...) and int64 classes (B, ...); returns its record, a flat
         dict.
@@ -119,9 +120,11 @@ class GaussNewton:
         rejects the step: parameters stay bitwise as they were, and record["reason"] says why ("" when all
         went well). Inside torch.autocast the model's forward alone has its dtype, the solver keeps float32.
         """
+        self._check_parameters()
+        batch = (t.clone() if t.is_inference() else t for t in (idx, targets, *(search or ())))
+        idx, targets, *search = batch
         targets, n = check_targets(idx, targets)
         idx, targets = counted_rows(idx, targets)
-        self._check_parameters()
         theta = [p.detach().clone() for p in self.params]
         rows = some_rows(len(idx), n, self.search_frac)
         x, y = search or (idx[-rows:], targets[-rows:])
@@ -129,6 +132,7 @@ class GaussNewton:
         try:
             with full_precision(self.model):
                 found = self.solver.solve(self.parts, idx, targets)
+                refuse_writing(self.model, theta)
                 record = {"alpha": 0.0, "rho": None, **found.record, "loss": found.loss}
                 cost = y.numel() / targets.numel() / 3
                 reason = found.trouble or self._search(theta, found, x, y, cost, record)
@@ -194,6 +198,10 @@ class GaussNewton:
                     "(frozen or unfrozen since, or another model?): make a new one"
                 )
 
+        for name, t in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if t.is_inference():
+                raise ValueError(f"{name} was made inside torch.inference_mode, and has no derivatives there")
+
     def state_dict(self):
         """Everything that the next step depends on beside the parameters, in tensors and plain types."""
         return {"solver": self.solver.state_dict(), "rejections": self.rejections}
@@ -216,6 +224,19 @@ def no_progress(what, done=0, total=0):
 
 # ------------------------------------------------------------------------------------------------------------
 # Solvers
+
+
+class Newton:
+    """Where Newton's method stands that minimises one part's local model."""
+
+    def __init__(self, part, g, d, damping):
+        self.part = part  # indices of its parameters
+        self.g = g  # the whole batch's slope at d = 0
+        self.d = d
+        self.delta = torch.zeros_like(d)  # δ, the last Newton step: judged, then taken, by the next one
+        self.damping = damping  # λ
+        self.solves = []  # a CGResult for each Newton step
+        self.decrease = 0.0  # m(0) − m(d + δ)
 
 
 class ConjugateGradients:
@@ -245,7 +266,7 @@ class ConjugateGradients:
                       linearisation fails first, are held back more, and λ has no unit; s is the geometric
                       mean of K's mean eigenvalue and the weight's own.  "none": M = I
     curvature_frac    share of the batch's rows that the Newton steps divide among them
-    micro_batch       rows worked on at a time; cache_gb: see GGN (None: 70 % of the memory that is free)
+    micro_batch       rows worked on at a time; cache_gb: see GGN (None: half of the memory that is free)
     seed              of the random signs in K-FAC's factors
     """
 
@@ -289,83 +310,75 @@ class ConjugateGradients:
         self.generator = torch.Generator(device=self.params[0].device).manual_seed(seed)
 
     def solve(self, parts, idx, targets):
+        refuse_randomness(self.model, idx, targets)
+        refuse_single_derivatives(self.model, idx, targets)
         n = (targets != IGNORED).sum().item()
-        ggns, loss, grad = self._linearise(idx, targets, n)
-        record = {"work": 1.0, "grad_norm": grad.norm().item()}
+        self.progress("gradient")
+        loss, grad = batch_grad(self.model, idx, targets, self.micro_batch)
+        record = {"work": 1.0, "grad_norm": grad.norm().item(), "products": 0}
         if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
             self._precondition(idx, targets, n, record)
-        found = (self._newton(ggns, part, grad, len(parts)) for part in parts)
-        directions, decreases, dampings, solves = zip(*found)
-        d = self.direction = join(directions, self.params, parts)
-        self.damping = geometric_mean(dampings)
-        results = sum(solves, [])
-        reasons = {r.reason for r in results}
+        if self.cache_gb is None:  # found once, since torch keeps the memory that it frees
+            self.cache_gb = 0.5e-9 * free_memory(idx.device)
+        states = [self._start(part, grad) for part in parts]
+        rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps)
+        steps = min(self.newton_steps, len(idx) // rows)
+        products = len(parts) * self.cg_iters  # of a Newton step, at most
+        for k, (x, y) in enumerate(pieces(idx[: rows * steps], targets[: rows * steps], rows)):
+            self.progress("linearise", k, steps)
+            ggn = GGN(self.model, x, y, self.micro_batch, self.cache_gb)
+            for s in states:
+                self._newton_step(s, ggn, k * products, steps * products)
+            record["products"] += ggn.products
+            record["work"] += ggn.work * rows / len(idx)
+            del ggn  # before the next one is made: the memory is one Newton step's
+        d = self.direction = join([s.d + s.delta for s in states], self.params, parts)
+        self.damping = geometric_mean(s.damping for s in states)
+        solves = sum((s.solves for s in states), [])
+        reasons = {r.reason for r in solves}
         bad = sorted(reasons & {"nonfinite", "indefinite"})
         slope = grad.dot(d).item()
         record.update(
             damping=self.damping,
             cosine=-slope / (record["grad_norm"] * d.norm().item() + 1e-30),
-            cg_iterations=sum(r.iterations for r in results),
-            products=sum(ggn.products for ggn in ggns),
+            cg_iterations=sum(r.iterations for r in solves),
             cg_reason="+".join(bad or sorted(reasons)),
-            work=record["work"] + sum((ggn.work - 1) * ggn.rows for ggn in ggns) / len(idx),
         )
         trouble = f"no descent direction ({bad[0]})" if bad else ""
-        return Solution(loss, d, slope, sum(decreases), trouble, record)
+        return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
 
-    def _newton(self, ggns, part, grad, n_parts):
-        """Newton's method for one part: (d, m(0) − m(d), λ, results of the solves)."""
-        damping = self.damping
+    def _start(self, part, grad):
+        """A part before its first Newton step."""
         g = select(grad, self.params, part)
-        d = delta = torch.zeros_like(g)
+        d = torch.zeros_like(g)
         if self.direction is not None:
             d = self.MOMENTUM * select(self.direction, self.params, part)
-        results = []
-        for ggn in ggns:
-            tilt = g - select(ggn.grad, self.params, part)
-            lengths = self.LENGTHS if results else [0.0]  # there is no δ to try yet
-            t, change, gradient = ggn.expand_along(
-                d, delta, lengths, tilt.dot(delta).item(), part, self.prox_linear
-            )
-            d = d + t * delta
-            if results:
-                damping = bounded(damping * (self.LOWER if t == 1 else 1 / max(t, 0.25)))
+        return Newton(part, g, d, self.damping)
 
-            def matvec(v):
-                total = n_parts * self.cg_iters * len(ggns)
-                self.progress("cg", sum(ggn.products for ggn in ggns), total)
-                return ggn.matvec(v, part) + damping * self._damp(v, part)
+    def _newton_step(self, s, ggn, done, total):
+        """One Newton step of a part on rows of its own, which judge the last step and make the next."""
+        correction = s.g - select(ggn.grad, self.params, s.part)
+        lengths = self.LENGTHS if s.solves else [0.0]  # there is no δ to try yet
+        t, change, gradient = ggn.expand_along(
+            s.d, s.delta, lengths, correction.dot(s.delta).item(), s.part, self.prox_linear
+        )
+        s.d = s.d + t * s.delta
+        if s.solves:
+            s.damping = bounded(s.damping * (self.LOWER if t == 1 else 1 / max(t, 0.25)))
 
-            results.append(cg(matvec, -(gradient + tilt), self._preconditioner(damping, part), self.cg_iters))
-            delta = results[-1].x
-        # m(d + δ) − m(0): what m is at d, and what the last system promises, its damping left out
-        at_d = change + tilt.dot(d).item()
-        damped = 0.5 * damping * delta.dot(self._damp(delta, part)).item()
-        promise = results[-1].values[-1] - damped
-        return d + delta, -(at_d + promise), damping, results
+        def matvec(v):
+            self.progress("cg", done + ggn.products, total)
+            return ggn.matvec(v, s.part) + s.damping * self._damp(v, s.part)
 
-    def _linearise(self, idx, targets, n):
-        """The rows of each Newton step linearised, and loss and gradient of the whole batch, in which n
-        targets count."""
-        self.progress("linearise")
-        rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps)
-        used = rows * min(self.newton_steps, len(idx) // rows)
-        if self.cache_gb is None:  # found once, since torch keeps the memory that it frees
-            self.cache_gb = 0.7e-9 * free_memory(idx.device)
-        ggns = [
-            GGN(self.model, x, y, self.micro_batch, self.cache_gb / self.newton_steps)
-            for x, y in pieces(idx[:used], targets[:used], rows)
-        ]
-        loss = sum(ggn.loss * ggn.n for ggn in ggns)
-        grad = sum(ggn.grad * ggn.n for ggn in ggns)
-        rest = n - sum(ggn.n for ggn in ggns)
-        if rest > 0:
-            rest_loss, rest_grad = batch_grad(self.model, idx[used:], targets[used:], self.micro_batch)
-            loss += rest * rest_loss
-            grad += rest * rest_grad
-        return ggns, loss / n, grad / n
+        precond = self._preconditioner(s.damping, s.part)
+        found = cg(matvec, -(gradient + correction), precond, self.cg_iters)
+        s.solves.append(found)
+        s.delta = found.x
+        # m(0) − m(d + δ): what m is at d, and what the system promises, its damping left out
+        damped = 0.5 * s.damping * s.delta.dot(self._damp(s.delta, s.part)).item()
+        s.decrease = damped - found.values[-1] - change - correction.dot(s.d).item()
 
     def _precondition(self, idx, targets, n, record):
         """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
@@ -504,6 +517,7 @@ class InnerSolver:
 
     def solve(self, parts, idx, targets):
         refuse_randomness(self.model, idx, targets)
+        refuse_other_derivatives(self.model, idx, targets)
         self.eps = working_eps(self.model, idx, targets)
         batches = pieces(idx, targets, self.rows)
         passes = max(self.passes, 3 - len(batches))  # the first inner step, where v is 0, has no slope
@@ -564,6 +578,7 @@ class InnerSolver:
         """After a step by αv: what is left of v."""
         assign(self.v, [(1 - alpha) * v for v in self.v])
 
+    @torch.inference_mode(False)
     def forget(self):
         """The next solve starts at v = 0 with fresh moments."""
         self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
@@ -907,28 +922,29 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
 
     Returns [L(θ), m(v) − L(θ), gᵀv = ⟨u, J v⟩, *∇m(v)].
     """
-    theta = [p.detach().requires_grad_() for p in theta]
+    theta = [p.detach() for p in theta]
+    leaves = [p.detach().requires_grad_() for p in theta]
+    with torch.enable_grad(), placed(model, leaves):
+        z = logits(model, x)
+    z0 = z.detach()
     change = 0.0
     slope = 0.0
     gradient = [None] * len(theta)
-    with torch.enable_grad():
-        with placed(model, theta):
-            z = logits(model, x)
-        z0 = z.detach()
-        for part in parts:
-            sizes = [(v[i].norm() ** 2, theta[i].detach().norm() ** 2) for i in part]
-            h = (eps / sum(a / (a + b + 1e-30) for a, b in sizes)).sqrt().clamp(max=1.0)
-            there = list(theta)
-            for i in part:
-                there[i] = theta[i] + h * v[i]
-            with placed(model, there):
-                z1 = evaluate(model, x)
-            Jv = torch.where(z1 == z0, 0.0, (z1 - z0) / h)  # 0 between logits of −inf
-            part_change, w = local_change(z0, Jv, y, n, prox_linear)
-            change = change + part_change
-            slope = slope + cross_entropy_slope(z0, Jv, y, n)
-            for i, g in zip(part, derivative(z, [theta[i] for i in part], w)):
-                gradient[i] = g
+    for part in parts:
+        sizes = [(v[i].norm() ** 2, theta[i].norm() ** 2) for i in part]
+        h = (eps / sum(a / (a + b + 1e-30) for a, b in sizes)).sqrt().clamp(max=1.0)
+        there = list(theta)
+        for i in part:
+            there[i] = theta[i] + h * v[i]
+        with placed(model, there):
+            z1 = evaluate(model, x)
+        Jv = torch.where(z1 == z0, 0.0, (z1 - z0) / h)  # 0 between logits of −inf
+        part_change, w = local_change(z0, Jv, y, n, prox_linear)
+        change = change + part_change
+        slope = slope + cross_entropy_slope(z0, Jv, y, n)
+        found = derivative(z, [leaves[i] for i in part], w, retain_graph=part is not parts[-1])
+        for i, g in zip(part, found):
+            gradient[i] = g
     return [cross_entropy_sum(z0, y) / n, change, slope, *gradient]
 
 
@@ -941,9 +957,9 @@ def backward_work(params, part):
     return (2 * own + behind) / sum(sizes) / 3
 
 
-def derivative(outputs, inputs, cotangents, create_graph=False):
-    """torch.autograd.grad on a graph that stays; an input that plays no part has derivative 0."""
-    settings = dict(retain_graph=True, create_graph=create_graph, materialize_grads=True)
+def derivative(outputs, inputs, cotangents, retain_graph=True, create_graph=False):
+    """torch.autograd.grad, where an input that plays no part has derivative 0."""
+    settings = dict(retain_graph=retain_graph, create_graph=create_graph, materialize_grads=True)
     return torch.autograd.grad(outputs, inputs, cotangents, **settings)
 
 
@@ -1064,22 +1080,28 @@ def free_memory(device):
 def working_eps(model, x, y):
     """Machine epsilon of the coarsest numbers that the model computes in, seen on its first row: float32's,
     or more by autocast, casts or TF32. Raises ValueError where its logits do not fit the targets."""
-    dtypes = set()
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if torch.is_tensor(out) and out.is_floating_point():
-                dtypes.add(out.dtype)
-            return out
-
-    with Watch():
+    with _Dtypes() as mode:
         z = evaluate(model, x[:1], y[:1])
     check_logits(z.expand(len(y), *z.shape[1:]), y)
     products = 2.0**-10
     with suppress(RuntimeError):  # where torch.backends has a setting of its own
         products = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
-    return max([torch.finfo(t).eps for t in dtypes] + [products] * (torch.float32 in dtypes))
+    return max([torch.finfo(t).eps for t in mode.found] + [products] * (torch.float32 in mode.found))
+
+
+class _Dtypes(TorchFunctionMode):
+    """Collects the dtypes of floating-point results. (A mode of torch's dispatcher would see more, but torch
+    runs neither compiled code nor higher-order operators such as flex_attention inside one.)"""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and out.is_floating_point():
+            self.found.add(out.dtype)
+        return out
 
 
 def once(check):
@@ -1106,7 +1128,9 @@ def refuse_randomness(model, x, y):
             raise ValueError(
                 f"{name or 'the model'} ({type(m).__name__}) is active in training mode: {advice}"
             )
+    theta = [p.detach().clone() for p in trainable(model)]
     first = evaluate(model, x, y)
+    refuse_writing(model, theta)
     seen = torch.softmax(first, dim=-1) > 0  # not of classes that are masked by −1e9, say
     tolerance = working_eps(model, x, y) ** 0.5 * first.abs().where(seen, 0).max()
     for _ in range(9):  # rare events take some calls to be seen
@@ -1115,23 +1139,98 @@ def refuse_randomness(model, x, y):
             raise ValueError(f"the model gives the same inputs other logits every time (dropout?): {advice}")
 
 
+def names(model):
+    """Of trainable(model)."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def refuse_writing(model, theta):
+    """Raises ValueError where the trainable parameters are no longer theta, which they get back."""
+    params = trainable(model)
+    for name, p, t in zip(names(model), params, theta):
+        if ((p != t) & t.isfinite()).any():
+            assign(params, theta)
+            raise ValueError(
+                f"the model's forward writes its parameter {name}, which the optimizer alone may: let the "
+                "forward compute with a changed copy"
+            )
+
+
+@contextmanager
+def derivatives_named(needs, advice):
+    """A derivative that torch does not have is a ValueError that says which, and what to do."""
+    try:
+        yield
+    except RuntimeError as e:
+        if "nference" in str(e):  # of tensors that a forward has kept, say
+            advice = "make what is named there outside of torch.inference_mode"
+        raise ValueError(f"{needs}, which fails ({first_line(e)}): {advice}") from e
+
+
 @once
 def refuse_single_derivatives(model, x, y):
-    """Raises ValueError for a model whose gradient g = Jᵀu cannot be differentiated, or lacks derivatives, so
-    that uᵀJ g is not ‖g‖²."""
-    try:
+    """Raises ValueError for a model whose gradient g = Jᵀu cannot be differentiated; or where J, found so, is not
+    the transpose of Jᵀ, for a derivative is missing or a hook is not linear: cᵀJ g is then not gᵀJᵀc, c = u or
+    H J g and g taken parameter by parameter."""
+    with derivatives_named(
+        "GGN differentiates the model twice",
+        "switch off what is in the way (activation checkpointing, compilation), or take an InnerSolver",
+    ):
         params = trainable(model)
+        everything = range(len(params))
         piece = Piece(model, params, x, y, 1.0)
         g = piece.grad()
-        Jg = piece.jvp(g, range(len(params)))
-        rounding = torch.finfo(Jg.dtype).eps ** 0.5 * piece.u.norm() * Jg.norm()
-        if (g.dot(g) - (piece.u * Jg).sum()).abs() > 0.1 * g.dot(g) + rounding:
-            raise RuntimeError("an autograd.Function lacks its second derivative")
-    except RuntimeError as e:
-        raise ValueError(
-            f"GGN differentiates the model twice, which fails ({first_line(e)}): switch off what is in the "
-            "way (activation checkpointing, compilation), or take an InnerSolver"
-        ) from e
+        w = cross_entropy_hvp(piece.probs, piece.jvp(g, everything), piece.divisor)
+        gradients = [unflatten(t, params) for t in (g, piece.vjp(w, everything))]
+        for i, name in enumerate(names(model)):
+            Jg = piece.jvp(gradients[0][i].flatten(), [i])
+            for c, Jc in zip((piece.u, w), gradients):
+                wanted = (Jc[i] * gradients[0][i]).sum()
+                rounding = torch.finfo(g.dtype).eps ** 0.5 * c.norm() * Jg.norm()
+                if ((c * Jg).sum() - wanted).abs() > 0.1 * wanted.abs() + rounding:
+                    raise RuntimeError(
+                        f"between {name} and the logits an operation lacks its second derivative, or a hook is "
+                        "not linear"
+                    )
+
+
+@once
+def refuse_other_derivatives(model, x, y):
+    """Raises ValueError for a model whose backward Jᵀ is not the transpose of what its forward does when one
+    parameter moves: uᵀ(J v) by a central difference is not (Jᵀu)ᵀv, for v the gradient or random signs."""
+    theta = [p.detach().requires_grad_() for p in trainable(model)]
+    eps = working_eps(model, x, y)
+    with (
+        derivatives_named(
+            "InnerSolver differentiates the model", "replace what is named there, or train fewer parameters"
+        ),
+        placed(model, theta),
+        torch.enable_grad(),
+    ):
+        z = logits(model, x, y)
+        u = cross_entropy_grad(torch.softmax(z.detach(), dim=-1), y, per_token(y, 1.0))
+        gradient = derivative(z, theta, u, retain_graph=False)
+    seen = u != 0  # not classes that are masked
+    size = z.detach().where(seen, 0).norm() / seen.sum() ** 0.5
+    generator = torch.Generator(device=x.device).manual_seed(0)
+    theta = [p.detach() for p in theta]
+    for i, (name, g) in enumerate(zip(names(model), gradient)):
+        signs = torch.empty_like(g).exponential_(generator=generator).sub_(math.log(2)).sign_()
+        for v in (g, signs) if g.any() else ():
+            h = eps**0.5 * (theta[i].norm() + 1e-30) / v.norm()
+            ends = []
+            for there in (theta[i] + h * v, theta[i] - h * v):
+                with placed(model, [*theta[:i], there, *theta[i + 1 :]]):
+                    ends.append(evaluate(model, x))
+            difference = (u * (ends[0] - ends[1])).where(seen, 0).sum() / (2 * h)
+            wanted = (g * v).sum()
+            allowed = max(0.1, 5 * eps**0.5) * torch.maximum(wanted.abs(), (g * v).norm())
+            if (difference - wanted).abs() > allowed + 5 * eps * u.norm() * size / h:
+                raise ValueError(
+                    f"{name}: the model's backward is not the derivative of its forward (a hook, a "
+                    "straight-through estimator, a stopped gradient or a jump?), and an InnerSolver needs both "
+                    "to agree: take ConjugateGradients"
+                )
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -225,9 +226,11 @@ def attention(
 ):
     """torch's scaled_dot_product_attention, by _Attention where it can be."""
     qkv = query, key, value
-    # where they are not alike, torch may broadcast
+    # where they are not alike, torch may broadcast; where they are no plain tensors (nested, or inside vmap and
+    # other transforms), it has rules of its own
     alike = len({(t.shape[:-2], t.dtype) for t in qkv}) == 1
-    if attn_mask is not None or dropout_p or enable_gqa or not alike:
+    plain = all(type(t) in (torch.Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in qkv)
+    if attn_mask is not None or dropout_p or enable_gqa or not (plain and alike):
         return F.scaled_dot_product_attention(
             *qkv, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

@@ -2562,6 +2562,26 @@ def test_a_folder_is_its_texts_and_records(tmp_path, monkeypatch):
     assert second.meta["fingerprint"] == first.meta["fingerprint"]
 
 
+def test_what_is_not_read_is_named(go, capsys):
+    """Counted by reason, three by name, before a run begins, also where its data is taken from the cache; if
+    there is nothing else it is an error. Of a text with a few bad bytes the rest is read."""
+    told = {"zst": "zstd -d", "PARQUET": "pandas", "tar.gz": "unpack", "pdf": "pdftotext", "txt": "iconv"}
+    for kind, advice in told.items():
+        for i in range(4):
+            path = write(f"text/{i}.{kind}", "привет ".encode("koi8-r"))
+        assert advice in error_of(path)
+    assert " 4 packed by zstd (unpack first: zstd -d): '0.zst', '1.zst', '2.zst', ..." in error_of("text")
+    write("text/LICENSE", b"\xe9lan " + b"vital " * 60)
+    write("text/ok", "a genuine one: \ufffd")
+    os.mkfifo("text/pipe")
+    Path("text/up").symlink_to("/")
+    for out in "ab":
+        go(f"{SMALL} --opt sgd --steps 1 --data text --out_dir {out}")
+        note = "\nnote: left out of --data text: .*; 2 that lead .*: 'pipe', 'up'; 1 in part, .*: 'LICENSE'\n"
+        assert re.search(note, capsys.readouterr().out)
+    assert "".join(sides("text")) == "\ufffdlan " + "vital " * 60 + "\na genuine one: \ufffd\n"
+
+
 def test_unusable_sources_are_errors(monkeypatch):
     """Empty, missing, broken, binary, too short, unknown, unreadable, or packed so that this Python
     cannot unpack it: each is told in one line."""

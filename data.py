@@ -8,8 +8,12 @@
 
 A source is "stdlib", "shakespeare" (1.1 MB, one download), "c4" (English web pages, 319 MB a shard) or the
 path of a file or a folder of them; a folder called stdlib is written ./stdlib. A .jsonl or .json file has a
-document per line, {"text": "..."}; any other file is one document. Each may be gzipped (.gz). Tokenizers:
-bytes (256 ids) and gpt2 (50257).
+document per line, {"text": "..."}; any other file is one document. Each may be compressed (.gz, .xz, .bz2).
+Text is UTF-8, or UTF-16 or UTF-32 with its byte-order mark. Tokenizers: bytes (256 ids) and gpt2 (50257).
+
+Left out. Files that are not text (archives, tables, pictures, ...), links to folders, and bytes that are not
+valid text are counted and named, with the reason, in meta["left_out"]; what is hidden, and what a run or
+`prepare` wrote, is not read and not counted. If no text is left, that is a DataError with the same words.
 
 Split. The unit is a document; but of text files, if there are fewer than 100, a piece of about 4096
 characters that ends with a line where it can. A unit whose sha256 falls into the lowest 5 % is validation.
@@ -21,20 +25,22 @@ Reuse. Prepared data is taken again if its meta.json has the fingerprint wanted 
 format, and path, size and mtime of every file) and tokens.bin has its full length. Otherwise it is made
 anew, in a temporary folder renamed at the end, by one process at a time.
 """
+import codecs
 import contextlib
-import gzip
 import hashlib
 import http.client
+import importlib
+import io
 import json
 import os
 import platform
 import re
 import shutil
-import stat
 import sysconfig
 import threading
 import urllib.request
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +53,23 @@ try:
 except ImportError:      # Windows
     fcntl = None
 
-FORMAT = 3               # of the prepared folder; raise it whenever the same text would give other tokens
+FORMAT = 4               # of the prepared folder; raise it whenever the same files would give other data
 VAL_FRACTION = 0.05
 FEW_DOCUMENTS = 100      # if there are fewer text files, the unit of the split is a piece of one
 PIECE = (256, 4096)      # characters, least and most; in between 1 % of the text
-RECORDS = re.compile(r"\.jsonl?(\.gz)?$")   # names of files with one document per line
+COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}      # and the module of Python's that reads it
+RECORDS = (".jsonl", ".json")               # have one document per line
+UNREADABLE = {           # what is not text, by the end of its name, in words that follow a count
+    ".zst .zstd": "packed by zstd (unpack first: zstd -d)",
+    ".zip .7z .rar .tar .tgz .tbz .tbz2 .txz .lz4 .lzma .lz .z .br": "packed (unpack first)",
+    ".parquet .arrow .feather .orc .avro": "with tables (convert to .jsonl first, with pandas or datasets)",
+    ".pdf .doc .docx .odt .rtf .epub": "with layout (convert to .txt first, with pdftotext or pandoc)",
+    ".npy .npz .pt .pth .pkl .safetensors .h5": "with numbers, not text",
+}
+# What `prepare` and a run write, two files or more in a folder.
+OWN = "tokens.bin val.bin meta.json log.jsonl checkpoint.pt checkpoint.previous.pt checkpoint.tmp".split()
+BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
+                    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 TOKENIZERS = ("bytes", "gpt2")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -85,7 +103,8 @@ def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress
     encoding = get_encoding(tokenizer)
     try:
         root, files = find_source(source, cache, progress, shards)
-        listing = [(path.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for path, s in files]
+        listing = [(str(path.relative_to(root)), s.st_size, s.st_mtime_ns)
+                   for path in files for s in [path.stat()]]
         identity = json.dumps([FORMAT, tokenizer, str(root.resolve()), listing])
         meta = {"source": source, "tokenizer": tokenizer, "format": FORMAT,
                 "python_version": platform.python_version(),
@@ -97,7 +116,8 @@ def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress
             with locked(cache / f".{stem}.lock"):
                 for stale in cache.glob(f"{stem}-????????.tmp"):    # of a run that was killed
                     shutil.rmtree(stale)
-                ready = read_meta(folder, meta) or build(folder, files, meta, encoding, block_size, progress)
+                ready = read_meta(folder, meta) or build(folder, root, files, meta, encoding, block_size,
+                                                         progress)
         cut = find_cut(ready, block_size)
         tokens = np.memmap(folder / "tokens.bin", dtype=ready["dtype"], mode="r")
     except OSError as e:
@@ -116,19 +136,22 @@ def locked(path):
         yield
 
 
-def build(folder, files, meta, encoding, block_size, progress):
+def build(folder, root, files, meta, encoding, block_size, progress):
     """Tokenise files into folder/tokens.bin and meta.json, in one pass that holds one unit at a time."""
-    files = [(path, s) for path, s in files if not is_binary(path)]
+    left_out = defaultdict(list)
+    for path in files:
+        left_out[why_unreadable(path)].append(path)
+    files = left_out.pop("", [])                       # for no reason: they are read
     # 2.4 is a guess, C4's ratio
-    total = int(sum(s.st_size * (2.4 if path.suffix == ".gz" else 1) for path, s in files))
-    few = sum(not RECORDS.search(path.name) for path, _ in files) < FEW_DOCUMENTS
+    total = int(sum(path.stat().st_size * (2.4 if path.suffix in COMPRESSED else 1) for path in files))
+    few = sum(kind_of(path) not in RECORDS for path in files) < FEW_DOCUMENTS
     piece = min(max(total // 100, PIECE[0]), PIECE[1]) if few else -1       # -1 is the whole file
     dtype, content, n_documents, n_bytes = np.min_scalar_type(encoding.n_vocab - 1), hashlib.sha256(), 0, 0
     temp = folder.with_name(folder.name + ".tmp")
     try:
         temp.mkdir()
         with open(temp / "tokens.bin", "wb") as train, open(temp / "val.bin", "w+b") as val:
-            for document in documents(files, piece):
+            for document in documents(files, piece, left_out):
                 text = ""
                 for text in document:
                     raw = text.encode(errors="surrogatepass")
@@ -150,7 +173,8 @@ def build(folder, files, meta, encoding, block_size, progress):
             shutil.copyfileobj(val, train)
         (temp / "val.bin").unlink()
         meta = {**meta, "sha256": content.hexdigest(), "documents": n_documents, "bytes": n_bytes,
-                "dtype": dtype.name, "train_tokens": n_train, "val_tokens": n_val}
+                "dtype": dtype.name, "train_tokens": n_train, "val_tokens": n_val,
+                "left_out": in_words(root, left_out)}
         find_cut(meta, block_size)                     # too short: say so before anything is kept
         (temp / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)      # if it is there, it is damaged
@@ -160,10 +184,13 @@ def build(folder, files, meta, encoding, block_size, progress):
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def documents(files, piece):
+def documents(files, piece, left_out):
     """Each document as an iterable of units: a record's text, or pieces of a text that end with a line."""
-    for path, _ in files:
-        yield from records(path) if RECORDS.search(path.name) else [pieces(path, piece)]
+    for path in files:
+        replace_bytes.count = 0
+        yield from records(path) if kind_of(path) in RECORDS else [pieces(path, piece)]
+        if replace_bytes.count:
+            left_out["in part, with U+FFFD for invalid bytes (convert text first, with iconv)"].append(path)
 
 
 def pieces(path, piece):
@@ -179,23 +206,64 @@ def records(path):
                 if not line.isspace():
                     yield ["" + json.loads(line)["text"]]       # "" + raises a TypeError unless it is one
             except (ValueError, TypeError, KeyError, RecursionError):
-                told = f'{path}, line {number} is no JSON object with a string called "text"'
-                raise DataError(told) from None
+                raise DataError(f"{path}, line {number} is no JSON object with a string called "
+                                '"text"') from None
 
 
 @contextlib.contextmanager
 def open_text(path):
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:     # utf-8-sig: without the mark that Windows programs put in front
-        with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as f:
-            yield f
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise DataError(f"{path} is damaged or no gzip file: delete it or get it again ({e})") from e
+    """A file as text; unpacked, if its name ends as a compressed file's does."""
+    module = io
+    try:
+        module = importlib.import_module(COMPRESSED.get(path.suffix.lower(), "io"))
+        with module.open(path, "rb") as raw:
+            mark = raw.read(4)
+            raw.seek(0)
+            # utf-8-sig: without the mark that Windows programs put in front
+            encoding = BYTE_ORDER_MARKS.get(mark) or BYTE_ORDER_MARKS.get(mark[:2], "utf-8-sig")
+            with io.TextIOWrapper(raw, encoding, "replace and count", newline="") as f:
+                yield f
+    except (ImportError, OSError, EOFError, getattr(module, "LZMAError", zlib.error)) as e:
+        raise DataError(f"{path} cannot be read ({e}): if it is damaged, get it again; "
+                        "or unpack it first") from e
 
 
-def is_binary(path):
+def replace_bytes(error):
+    """As errors="replace", and counted: what is read for bytes that are not valid, and where to go on."""
+    replace_bytes.count += 1
+    return "\ufffd", error.end
+
+
+replace_bytes.count = 0
+codecs.register_error("replace and count", replace_bytes)
+
+
+def kind_of(path):
+    """The end of a file's name, in lower case, with no regard to compression: .txt for A.TXT.gz."""
+    return Path(re.sub(r"\.(gz|xz|bz2)$", "", path.name.lower())).suffix
+
+
+def why_unreadable(path):
+    """Why a path cannot be read as text and what to do about it, to follow a count; "" if it can."""
+    if not path.is_file():
+        return "that lead to a folder, or are a pipe or a device"
+    for kinds, why in UNREADABLE.items():
+        if kind_of(path) in kinds.split():
+            return why
     with open_text(path) as f:
-        return "\0" in f.read(8192)
+        head = f.read(8192)
+    if "\0" in head or head.count("\ufffd") > len(head) / 10:     # French in Latin-1: 1/25
+        return "binary or not UTF-8, with NUL or invalid bytes (convert text first, with iconv)"
+    return ""
+
+
+def in_words(root, left_out):
+    """How many files are left out for each reason, and the first of them by name, in one line; "" if none."""
+    parts = []
+    for why, paths in left_out.items():
+        names = [f"{path.relative_to(root).as_posix()!r}" for path in paths[:3]]
+        parts.append(f"{len(paths)} {why}: {', '.join(names)}{', ...' if len(paths) > 3 else ''}")
+    return "; ".join(parts)
 
 
 def read_meta(folder, wanted):
@@ -210,57 +278,58 @@ def read_meta(folder, wanted):
 def find_cut(meta, block_size):
     """Where validation begins in tokens.bin: after train_tokens, or where both sides have a block."""
     need, total = block_size + 1, meta["train_tokens"] + meta["val_tokens"]
+    note = meta["left_out"] and f"; left out: {meta['left_out']}"
     if not meta["documents"]:
-        raise DataError(f"{meta['source']!r} holds no text")
+        raise DataError(f"{meta['source']!r} holds no text (besides hidden files, and those of runs and of "
+                        f"prepared data){note}")
     if total < 2 * need:
         raise DataError(f"{meta['source']!r} is too short: block_size {block_size} needs {need} tokens for "
-                        f"training and {need} for validation, and there are {total} in all")
+                        f"training and {need} for validation, and there are {total} in all{note}")
     return min(max(meta["train_tokens"], need), total - need)
 
 
 def find_source(source, cache, progress, shards):
-    """(root, [(path, its stat), ...]) of the files that make up a source, sorted by their path below root."""
+    """(root, files) of a source, sorted by their path below root."""
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        skip = ("site-packages", "dist-packages", "test", "tests", "idle_test")
+        skip = "site-packages dist-packages test tests idle_test".split()
         files = find_files(root, skip) if root.is_dir() else []
-        files = [(path, s) for path, s in files if re.fullmatch(r"(?!test_).*(?<!_test)\.py", path.name)]
+        files = [path for path in files if re.fullmatch(r"(?!test_).*(?<!_test)\.py", path.name)]
         if not files:
             raise DataError(f"no .py files of the Python standard library in {root}: use shakespeare or "
                             "the path of a text")
         return root, files
     if source == "c4":
-        return cache / "c4", [(path, path.stat()) for path in fetch_c4(cache, shards, progress)]
+        return cache, fetch_c4(cache, shards, progress)
     if source == "shakespeare":
         path = fetch(SHAKESPEARE_URL, cache / "shakespeare.txt", progress)
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != SHAKESPEARE_SHA256:
             raise DataError(f"{path} has sha256 {found}, not {SHAKESPEARE_SHA256}: delete it and run again")
-        return path, [(path, path.stat())]
+        return cache, [path]
     path = Path(source)
-    if not source or not path.exists():
-        raise DataError(f"no data called {source!r}: use stdlib, shakespeare, c4 or the path of a text "
-                        "file or folder")
-    if path.is_dir():
+    if source and path.is_dir():
         return path, find_files(path)
-    if not path.is_file() or is_binary(path):
-        raise DataError(f"{source!r} is no text file" + " (NUL byte in its first 8 KB)" * path.is_file())
-    return path, [(path, path.stat())]
+    if path.is_file():
+        return path.parent, [path]
+    raise DataError(f"no data called {source!r}: use stdlib, shakespeare, c4 or the path of a text file or "
+                    "folder")
 
 
 def find_files(root, skip=()):
-    """Regular files below root, but none that are hidden, were prepared here or are a run's. A broken link is
-    an error."""
+    """What lies below root, sorted: files and, told apart later, what cannot be read. But nothing hidden, and
+    no files that a run or `prepare` wrote. A folder that cannot be read is an error."""
     def fail(e):
         raise e
 
     found = []
     for folder, dirs, names in os.walk(root, onerror=fail):
+        if len(set(names).intersection(OWN)) > 1:               # one may be anybody's
+            names = set(names).difference(OWN)
         dirs[:] = [d for d in dirs if not d.startswith(".") and d not in skip]
-        if not {"tokens.bin", "checkpoint.pt"} & set(names):
-            found += [Path(folder, name) for name in names if not name.startswith(".")]
-    found.sort(key=lambda path: path.relative_to(root).as_posix())
-    return [(path, s) for path in found for s in [path.stat()] if stat.S_ISREG(s.st_mode)]
+        links = [d for d in dirs if Path(folder, d).is_symlink()]       # os.walk does not go into them
+        found += [Path(folder, name) for name in [*names, *links] if not name.startswith(".")]
+    return sorted(found, key=Path.as_posix)
 
 
 def fetch_c4(cache, shards, progress):

@@ -5,6 +5,7 @@ closed forms.
 """
 
 import argparse
+import bz2
 import collections
 import copy
 import functools
@@ -14,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -2441,12 +2443,16 @@ def test_nothing_is_left_of_a_step(flags, go, monkeypatch):
 # ---- data ----
 
 
+PACKERS = {".gz": gzip, ".xz": lzma, ".bz2": bz2}
+
+
 def write(path, text):
-    """text, or raw bytes, at path: gzipped if its name ends so."""
+    """text, or raw bytes, at path: compressed if its name ends so."""
     path = Path(path)
     raw = text if isinstance(text, bytes) else text.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    packer = PACKERS.get(path.suffix.lower())
+    path.write_bytes(packer.compress(raw) if packer else raw)
     return path
 
 
@@ -2533,27 +2539,52 @@ def test_stdlib_is_source_without_tests(monkeypatch):
 
 
 def test_a_folder_is_its_texts_and_records(tmp_path, monkeypatch):
-    """All that is visible, gzipped or not, with UTF-8's mark in front or without, sorted by path; no
-    binaries, nothing empty or hidden, no run; also where the cache lies inside, so that it is used again."""
+    """All that is visible, compressed or not, in any encoding with its mark, sorted by path; no binaries,
+    nothing empty or hidden, of a run's folder only what the run did not write; also where the cache lies
+    inside, so that it is used again."""
     monkeypatch.setattr(D, "VAL_FRACTION", 0.0)
     want = ""
-    for name in "a.txt b/c.txt.gz b/d.jsonl b/h.json.txt f.jsonl.gz g.json i.md".split():
+    files = """a.txt:utf-8 b/c.txt.gz:utf-16-le b/d.jsonl:utf-8 b/h.json.txt:utf-16-be f.jsonl.gz:utf-32-le
+        g.json:utf-16-le i.md:utf-8 j.GZ:utf-32-be k.JSONL.xz:utf-8 out/run/t:utf-8"""
+    for file in files.split():
+        name, codec = file.split(":")
         texts = [f"{name} {i} \ufeff" for i in range(30)]
         text = "\n".join(texts) + "\n"
-        body = jsonl(texts) if name.removesuffix(".gz").endswith(("json", "jsonl")) else text
-        write(name, body.encode("utf-8-sig" if name < "c" else "utf-8"))
+        body = jsonl(texts) if re.search(r"(?i)\.jsonl?(\.gz|\.xz)?$", name) else text
+        write(name, ("\ufeff" + body).encode(codec))
         want += text
     for name in "x.gz x.bin .git/x a/.x out/run/checkpoint.pt out/run/log.jsonl".split():
         write(name, "a\0b" if "x." in name else "hidden")
     write("e.jsonl", "")
     first, second = (prepare(tmp_path, cache_dir="cache") for _ in range(2))
     assert "".join(text_of(first)) == want
-    assert first.meta["documents"] == 3 * 30 + 4
+    assert first.meta["documents"] == 4 * 30 + 6
     assert second.meta["fingerprint"] == first.meta["fingerprint"]
 
 
+def test_what_is_not_read_is_named(go, capsys):
+    """Counted by reason, three by name, before a run begins, also where its data is taken from the cache; if
+    there is nothing else it is an error. Of a text with a few bad bytes the rest is read."""
+    told = {"zst": "zstd -d", "PARQUET": "pandas", "tar.gz": "unpack", "pdf": "pdftotext", "txt": "iconv"}
+    for kind, advice in told.items():
+        for i in range(4):
+            path = write(f"text/{i}.{kind}", "привет ".encode("koi8-r"))
+        assert advice in error_of(path)
+    assert " 4 packed by zstd (unpack first: zstd -d): '0.zst', '1.zst', '2.zst', ..." in error_of("text")
+    write("text/LICENSE", b"\xe9lan " + b"vital " * 60)
+    write("text/ok", "a genuine one: \ufffd")
+    os.mkfifo("text/pipe")
+    Path("text/up").symlink_to("/")
+    for out in "ab":
+        go(f"{SMALL} --opt sgd --steps 1 --data text --out_dir {out}")
+        note = "\nnote: left out of --data text: .*; 2 that lead .*: 'pipe', 'up'; 1 in part, .*: 'LICENSE'\n"
+        assert re.search(note, capsys.readouterr().out)
+    assert "".join(sides("text")) == "\ufffdlan " + "vital " * 60 + "\na genuine one: \ufffd\n"
+
+
 def test_unusable_sources_are_errors(monkeypatch):
-    """Empty, missing, broken, binary, too short, unknown, unreadable: each is told in one line."""
+    """Empty, missing, broken, binary, too short, unknown, unreadable, or packed so that this Python
+    cannot unpack it: each is told in one line."""
     write("empty\nline", "")
     write("binary", b"a\0b")
     short = write("short.txt", "x" * 128 + "\n")  # two blocks of 64 need 130
@@ -2577,8 +2608,10 @@ def test_unusable_sources_are_errors(monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(short))
 
-    monkeypatch.setattr(D.gzip, "open", denied)
+    monkeypatch.setattr(gzip, "open", denied)
     assert "Permission denied" in error_of(write("a.gz", "text"))
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    assert "a.xz cannot be read (import of lzma" in error_of(write("a.xz", "text"))
 
 
 @parametrize("n", [70, 400])
@@ -2601,22 +2634,25 @@ def test_bad_record_is_named():
         assert f"{path}, line 7 " in error_of(path)
 
 
+@parametrize("suffix, packer", PACKERS.items())
 @parametrize("kind", ["txt", "jsonl"])
-def test_gzip_changes_nothing_but_the_size(kind):
-    """The same tokens, also from several parts; cut short, a bit wrong, or no gzip at all names the file."""
+def test_compression_changes_nothing_but_the_size(kind, suffix, packer):
+    """The same tokens, also from several parts; cut short, a bit wrong, or not compressed at all names the
+    file."""
     rng = random.Random(0)
     lines = [f"{rng.getrandbits(400):x}\n" for _ in range(6_000)]  # pieces of 4096 either way
     body = (jsonl(lines) if kind == "jsonl" else "".join(lines)).encode()
     want = sides(write(f"a.{kind}", body))
-    path = write(f"b.{kind}.gz", body)
+    path = write(f"b.{kind}{suffix}", body)
     whole = path.read_bytes()
     flipped = bytearray(whole)
-    flipped[10] ^= 2  # the kind of the first block
+    flipped[10] ^= 2  # of gzip the kind of the first block, of others a checksum
     assert sides(path) == want
-    for raw in (whole[:5], whole[:-1], whole[:-8] + bytes(8), flipped, body, whole + b"rest"):
+    damaged = whole[:5], whole[:-1], whole[:-8] + bytes(8), flipped, body, whole + b"rest"
+    for raw in damaged[: 5 + (packer is gzip)]:  # the last one is found in gzip alone
         path.write_bytes(raw)
         assert str(path) in error_of(path)
-    path.write_bytes(gzip.compress(body[:1000]) + gzip.compress(body[1000:]))
+    path.write_bytes(packer.compress(body[:1000]) + packer.compress(body[1000:]))
     assert sides(path) == want
 
 

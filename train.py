@@ -143,8 +143,9 @@ def build_parser():
 
     flag = p.heading("data")
     flag("--data", "stdlib (Python's own library, no download), shakespeare (1 MB), c4 (English web pages, "
-         "319 MB a shard), or a file or folder: text, or .jsonl and .json with a document per line in "
-         "\"text\", each also as .gz", str, "stdlib")
+         "319 MB a shard), or a file or folder: text (UTF-8, or UTF-16 with its mark), or .jsonl and .json "
+         "with a document per line in \"text\", each also as .gz, .xz or .bz2; a folder's other files, but "
+         "for hidden ones, are named and left out", str, "stdlib")
     flag("--shards", "C4 files to download and use", count, 1)
     flag("--tokenizer", "bytes (256 tokens) or gpt2 (50257)", TOKENIZERS, "bytes")
     flag("--data_dir", "where prepared data is kept", str, "data")
@@ -442,6 +443,8 @@ class Run:
             f"{meta['val_tokens']:,} validation tokens ({args.tokenizer}), sha256 {meta['sha256'][:12]}\n"
             f"batch: {args.batch_tokens:,} tokens = {self.rows:,} x {self.model.config.block_size} | "
             f"guessing evenly is a loss of {math.log(self.data.vocab_size):.3f} nats per token")
+        if meta["left_out"]:
+            say(f"note: left out of --data {args.data}: {meta['left_out']}")
         others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(args.opt, ()))
         unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds or key in others]
         if unused:

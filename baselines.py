@@ -19,9 +19,11 @@ in BASELINES. Use Combined if it suits only some of the parameters. Its step() m
 """
 
 import math
+import os
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -68,7 +70,7 @@ def make_optimizer(
 
     def decayed(params):
         return [
-            dict(params=[p for p in params if p.ndim >= 2], weight_decay=o["weight_decay"]),
+            dict(params=[p for p in params if p.ndim >= 2], weight_decay=o.get("weight_decay", 0.0)),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0),
         ]
 
@@ -204,6 +206,42 @@ def reduce_number(x):
     return reduce(torch.tensor(x, dtype=torch.float64, device=device))[0].item()
 
 
+def free_memory(device):
+    """Bytes that are free on the device (4 GB where nobody says); on a CPU this process's part of the least that
+    the machine, and each control group on the way up (a container's, a job's), has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(left_on_cpu(), default=4e9) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def left_on_cpu():
+    """Yields what the machine has left, then each control group: its limit less what is used without the pages of
+    files that can be given back."""
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as f:
+        yield next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controller, path = line.split(":", 2)
+            root, limit, used, cached = CONTROL_GROUPS.get(controller, ("", "", "", ""))
+            group = Path(root + path)
+            for folder in (group, *group.parents) if root else ():
+                with suppress(OSError, ValueError, KeyError):  # not mounted here, or "max"
+                    files = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    limited = int((folder / limit).read_text()) - int((folder / used).read_text())
+                    yield limited + int(files[cached])
+
+
+CONTROL_GROUPS = {  # by controller: version 2 has none in its line
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The loss: mean cross-entropy in nats per token
 
@@ -276,6 +314,39 @@ def cross_entropy_grad(probs, targets, n):
     """∂L/∂z = (p − onehot(y)) / n.  probs (..., V), targets (...), n a number or `per_token` -> (..., V)."""
     own = targets.clamp_min(0).unsqueeze(-1)  # (..., 1)
     return probs.scatter(-1, own, probs.gather(-1, own) - 1).div_(n)
+
+
+def evaluate(model, x, y=None):
+    """Logits without a graph, by the path on which the model is differentiated: with gradients off torch
+    takes another in nn.TransformerEncoder, whose loss is another function."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            return logits(model, x, y).detach()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def batch_loss(model, idx, targets, micro_batch=None):
+    """Mean cross-entropy (nats per token) without a graph, as a float; attention may be fused."""
+    targets, n = check_targets(idx, targets)
+    batches = pieces(*share(idx, targets), micro_batch)
+    return reduce_number(sum(cross_entropy_sum(evaluate(model, x, y), y).item() for x, y in batches)) / n
+
+
+@torch.enable_grad()
+def batch_grad(model, idx, targets, micro_batch=None):
+    """Loss (float) and flat gradient by ordinary backward passes."""
+    targets, n = check_targets(idx, targets)
+    params = trainable(model)
+    loss = 0.0
+    grad = 0.0
+    for x, y in pieces(*share(idx, targets), micro_batch):
+        mean = cross_entropy_sum(logits(model, x, y), y) / n
+        loss += mean.item()
+        grad += flatten(torch.autograd.grad(mean, params, materialize_grads=True))
+    return reduce_number(loss), reduce(grad)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -519,13 +590,20 @@ def power_iteration(C, Q):
 def eigh(C, warn=warnings.warn):
     """Eigenvalues, not negative, and eigenvectors of a symmetric C (d, d), found in float64: in float32
     LAPACK can return NaN, without a word, where entries underflow. Where it fails, the diagonal and the
-    identity, with a warning."""
+    identity, with a warning. On the CPU where the device has no float64 (Apple's mps)."""
     try:
-        values, vectors = torch.linalg.eigh(C.double())
+        values, vectors = torch.linalg.eigh(in_double(C))
     except torch.linalg.LinAlgError as e:
         warn(f"an eigendecomposition failed, the matrix's diagonal takes its place: {str(e).splitlines()[0]}")
         return C.diagonal().clamp_min(0), torch.eye(len(C)).to(C)
     return values.clamp_min(0).to(C), vectors.to(C)
+
+
+def in_double(C):
+    try:
+        return C.double()
+    except (TypeError, RuntimeError):
+        return C.cpu().double()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -548,17 +626,10 @@ def linear_maps(z, params):
     index = {p: i for i, p in enumerate(params)}
     weights = []
     others = []
-    seen = {None}
-    stack = [z.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    for node in graph_of(z):
         name = node.name()
         inputs = [function for function, _ in node.next_functions]
         edge = torch.autograd.graph.GradientEdge(node, 0)
-        stack += inputs
         if name in ("MmBackward0", "AddmmBackward0"):  # a W, or b + a W
             a = node._saved_self if name == "MmBackward0" else node._saved_mat1
             weights.append((*origin(inputs[-1], index), edge, a))
@@ -575,6 +646,18 @@ def linear_maps(z, params):
         own = side, a is not None and a.is_floating_point()
         if i is not None and form.setdefault(i, own) == own:
             yield i, side, edge, a
+
+
+def graph_of(z):
+    """Yields the nodes of z's graph, each once."""
+    seen = {None}
+    stack = [z.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack += [function for function, _ in node.next_functions]
 
 
 def origin(node, index):

@@ -19,7 +19,6 @@ Any nn.Module will do whose forward(inputs) gives logits (..., classes):
 """
 
 import math
-import os
 import warnings
 import weakref
 from contextlib import contextmanager, suppress
@@ -37,14 +36,19 @@ from baselines import (
     IGNORED,
     KFAC,
     assign,
+    batch_grad,
+    batch_loss,
     check_logits,
     check_targets,
     cosine,
     counted_rows,
     cross_entropy_grad,
     cross_entropy_sum,
+    evaluate,
     flatten,
+    free_memory,
     full_precision,
+    graph_of,
     logits,
     make_optimizer,
     per_token,
@@ -266,7 +270,8 @@ class ConjugateGradients:
                       linearisation fails first, are held back more, and λ has no unit; s is the geometric
                       mean of K's mean eigenvalue and the weight's own.  "none": M = I
     curvature_frac    share of the batch's rows that the Newton steps divide among them
-    micro_batch       rows worked on at a time; cache_gb: see GGN (None: half of the memory that is free)
+    micro_batch       rows worked on at a time (None: those of a Newton step)
+    memory_gb         for the graphs of a Newton step, see GGN (None: three eighths of what is free)
     seed              of the random signs in K-FAC's factors
     """
 
@@ -281,12 +286,12 @@ class ConjugateGradients:
         model,
         local_model="prox_linear",
         newton_steps=8,
-        cg_iters=6,
+        cg_iters=4,
         damping=3.0,
         precond="kfac",
-        curvature_frac=0.5,
+        curvature_frac=0.25,
         micro_batch=None,
-        cache_gb=None,
+        memory_gb=None,
         seed=0,
     ):
         check_choice("local_model", local_model, ("gn", "prox_linear"))
@@ -303,7 +308,8 @@ class ConjugateGradients:
         self.damping = damping
         self.curvature_frac = curvature_frac
         self.micro_batch = micro_batch
-        self.cache_gb = cache_gb
+        self.memory_gb = memory_gb
+        self.keep_rows = None  # found in the first step, since torch keeps the memory that it frees
         self.progress = no_progress
         self.scale = 1.0  # mean eigenvalue of K
         self.direction = None  # of the last outer step, at the length that was taken
@@ -320,15 +326,15 @@ class ConjugateGradients:
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
             self._precondition(idx, targets, n, record)
-        if self.cache_gb is None:  # found once, since torch keeps the memory that it frees
-            self.cache_gb = 0.5e-9 * free_memory(idx.device)
         states = [self._start(part, grad) for part in parts]
         rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps)
         steps = min(self.newton_steps, len(idx) // rows)
+        if self.keep_rows is None:
+            self.keep_rows = self._rows_that_fit(idx, targets, rows)
         products = len(parts) * self.cg_iters  # of a Newton step, at most
         for k, (x, y) in enumerate(pieces(idx[: rows * steps], targets[: rows * steps], rows)):
             self.progress("linearise", k, steps)
-            ggn = GGN(self.model, x, y, self.micro_batch, self.cache_gb)
+            ggn = GGN(self.model, x, y, self.micro_batch, self.keep_rows)
             for s in states:
                 self._newton_step(s, ggn, k * products, steps * products)
             record["products"] += ggn.products
@@ -348,6 +354,18 @@ class ConjugateGradients:
         )
         trouble = f"no descent direction ({bad[0]})" if bad else ""
         return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
+
+    def _rows_that_fit(self, idx, targets, rows):
+        """How many rows' graphs there is memory for. Raises MemoryError where it does not hold those of a piece."""
+        free = free_memory(idx.device)
+        each = row_bytes(self.model, idx, targets)
+        needed = each * min(self.micro_batch or rows, rows)
+        if needed > free:
+            raise MemoryError(
+                f"a micro-batch takes {needed / 1e9:.1f} GB to linearise, and {free / 1e9:.1f} GB are free: "
+                "--micro_batch must be smaller"
+            )
+        return int((3 / 8 * free if self.memory_gb is None else 1e9 * self.memory_gb) / each)
 
     def _start(self, part, grad):
         """A part before its first Newton step."""
@@ -748,9 +766,8 @@ class GGN:
 
     idx, targets   inputs (B, ...) and int64 classes (B, ...), as the model takes them; logits are (B, ..., V)
     micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
-    cache_gb       with micro_batch: pieces keep their graphs while they fit in this many GB, so that a
-                   product repeats no forward; the others are linearised anew at each product, in memory that
-                   does not grow with the batch
+    keep_rows      of so many rows (None: of all) pieces keep their graphs, so that a product repeats no forward;
+                   the others are linearised anew at each product, in memory that does not grow with the batch
 
     loss           mean cross-entropy in nats per token, a float; targets of -100 are left out
     grad           its gradient (P,), parameters flattened in the order of model.parameters(), tied ones once
@@ -765,7 +782,7 @@ class GGN:
     vjp take 2.3.
     """
 
-    def __init__(self, model, idx, targets, micro_batch=None, cache_gb=0.0):
+    def __init__(self, model, idx, targets, micro_batch=None, keep_rows=None):
         targets, self.n = check_targets(idx, targets)
         self.model = model
         self.params = trainable(model)
@@ -779,15 +796,13 @@ class GGN:
         self.grad = 0.0
         refuse_randomness(model, *self.data[0])
         refuse_single_derivatives(model, *self.data[0])
-        room = math.inf if micro_batch is None else 1e9 * cache_gb
-        for i, (x, y) in enumerate(self.data):
-            if i == 0 and room < math.inf:  # the first piece is the largest
-                piece, piece_bytes = self._measure(x, y)
-            else:
-                piece = self._linearise(x, y)
+        rows = 0
+        for x, y in self.data:
+            piece = self._linearise(x, y)
             self.loss += cross_entropy_sum(piece.z.detach(), y).item() / self.n
             self.grad += piece.grad()
-            if room == math.inf or (i + 1) * piece_bytes <= room:
+            rows += len(x)
+            if keep_rows is None or rows <= keep_rows:
                 self.cache.append(piece)
             del piece
         self.loss, self.grad = reduce_number(self.loss), reduce(self.grad)[0]
@@ -798,7 +813,8 @@ class GGN:
         part = part or range(len(self.params))
         out = 0.0
         for piece in self._pieces():
-            out += piece.product(v, part)
+            HJv = cross_entropy_hvp(piece.probs, piece.jvp(v, part), piece.divisor)
+            out += piece.vjp(HJv, part)
         self.products += 1
         self.work += self._product_work(part)
         return reduce(out)[0]
@@ -839,21 +855,6 @@ class GGN:
 
     def _linearise(self, x, y):
         return Piece(self.model, self.params, x, y, self.n)
-
-    def _measure(self, x, y):
-        """A linearised piece and the bytes that keeping it costs: every storage that its graphs save,
-        once."""
-        storages = {}
-
-        def count(t):
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t.detach()  # t itself, a node's output, would keep that node alive for ever
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-            piece = self._linearise(x, y)
-        for p in self.params:
-            storages.pop(p.untyped_storage().data_ptr(), None)
-        return piece, sum(storages.values()) + 3 * piece.z.numel() * piece.z.element_size()
 
     def _pieces(self):
         """The linearised pieces: first those that were kept, then the others one by one."""
@@ -903,9 +904,23 @@ class Piece:
     def vjp(self, w, part):
         return flatten(derivative(self.z, [self.params[i] for i in part], w))
 
-    def product(self, v, part):
-        HJv = cross_entropy_hvp(self.probs, self.jvp(v, part), self.divisor)
-        return self.vjp(HJv, part)
+
+def row_bytes(model, x, y):
+    """What it takes to keep one more row linearised: the storages that its graphs save, each once, found on two
+    rows and on one of a batch."""
+
+    def saved(rows):
+        storages = {}
+
+        def count(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t.detach()  # t itself, a node's output, would keep that node alive for ever
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            piece = Piece(model, trainable(model), x[:rows], y[:rows], 1.0)
+        return sum(storages.values()) + 3 * piece.z.numel() * piece.z.element_size()
+
+    return max(saved(2) - saved(1), 1)
 
 
 def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
@@ -916,9 +931,7 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
         difference     J v ≈ (z(θ + hv) − z(θ)) / h             1/3, for each part
         backward       ∇m(v), see local_change                  2/3, for one part
 
-    4/3 in all for one part, where forward mode takes 5/3, GGN and its first product 7/3. J v errs by h/2
-    times the second derivative along v, and by eps / h times z for rounding. They are alike where hv is √eps
-    of θ, in the root of the sum over tensors of ‖hv‖² / (‖θ‖² + ‖v‖²); h is at most 1.
+    4/3 in all for one part, where forward mode takes 5/3, GGN and its first product 7/3.
 
     Returns [L(θ), m(v) − L(θ), gᵀv = ⟨u, J v⟩, *∇m(v)].
     """
@@ -931,14 +944,7 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
     slope = 0.0
     gradient = [None] * len(theta)
     for part in parts:
-        sizes = [(v[i].norm() ** 2, theta[i].norm() ** 2) for i in part]
-        h = (eps / sum(a / (a + b + 1e-30) for a, b in sizes)).sqrt().clamp(max=1.0)
-        there = list(theta)
-        for i in part:
-            there[i] = theta[i] + h * v[i]
-        with placed(model, there):
-            z1 = evaluate(model, x)
-        Jv = torch.where(z1 == z0, 0.0, (z1 - z0) / h)  # 0 between logits of −inf
+        Jv, _ = difference(model, x, z0, theta, v, part, eps)
         part_change, w = local_change(z0, Jv, y, n, prox_linear)
         change = change + part_change
         slope = slope + cross_entropy_slope(z0, Jv, y, n)
@@ -946,6 +952,22 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
         for i, g in zip(part, found):
             gradient[i] = g
     return [cross_entropy_sum(z0, y) / n, change, slope, *gradient]
+
+
+def difference(model, x, z0, theta, v, part, eps):
+    """(J v ≈ (z(θ + hv) − z(θ)) / h, h) for the v of the parameters in `part`, with z0 = z(θ).
+
+    It errs by h/2 times the second derivative along v, and by eps / h times z for rounding. They are alike where
+    hv is √eps of θ, in the root of the sum over tensors of ‖hv‖² / (‖θ‖² + ‖v‖²); h is at most 1.
+    """
+    sizes = [(v[i].norm() ** 2, theta[i].norm() ** 2) for i in part]
+    h = (eps / sum(a / (a + b + 1e-30) for a, b in sizes)).sqrt().clamp(max=1.0)
+    there = list(theta)
+    for i in part:
+        there[i] = theta[i] + h * v[i]
+    with placed(model, there):
+        z1 = evaluate(model, x)
+    return torch.where(z1 == z0, 0.0, (z1 - z0) / h), h  # 0 between logits of −inf
 
 
 def backward_work(params, part):
@@ -997,39 +1019,6 @@ def cross_entropy_hvp(probs, t, n):
     return (t - mean).mul_(probs).div_(n)  # one tensor of the logits' size
 
 
-def evaluate(model, x, y=None):
-    """Logits without a graph, by the path on which the model is differentiated: with gradients off torch
-    takes another in nn.TransformerEncoder, whose loss is another function."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
-            return logits(model, x, y).detach()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def batch_loss(model, idx, targets, micro_batch=None):
-    """Mean cross-entropy (nats per token) without a graph, as a float; attention may be fused."""
-    targets, n = check_targets(idx, targets)
-    batches = pieces(*share(idx, targets), micro_batch)
-    return reduce_number(sum(cross_entropy_sum(evaluate(model, x, y), y).item() for x, y in batches)) / n
-
-
-@torch.enable_grad()
-def batch_grad(model, idx, targets, micro_batch=None):
-    """Loss (float) and flat gradient by ordinary backward passes."""
-    targets, n = check_targets(idx, targets)
-    params = trainable(model)
-    loss = 0.0
-    grad = 0.0
-    for x, y in pieces(*share(idx, targets), micro_batch):
-        mean = cross_entropy_sum(logits(model, x, y), y) / n
-        loss += mean.item()
-        grad += flatten(torch.autograd.grad(mean, params, materialize_grads=True))
-    return reduce_number(loss), reduce(grad)[0]
-
-
 def select(vector, like, part):
     """The elements of a vector over the tensors in `like` that belong to those with indices in `part`, as a
     vector."""
@@ -1067,41 +1056,28 @@ def placed(model, tensors):
                 m._init_flat_weights()
 
 
-def free_memory(device):
-    """Bytes that the device has free (4 GB where nobody says); on a CPU, this process's part of them."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, StopIteration), open("/proc/meminfo") as f:
-        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-        return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 4e9
-
-
 def working_eps(model, x, y):
     """Machine epsilon of the coarsest numbers that the model computes in, seen on its first row: float32's,
     or more by autocast, casts or TF32. Raises ValueError where its logits do not fit the targets."""
-    with _Dtypes() as mode:
+    dtypes = set()
+
+    class Watch(TorchFunctionMode):
+        # A mode of torch's dispatcher would see more, but torch runs neither compiled code nor higher-order
+        # operators, such as flex_attention, inside one.
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if torch.is_tensor(out) and out.is_floating_point():
+                dtypes.add(out.dtype)
+            return out
+
+    with Watch():
         z = evaluate(model, x[:1], y[:1])
     check_logits(z.expand(len(y), *z.shape[1:]), y)
     products = 2.0**-10
     with suppress(RuntimeError):  # where torch.backends has a setting of its own
         products = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
-    return max([torch.finfo(t).eps for t in mode.found] + [products] * (torch.float32 in mode.found))
+    return max([torch.finfo(t).eps for t in dtypes] + [products] * (torch.float32 in dtypes))
 
-
-class _Dtypes(TorchFunctionMode):
-    """Collects the dtypes of floating-point results. (A mode of torch's dispatcher would see more, but torch
-    runs neither compiled code nor higher-order operators such as flex_attention inside one.)"""
-
-    def __init__(self):
-        super().__init__()
-        self.found = set()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if torch.is_tensor(out) and out.is_floating_point():
-            self.found.add(out.dtype)
-        return out
 
 
 def once(check):
@@ -1139,19 +1115,15 @@ def refuse_randomness(model, x, y):
             raise ValueError(f"the model gives the same inputs other logits every time (dropout?): {advice}")
 
 
-def names(model):
-    """Of trainable(model)."""
-    return [name for name, p in model.named_parameters() if p.requires_grad]
-
-
 def refuse_writing(model, theta):
     """Raises ValueError where the trainable parameters are no longer theta, which they get back."""
     params = trainable(model)
-    for name, p, t in zip(names(model), params, theta):
+    names = {p: name for name, p in model.named_parameters()}
+    for p, t in zip(params, theta):
         if ((p != t) & t.isfinite()).any():
             assign(params, theta)
             raise ValueError(
-                f"the model's forward writes its parameter {name}, which the optimizer alone may: let the "
+                f"the model's forward writes its parameter {names[p]}, which the optimizer alone may: let the "
                 "forward compute with a changed copy"
             )
 
@@ -1164,72 +1136,65 @@ def derivatives_named(needs, advice):
     except RuntimeError as e:
         if "nference" in str(e):  # of tensors that a forward has kept, say
             advice = "make what is named there outside of torch.inference_mode"
-        raise ValueError(f"{needs}, which fails ({first_line(e)}): {advice}") from e
+        raise ValueError(f"{needs}: {first_line(e)}; {advice}") from e
 
 
 @once
 def refuse_single_derivatives(model, x, y):
-    """Raises ValueError for a model whose gradient g = Jᵀu cannot be differentiated; or where J, found so, is not
-    the transpose of Jᵀ, for a derivative is missing or a hook is not linear: cᵀJ g is then not gᵀJᵀc, c = u or
-    H J g and g taken parameter by parameter."""
+    """ConjugateGradients take J from the gradient's derivative: raises ValueError for a model without one, or
+    with a hook that is not linear."""
     with derivatives_named(
         "GGN differentiates the model twice",
         "switch off what is in the way (activation checkpointing, compilation), or take an InnerSolver",
     ):
         params = trainable(model)
-        everything = range(len(params))
         piece = Piece(model, params, x, y, 1.0)
-        g = piece.grad()
-        w = cross_entropy_hvp(piece.probs, piece.jvp(g, everything), piece.divisor)
-        gradients = [unflatten(t, params) for t in (g, piece.vjp(w, everything))]
-        for i, name in enumerate(names(model)):
-            Jg = piece.jvp(gradients[0][i].flatten(), [i])
-            for c, Jc in zip((piece.u, w), gradients):
-                wanted = (Jc[i] * gradients[0][i]).sum()
-                rounding = torch.finfo(g.dtype).eps ** 0.5 * c.norm() * Jg.norm()
-                if ((c * Jg).sum() - wanted).abs() > 0.1 * wanted.abs() + rounding:
-                    raise RuntimeError(
-                        f"between {name} and the logits an operation lacks its second derivative, or a hook is "
-                        "not linear"
-                    )
+        check_transpose(model, params, piece.z, y, lambda i, v: (piece.jvp(v.flatten(), [i]), math.inf))
 
 
 @once
 def refuse_other_derivatives(model, x, y):
-    """Raises ValueError for a model whose backward Jᵀ is not the transpose of what its forward does when one
-    parameter moves: uᵀ(J v) by a central difference is not (Jᵀu)ᵀv, for v the gradient or random signs."""
-    theta = [p.detach().requires_grad_() for p in trainable(model)]
-    eps = working_eps(model, x, y)
-    with (
-        derivatives_named(
-            "InnerSolver differentiates the model", "replace what is named there, or train fewer parameters"
-        ),
-        placed(model, theta),
-        torch.enable_grad(),
+    """An InnerSolver takes J v from a difference of logits: raises ValueError for a model without a gradient, or
+    whose backward is not the derivative of its forward."""
+    with derivatives_named(
+        "an InnerSolver needs a gradient that is the derivative of the model's forward",
+        "replace what is named, or take ConjugateGradients",
     ):
-        z = logits(model, x, y)
-        u = cross_entropy_grad(torch.softmax(z.detach(), dim=-1), y, per_token(y, 1.0))
-        gradient = derivative(z, theta, u, retain_graph=False)
-    seen = u != 0  # not classes that are masked
-    size = z.detach().where(seen, 0).norm() / seen.sum() ** 0.5
-    generator = torch.Generator(device=x.device).manual_seed(0)
-    theta = [p.detach() for p in theta]
-    for i, (name, g) in enumerate(zip(names(model), gradient)):
-        signs = torch.empty_like(g).exponential_(generator=generator).sub_(math.log(2)).sign_()
-        for v in (g, signs) if g.any() else ():
-            h = eps**0.5 * (theta[i].norm() + 1e-30) / v.norm()
-            ends = []
-            for there in (theta[i] + h * v, theta[i] - h * v):
-                with placed(model, [*theta[:i], there, *theta[i + 1 :]]):
-                    ends.append(evaluate(model, x))
-            difference = (u * (ends[0] - ends[1])).where(seen, 0).sum() / (2 * h)
+        eps = working_eps(model, x, y)
+        theta = [p.detach() for p in trainable(model)]
+        leaves = [p.clone().requires_grad_() for p in theta]
+        with torch.enable_grad(), placed(model, leaves):
+            z = logits(model, x, y)
+        z0 = z.detach()
+        check_transpose(
+            model, leaves, z, y, lambda i, v: difference(model, x, z0, theta, {i: v}, [i], eps), eps
+        )
+
+
+def check_transpose(model, params, z, y, jvp, eps=0.0):
+    """Raises RuntimeError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter: J v, h = jvp(i, v), where J v errs by √eps
+    and by eps / h of z; Jᵀ by the backward of z; c = H ∂L/∂z; v = Jᵀc, or a wave that meets all entries."""
+    probs = torch.softmax(z.detach(), dim=-1)
+    n = per_token(y, 1.0)
+    c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, n), n)
+    gradient = derivative(z, params, c, retain_graph=not eps)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    own = {node.name() for node in graph_of(z) if isinstance(node, torch.autograd.function.BackwardCFunction)}
+    for i, (name, g) in enumerate(zip(names, gradient)):
+        where = f"in the derivative by {name}, among {', '.join(sorted(own)) or 'operations'} and hooks"
+        wave = torch.arange(g.numel()).to(g).cos().view_as(g)
+        for v in (g, wave) if g.any() else ():
+            try:
+                Jv, h = jvp(i, v)
+            except RuntimeError as e:
+                raise RuntimeError(f"{first_line(e)} {where}") from e
             wanted = (g * v).sum()
-            allowed = max(0.1, 5 * eps**0.5) * torch.maximum(wanted.abs(), (g * v).norm())
-            if (difference - wanted).abs() > allowed + 5 * eps * u.norm() * size / h:
-                raise ValueError(
-                    f"{name}: the model's backward is not the derivative of its forward (a hook, a "
-                    "straight-through estimator, a stopped gradient or a jump?), and an InnerSolver needs both "
-                    "to agree: take ConjugateGradients"
+            scale = wanted.abs() + (g * v).norm() + (c * Jv).norm()
+            allowed = max(0.1, 10 * eps**0.5) * scale + 5 * eps / h * (c * z.detach()).norm()
+            if ((c * Jv).sum() - wanted).abs() > allowed:
+                raise RuntimeError(
+                    "a second derivative is missing, or the gradient is changed (by a straight-through estimator, "
+                    f"a stopped gradient, a hook or a jump), {where}"
                 )
 
 

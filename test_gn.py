@@ -29,6 +29,7 @@ import sys
 import time
 import zipfile
 import urllib.response
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from math import inf, isclose, isfinite, nan
 from pathlib import Path
@@ -43,9 +44,11 @@ import torch.nn.functional as F
 from pytest import raises
 from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+import baselines
 import data as D
 import gauss_newton as gn
 import train
@@ -414,6 +417,30 @@ def test_steps_survive_their_eigendecompositions(name, fails, monkeypatch):
     baseline_steps(model, make_optimizer(name, model, precondition_frequency=1), range(2))
     assert moved(model, before) == set(before)
     assert theta_of(model).isfinite().all()
+
+
+class Short(torch.Tensor):
+    """Stands for a tensor on a device without float64."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        if any(t.dtype == torch.float64 for t in tree_leaves(out) if isinstance(t, cls)):
+            raise TypeError("this device does not support float64")
+        return out
+
+
+def test_eigendecompositions_need_no_float64_on_the_device():
+    """They go over the CPU, with the same result. (A stand-in: no such device was at hand.)"""
+    C = torch.randn(5, 5)
+    C = C @ C.T
+    short = C.as_subclass(Short)
+    with raises(TypeError):
+        short.double()
+    for found, want in zip(baselines.eigh(short), baselines.eigh(C)):
+        assert torch.equal(found.as_subclass(torch.Tensor), want) and found.dtype == torch.float32
 
 
 def test_kfac_baseline_equals_dense_derivation():
@@ -908,7 +935,7 @@ def test_rejected_step_changes_no_parameter(name, change, reason, monkeypatch):
     opt.step(*data)
     before = named(model)
     damping = opt.solver.damping
-    owner = GGN if name == "matvec" else gn
+    owner = {"matvec": GGN, "cross_entropy_sum": baselines}.get(name, gn)
     healthy = getattr(owner, name)
     with monkeypatch.context() as m:
         for n in (1, 2):
@@ -922,7 +949,7 @@ def test_rejected_step_changes_no_parameter(name, change, reason, monkeypatch):
     assert opt.step(*data)["accepted"] and opt.rejections == 0
 
 
-@parametrize("where", ["linearise", "kfac", "cg", "line search", "inner"])
+@parametrize("where", ["gradient", "kfac", "linearise", "cg", "line search", "inner"])
 def test_interrupted_step_restores_the_parameters(where):
     """Ctrl-C or out-of-memory at any stage, the third trial of a step length included, which says nothing
     about λ; the next step goes well."""
@@ -933,7 +960,7 @@ def test_interrupted_step_restores_the_parameters(where):
 
     def progress(what, done=0, total=0):
         seen.append(what)
-        if what == where and seen.count(what) == (1 if what in ("linearise", "kfac") else 3):
+        if what == where and seen.count(what) == (1 if what in ("gradient", "linearise", "kfac") else 3):
             raise KeyboardInterrupt
 
     opt = GaussNewton(model, solver, line_search="grid", progress=progress)
@@ -1317,15 +1344,15 @@ def test_levenberg_marquardt_moves_as_documented(rho, alpha, want):
 # ---- the linearised batch ----
 
 
-@parametrize("tie, micro_batch, kept", [(False, None, 1), (True, 2, 0), (False, 2, 2), (False, 2, 3)])
+@parametrize("tie, micro_batch, kept", [(False, None, None), (True, 2, 0), (False, 2, 4), (False, 2, 5)])
 def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
     """Loss, gradient, J v, G v and its diagonal blocks, tied weights counted once, whole or in pieces of 2,
-    2 and 1 rows of which none, some or all are kept; and the same after expand(v), the linearised network at
+    2 and 1 rows of which none, two or all are kept; and the same after expand(v), the linearised network at
     v, and after a search along a line; then G v again after the expansion to second order. (Expansions of
     blocks, and to second order, are in the solvers' tests.)"""
     model, (idx, targets) = gpt(tie), tokens()
-    ggns = (GGN(model, idx, targets, micro_batch, cache_gb) for cache_gb in np.linspace(0, 1e-3, 40))
-    ggn = next(ggn for ggn in ggns if len(ggn.cache) == kept)
+    ggn = GGN(model, idx, targets, micro_batch, kept)
+    assert len(ggn.cache) == {None: 1, 0: 0, 4: 2, 5: 3}[kept]
     dense = Dense(model, idx, targets)
     G = dense.G
     part = [6, 0, 3]
@@ -1369,8 +1396,8 @@ def test_work_and_products_are_counted():
     own weights and 2/3 for those behind it; 2 a search; and for every piece that was not kept its share of
     another gradient each time it is gone through, and in a search of a J v more."""
     model, (idx, targets) = gpt(), tokens(6)
-    for cache_gb, redone in ((1, 0), (0, 1)):
-        ggn = GGN(model, idx, targets, micro_batch=2, cache_gb=cache_gb)
+    for kept, redone in ((None, 0), (0, 1)):
+        ggn = GGN(model, idx, targets, 2, kept)
         g = ggn.grad
         ggn.matvec(g)
         ggn.matvec(g[:28], [0])
@@ -1492,17 +1519,17 @@ class Model(GPT):                                   # with a parameter of 1 MB t
     def forward(self, idx):
         return torch.einsum('btv,vwu->btw', super().forward(idx), self.w)
 model = Model()
-for rows, cache_gb in ((16, 0), (128, 0), (128, 10)):
+for rows, kept in ((16, 0), (128, 0), (128, None)):
     data = torch.randint(0, 64, (2, rows, 64))
     batch_loss(model, *data, 4), batch_grad(model, *data, 4), KFAC(model).update(*data, 4)
-    ggn = GGN(model, *data, micro_batch=4, cache_gb=cache_gb)
+    ggn = GGN(model, *data, 4, kept)
     ggn.matvec(ggn.grad)
     print(kilobytes('VmHWM'))
 """
 LEFT = MEMORY + """
 model, (x, y) = GPT(GPTConfig(vocab_size=256, **PRESETS["tiny"])), torch.randint(0, 256, (2, 16, 64))
 for i in range(12):
-    ggn = GGN(model, x, y, micro_batch=8, cache_gb=1)
+    ggn = GGN(model, x, y, micro_batch=8)
     ggn.matvec(ggn.grad)
     if i in (1, 11):
         print(kilobytes('VmRSS'))
@@ -1510,7 +1537,7 @@ for i in range(12):
 KEPT = MEMORY + """
 wide = torch.nn.Sequential(torch.nn.Linear(999, 1000), torch.nn.Tanh(), torch.nn.Linear(1000, 4))
 for rows in (4, 64):
-    ggn = GGN(wide, torch.randn(rows, 999), torch.arange(rows) % 4, micro_batch=1, cache_gb=1)
+    ggn = GGN(wide, torch.randn(rows, 999), torch.arange(rows) % 4, micro_batch=1)
     print(kilobytes('VmRSS'), len(ggn.cache))
 """
 VOCABULARY = MEMORY + """
@@ -1531,6 +1558,50 @@ def test_memory_does_not_grow_with_the_batch():
     assert large - small < 10e3 and cached - large > 50e3
     first, last = child(LEFT)
     assert last - first < 30e3
+
+
+@parametrize("layerwise", [False, True])
+def test_one_newton_step_is_linearised_at_a_time(layerwise, monkeypatch):
+    """Of three, by two parts too; with half a gigabyte free as many of its rows keep their graphs as three eighths of
+    that hold, and with next to none the message names the flag."""
+    made = []
+    healthy = GGN.__init__
+
+    def init(ggn, *arguments):
+        assert not any(one() for one in made)
+        made.append(weakref.ref(ggn))
+        healthy(ggn, *arguments)
+
+    monkeypatch.setattr(GGN, "__init__", init)
+    model, data = gpt(), tokens(100)
+    each = gn.row_bytes(model, *data)
+    monkeypatch.setattr(gn, "free_memory", lambda device: 16 * each)
+    opt = GaussNewton(model, None, scrambled(model) if layerwise else None, newton_steps=3, micro_batch=2)
+    assert opt.step(*data)["accepted"] and len(made) == 3 and opt.solver.keep_rows == 6
+    assert isclose(gn.row_bytes(model, *tokens(9)), each)
+    monkeypatch.setattr(gn, "free_memory", lambda device: each)
+    with raises(MemoryError, match="--micro_batch"):
+        GaussNewton(model, micro_batch=2).step(*data)
+
+
+@parametrize("line, tree", [
+    ("0::/job/step", {
+        "job/memory.max": "9000", "job/memory.current": "5000", "job/memory.stat": "anon 7\ninactive_file 500",
+        "job/step/memory.max": "max", "job/step/memory.current": "1", "job/step/memory.stat": "inactive_file 0"}),
+    ("4:memory:/job/step", {
+        "memory/job/memory.limit_in_bytes": "9000", "memory/job/memory.usage_in_bytes": "5000",
+        "memory/job/memory.stat": "cache 7\ntotal_inactive_file 500"})])
+def test_free_memory_is_the_control_groups(line, tree, tmp_path, monkeypatch):
+    """The limit of the group above, of either version, less what is used but for 500 bytes of files; shared by two
+    processes. Without a group the machine's."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(baselines, "Path", lambda path: tmp_path / path.strip("/"))
+    assert baselines.free_memory(device) > 1e6
+    write("proc/self/cgroup", f"12:cpu,cpuacct:/other\n{line}\n")
+    for name, text in tree.items():
+        write(f"sys/fs/cgroup/{name}", text)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert baselines.free_memory(device) == 2250
 
 
 @linux
@@ -1599,6 +1670,88 @@ def test_randomness_and_single_derivatives_are_refused(function, modules, told):
             GaussNewton(model.train(), solver).step(x, y)
         if not once:
             assert isfinite(GGN(model.eval(), x, y).loss)
+
+
+def hooked(change):
+    def function(h, m):
+        h = h.tanh()
+        if h.requires_grad:
+            h.register_hook(change)
+        return h
+
+    return function
+
+
+def clamped(h, m):
+    m.head.weight.data.clamp_(-5, 5)
+    return h
+
+
+def flex(h, m):
+    return flex_attention(h[:, None], h[:, None], h[:, None])[:, 0]
+
+
+OTHER = "in the derivative by inp.weight, among"
+
+
+@parametrize(
+    "function, by_cg, by_inner",
+    [
+        (hooked(lambda g: g * torch.arange(4) / 2), None, OTHER),
+        (hooked(lambda g: g / g.norm()), OTHER, OTHER),
+        (hooked(lambda g: None), None, None),
+        (lambda h, m: h + ((4 * h).round() / 4 - h).detach(), None, OTHER),
+        (lambda h, m: h * h.detach(), None, OTHER),
+        (lambda h, m: torch.cond(torch.tensor(True), torch.sin, torch.cos, (h,)), "CondAutogradOpBackward", None),
+        (flex, "FlexAttention", "FlexAttention"),
+        (clamped, None, None),
+    ],
+    ids="scaled normed seen straight stopped cond flex clamped".split(),
+)
+def test_what_is_differentiated_is_what_is_computed(function, by_cg, by_inner):
+    """A backward that is no derivative of the forward is refused by name: by conjugate gradients where it is not
+    linear, by an inner solver always; so is what torch cannot differentiate (twice). By all: a forward that writes a
+    parameter, at once or in a later step, and hooks on one. Parameters stay as they were."""
+    x, y = vectors()
+    for told, inner in ((by_cg, False), (by_inner, True)):
+        model = Between(function)
+        opt = GaussNewton(model, InnerSolver(model, rows=2) if inner else None)
+        if told:
+            with raises(ValueError, match=told):
+                opt.step(x, y)
+            continue
+        assert opt.step(x, y)["reason"] in ("", "line search: no decrease")
+        model.head.weight.data[0, 0] = 9
+        before = named(model)
+        if function is clamped:
+            for step in (opt.step, GaussNewton(copy.deepcopy(model)).step):
+                with raises(ValueError, match="writes its parameter head.weight"):
+                    step(x, y)
+        for hook in ("register_hook", "register_post_accumulate_grad_hook"):
+            handle = getattr(model.inp.weight, hook)(print)
+            with raises(ValueError, match="inp.weight has a hook"):
+                opt.step(x, y)
+            handle.remove()
+        assert not moved(model, before)
+
+
+@parametrize("inner", [False, True])
+def test_a_step_inside_inference_mode(inner):
+    """On tensors made there, by a solver made there: as outside. A model made there is refused by name."""
+    thetas = []
+    for mode in (False, True):
+        model = gpt()
+        with torch.inference_mode(mode):
+            opt = GaussNewton(model, InnerSolver(model, rows=2) if inner else None)
+            data = tokens()
+            for _ in range(2):
+                assert opt.step(*data, data)["accepted"]
+        thetas.append(theta_of(model))
+    assert torch.equal(*thetas)
+    with torch.inference_mode():
+        opt = GaussNewton(gpt())
+    with raises(ValueError, match="embed.weight was made inside torch.inference_mode"):
+        opt.step(*tokens())
 
 
 @parametrize("masked", [-1e9, -inf])
@@ -1953,6 +2106,34 @@ def test_resume_goes_on_with_what_is_whole_of_the_log(go, capsys):
         assert again["model"] == head["model"]
 
 
+def test_the_same_command_begins_and_goes_on(go, refused, capsys):
+    """--resume where no run is, and where one was killed before its first step: it begins, and says so; then it goes
+    on. A log with steps and no checkpoint is a loss, and an error."""
+    command = f"{SMALL} --opt adamw --steps 2 --resume --out_dir job"
+    for _ in range(2):
+        go(command)
+        assert "no run to resume in job: it begins\n" in capsys.readouterr().out
+        head, rows = log_of("job")
+        assert [row["step"] for row in rows] == [0, 1, 2]
+        lines = Path("job/log.jsonl").read_text().splitlines(keepends=True)
+        go(command)
+        assert "resuming job after step 2" in capsys.readouterr().out
+        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+            Path("job", name).unlink()
+        refused(command, "job/checkpoint.pt is missing")
+        write("job/log.jsonl", "".join(lines[:2]))
+
+
+def test_a_long_step_says_where_it_is(go, capsys, monkeypatch):
+    """Where the output is no terminal: every half minute, here at each stage by a clock of 40 seconds a look."""
+    clock = itertools.count(0, 40)
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock), strftime=time.strftime))
+    go(f"{SMALL} {CG} --steps 1 --out_dir a")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.match(r"0/1 steps \| cg \[#+\.+\] \d+/\d+ \| eta", line) for line in lines)
+    assert len({line.split("|")[1].split()[0] for line in lines if line.startswith("0/1 steps")}) >= 4
+
+
 @parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals(go, monkeypatch, capsys, number):
     """Ctrl-C or SIGTERM in a step: it ends, saves, says how to go on, status 0. A second one in the same
@@ -2130,7 +2311,7 @@ def test_random_flags_run_or_are_refused(go, capsys):
     | --device cuda:99 | --device meta | --data missing.txt | --data | --lr -1 | --lr nan | --damping 0
     | --damping inf
     | --curvature_frac 1.5 | --threads 99999 | --betas 0.9 1.0 | --betas 0.9 | --seed 99999999999999999999999
-    | --init_from missing | --resume --out_dir missing | --out_dir taken/x | --out_dir taken
+    | --init_from missing | --out_dir taken/x | --out_dir taken
     | --solver soap --inner_tokens 100 | --shards 2000 --data c4""".split("|"),
 )
 def test_bad_setting_is_one_line(refused, flags, data_dir):

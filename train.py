@@ -36,18 +36,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401 (imported later, as torch does, it keeps the group for good)
 
-from baselines import (BASELINES, DEFAULT_LR, DEFAULTS, KFACOptimizer, assign, flatten, lr_schedule,
-                       make_optimizer, ranks, reduce_number, share, trainable, unflatten)
+from baselines import (BASELINES, DEFAULT_LR, DEFAULTS, KFACOptimizer, assign, batch_grad, batch_loss,
+                       flatten, free_memory, lr_schedule, make_optimizer, ranks, reduce_number, share, trainable, unflatten)
 from data import TOKENIZERS, get_batch, prepare, val_batch
-from gauss_newton import (SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewton, InnerSolver, batch_grad,
-                          batch_loss, first_line, some_rows)
+from gauss_newton import (SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewton, InnerSolver, first_line,
+                          row_bytes, some_rows)
 from model import GPT, PRESETS, GPTConfig
 
 # By kind of run: Gauss-Newton (by CG or by an inner optimizer) takes few, large steps, all else many.
-GN_DEFAULTS = dict(steps=15, batch_tokens=262144, eval_interval=1, checkpoint_interval=1)
 RUN_DEFAULTS = {
-    "cg": GN_DEFAULTS,
-    "inner": GN_DEFAULTS,
+    "cg": dict(steps=30, batch_tokens=131072, eval_interval=1, checkpoint_interval=1),
+    "inner": dict(steps=15, batch_tokens=262144, eval_interval=1, checkpoint_interval=1),
     "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50),
 }
 MAX_REJECTIONS = 8       # in a row, before a run gives up
@@ -120,17 +119,18 @@ def build_parser():
 
     flag = p.heading("what to run")
     flag("--opt", "optimizer", ("full_gn", "layerwise_gn", *BASELINES), "full_gn")
-    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 15 for GN, 300 for baselines)",
+    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 30 for CG, 15 for other solvers, 300 for "
+         "baselines)",
          count)
-    flag("--batch_tokens", "tokens per step, a multiple of the block size (default 262144 for GN, 16384 for "
-         "baselines)", count)
+    flag("--batch_tokens", "tokens per step, a multiple of the block size (default 131072 for CG, 262144 for "
+         "other solvers, 16384 for baselines)", count)
     flag("--micro_batch", "sequences worked on at a time; changes memory and speed, not results (default: "
          "about 8192 tokens, more on a GPU)", count)
     flag("--seed", "of initialisation, batches and the random signs of CG's K-FAC", natural, 0)
     flag("--target_loss", "stop at the first evaluation at or below this validation loss, in nats per "
          "token; 0 = never", not_negative, 0.0)
     flag("--init_from", "checkpoint (or its run's folder) whose weights to start from", str)
-    flag("--device", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...", device, "auto")
+    flag("--device", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, mps, ...", device, "auto")
     flag("--dtype", "tf32: shorter mantissas in matrix products on GPUs; bf16: those products in bfloat16 "
          "(autocast); solver vectors, sums and losses stay fp32", ("fp32", "tf32", "bf16"), "fp32")
     flag("--threads", "CPU threads (default: all cores, one under torchrun)", number(1, 1024, int))
@@ -163,11 +163,11 @@ def build_parser():
     flag = p.heading("Gauss-Newton with --solver cg", "cg")
     flag("--damping", "λ at the start; each Newton step adapts it", positive, 3.0)
     flag("--newton_steps", "Newton steps per outer step, each on rows of its own", count, 8)
-    flag("--cg_iters", "conjugate-gradient iterations per Newton step, at most", count, 6)
+    flag("--cg_iters", "conjugate-gradient iterations per Newton step, at most", count, 4)
     flag("--precond", "preconditioner, and what λ multiplies: K-FAC and a power of its curvature, or the "
          "identity for both", ("kfac", "none"), "kfac")
     flag("--curvature_frac", "share of the batch that the Newton steps divide among them; the gradient uses "
-         "all of it", number(1e-6, 1), 0.5)
+         "all of it", number(1e-6, 1), 0.25)
 
     flag = p.heading("Gauss-Newton with --solver muon, soap or adamw", "inner")
     flag("--inner_tokens", "tokens per inner step, of which a pass over the batch has batch_tokens / "
@@ -199,7 +199,8 @@ def build_parser():
 
     flag = p.heading("records")
     flag("--out_dir", "the run's folder (default: a fresh one under out/)", str)
-    flag("--resume", "go on from the checkpoint in --out_dir, with its settings", bool)
+    flag("--resume", "go on from the checkpoint in --out_dir, with its settings; where there is none yet, begin, so "
+         "that one command can be given again and again", bool)
     flag("--overwrite", "replace an earlier run in --out_dir", bool)
     flag("--eval_interval", "steps between evaluations (default 1 for GN, 10 for baselines)", count)
     flag("--eval_tokens", "validation tokens, the same ones for every optimizer and seed", count, 65536)
@@ -222,9 +223,14 @@ def resolve(argv):
 
 
 def stored_settings(args, given):
-    """For --resume: the stored run's settings, changed by RESUMABLE flags that were given; its checkpoint."""
+    """For --resume: the stored run's settings, changed by RESUMABLE flags that were given, and its checkpoint; the
+    settings as they are and None where no run has made a step."""
     if args.out_dir is None:
         raise UsageError("--resume needs the run's --out_dir")
+    out = Path(args.out_dir)
+    left = {path.name for path in out.glob("*")}
+    if not left - {"log.jsonl", "checkpoint.tmp"} and not lines_until(out / "log.jsonl", math.inf)[1]:
+        return args, None
     checkpoint = load_checkpoint(args.out_dir)
     stored = argparse.Namespace(**vars(args) | checkpoint["config"])
     stored.overwrite = False
@@ -281,10 +287,13 @@ def check_shares(args, rows, block_size, val_rows):
     share(range(math.ceil(min(shared))))
 
 
-def default_micro_batch(config, device):
-    """Sequences: 8,192 tokens fit a CPU's caches, a GPU wants more; their logits stay under 256 MB."""
-    tokens = max(8192, 2 ** 23 // (config.n_layer * config.n_embd)) if on_gpu(device) else 8192
-    return max(1, min(tokens, 2 ** 26 // config.vocab_size) // config.block_size)
+def default_micro_batch(model, x, y):
+    """Sequences: 8,192 tokens fit a CPU's caches, a GPU wants more; their logits stay under 256 MB, and what is
+    kept of them to be differentiated under an eighth of the memory that is free."""
+    c = model.config
+    tokens = max(8192, 2 ** 23 // (c.n_layer * c.n_embd)) if on_gpu(x.device) else 8192
+    fit = int(free_memory(x.device) / 8 / row_bytes(model, x, y))
+    return max(1, min(min(tokens, 2 ** 26 // c.vocab_size) // c.block_size, fit))
 
 
 def make_stepper(model, args, progress):
@@ -404,7 +413,7 @@ class Run:
         self.args = args
         self.progress = {"step": 0, "tokens": 0, "seconds": 0.0, "grad_equivalents": 0.0}
         self.losses = {}                                # step: validation loss, where it was evaluated
-        self.began = time.time()                        # the step
+        self.began = self.told = time.time()            # the step; the last line about one that is long
         self.asked = False                              # to stop, by a signal
         self.stopped = False                            # once all processes know
         block_size = args.block_size or PRESETS[args.model]["block_size"]
@@ -423,7 +432,7 @@ class Run:
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         fresh = args.line_search_data == "fresh" and args.kind != "baseline"
         self.search_rows = some_rows(self.rows, args.batch_tokens, SEARCH_FRAC) if fresh else 0
-        args.micro_batch = args.micro_batch or default_micro_batch(self.model.config, args.device)
+        args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in self.stepper.params)
         check_shares(args, self.rows, block_size, len(self.val[0]))
@@ -562,13 +571,17 @@ class Run:
             say(f"\n{args.sample} tokens from the model:\n{text}")
 
     def bar(self, what, done=0, total=0):
-        """Where a long step stands, on one line of a terminal that the next line replaces."""
+        """Where a long step stands: on a terminal's last line, which the next one replaces, or, in a file, twice a
+        minute."""
         text = f"{self.progress['step']}/{self.args.steps} steps | {what}"
         if done and total:
             left = (time.time() - self.began) * (total - done) / done
             text += f" [{'#' * (20 * done // total):.<20}] {done}/{total} | eta {duration(left)}"
         if sys.stdout.isatty() and is_first():
             print(f"{text}\033[K\r", end="", flush=True)     # clear the rest, go back to the start
+        elif not sys.stdout.isatty() and time.time() > max(self.began, self.told) + 30:
+            self.told = time.time()
+            say(text)
 
 
 def start(args, given, checkpoint, command):
@@ -584,7 +597,7 @@ def start(args, given, checkpoint, command):
     run.introduce(given)
     path = run.out / "log.jsonl" if is_first() else Path(os.devnull)
     step = run.progress["step"]
-    kept, last = lines_until(path, step)
+    kept, last = lines_until(path, step) if checkpoint else (0, None)
     if kept:
         os.truncate(path, kept)
     with open(path, "a" if kept else "w") as log, signals(run.on_signal):
@@ -595,7 +608,8 @@ def start(args, given, checkpoint, command):
             say(f"resuming {run.out} after step {step}{lacks if last != step else ''}")
         else:
             write_row(log, {**run.progress, "train_loss": None, "val_loss": run.evaluate()})
-            say(f"step 0/{args.steps} | val {run.last_loss():.3f}")
+            new = f"no run to resume in {run.out}: it begins\n" * args.resume
+            say(f"{new}step 0/{args.steps} | val {run.last_loss():.3f}")
             run.save()
         status = run.train(log)
     run.finish()

@@ -232,36 +232,13 @@ def test_attention_is_causal_softmax_of_scaled_scores(monkeypatch):
     torch.testing.assert_close(both, [found(SDPBackend.MATH)] * 2, rtol=0, atol=1e-12)
 
 
-def test_later_tokens_do_not_change_earlier_logits():
-    """Causality, at every position; and what follows a changed position does change."""
-    model, idx = gpt(), tokens(1)[0]
-    others = (idx + torch.eye(6).long()) % 7  # in row t token t is another
-    change = (model(others) - model(idx)).abs().amax(-1)
-    past = torch.ones(6, 6).tril(-1).bool()
-    assert (change[past] < 1e-14).all()
-    assert (change[~past] > 1e-6).all()
-
-
-def test_rotary_scores_depend_on_relative_position(monkeypatch):
-    """With one token everywhere, what attention compares at (i, j) is a function of i - j, and not that of
-    j - i."""
-    seen = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: seen.extend([q, k]) or v)
-    gpt(n_embd=16)(torch.full((1, 8), 3))
-    q, k = seen
-    scores = (q @ k.transpose(-1, -2))[0]  # (nh, T, T)
-    same = scores[:, 1:, 1:] - scores[:, :-1, :-1]
-    assert same.abs().max() < 1e-6  # cos and sin are float32
-    assert (scores[:, 1, 0] - scores[:, 0, 1]).abs().min() > 1e-3
-
-
 @parametrize(
     "name, sizes, vocab, millions",
     [
-        ("tiny", [2, 4, 64, 64], 256, 0.164),
-        ("small", [4, 4, 128, 256], 256, 1.12),
-        ("45m", [4, 8, 512, 1024], 32_000, 49.5),
-        ("150m", [12, 16, 768, 1024], 32_000, 162.4),
+        ("tiny", "2 4 64 64", 256, 0.164),
+        ("small", "4 4 128 256", 256, 1.12),
+        ("45m", "4 8 512 1024 True True", 32_000, 45.4),
+        ("150m", "12 16 768 1024 True True", 32_000, 134.1),
     ],
 )
 def test_presets_have_the_stated_sizes(name, sizes, vocab, millions):
@@ -269,7 +246,7 @@ def test_presets_have_the_stated_sizes(name, sizes, vocab, millions):
     assert list(PRESETS[name].values()) == sizes
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab, **PRESETS[name]))
-    assert isclose(sum(p.numel() for p in model.parameters()) / 1e6, millions, rel_tol=0.01)
+    assert isclose(sum(p.numel() for p in model.parameters()) / 1e6, millions, rel_tol=0.005)
 
 
 def test_model_errors_name_the_values():
@@ -1181,8 +1158,8 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
         assert close(found.direction, d, 1e-6)
         for got, want in ((found.loss, loss), (found.slope, slope)):
             assert isclose(got, want, rel_tol=1e-6)
-        # prox-linear: a difference of two losses near 2, by a J v that is known to some √eps
-        assert isclose(found.decrease, fall, rel_tol=1e-6, abs_tol=1e-7)
+        # a difference of larger numbers, by a J v that is known to some √eps
+        assert isclose(found.decrease, fall, rel_tol=1e-5, abs_tol=1e-7)
         with_theta(model, theta + 0.7 * d)
         with_theta(shift, 0.3 * d)
         solver.adapt(None, 0.7)
@@ -1792,6 +1769,7 @@ def refused(go, capsys):
     [
         *METHODS,
         f"{CG} --precond none --local_model gn --line_search grid --dtype bf16",
+        f"{CG} --model 45m --n_head 4",
         f"{INNER} --solver muon --dtype bf16 --line_search_data fresh",
         "--opt full_gn --solver adamw --inner_tokens 128 --local_model gn",
         "--opt adam --dtype tf32 --schedule wsd --warmup_steps 2 --tie_weights",
@@ -2036,8 +2014,9 @@ def test_damaged_or_differing_checkpoints_are_refused(go, refused):
         refused(f"{SMALL} --init_from a --out_dir c", "checkpoint.previous.pt")
         assert Path("a/log.jsonl").read_bytes() == log
         assert not Path("c").exists()
-    del kept["config"]["betas"]  # it is from before there was this flag
+    del kept["config"]["betas"], kept["model_config"]["gelu"]  # it is from before there were these
     torch.save(kept, "a/checkpoint.pt")
+    refused(f"{SMALL} --model 45m --n_head 4 --init_from a --out_dir c", "'gelu': False")
     go("--resume --out_dir a --steps 3")
     shutil.copyfile("a/checkpoint.previous.pt", "a/checkpoint.pt")
     go("--resume --out_dir a")
@@ -2318,6 +2297,7 @@ def test_processes_make_the_step_of_one(flags, go, monkeypatch):
     at first, it takes part of the basis from rounding."""
     flags += " --batch_tokens 1024"
     monkeypatch.setattr(SOAP, "__init__", functools.partialmethod(SOAP.__init__, max_precond_dim=8))
+    monkeypatch.setattr(gn, "working_eps", lambda *_: 2.0**-23)  # a longer h, so that J v has less rounding
 
     def run(n, step, out, source="", off=0.0):
         if source:

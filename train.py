@@ -136,7 +136,8 @@ def build_parser():
     flag("--threads", "CPU threads (default: all cores, one under torchrun)", number(1, 1024, int))
 
     flag = p.heading("model")
-    flag("--model", "size: layers, heads, width and block size", PRESETS, "tiny")
+    flag("--model", "size: layers, heads, width and block size; 45m and 150m: the paper's, with LayerNorm of "
+         "q and k and an MLP of two matrices", PRESETS, "tiny")
     for name in PRESETS["tiny"]:
         flag(f"--{name}", f"override the preset's {name}", count)
     flag("--tie_weights", "one matrix for embedding and head", bool)
@@ -242,7 +243,7 @@ def stored_settings(args, given):
 
 
 def build_model(args, vocab_size):
-    sizes = {key: getattr(args, key) or preset for key, preset in PRESETS[args.model].items()}
+    sizes = {key: getattr(args, key, None) or preset for key, preset in PRESETS[args.model].items()}
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(vocab_size=vocab_size, tie_weights=args.tie_weights, **sizes))
     model.bf16 = args.dtype == "bf16"
@@ -250,7 +251,8 @@ def build_model(args, vocab_size):
 
 
 def load_weights(model, checkpoint):
-    differ = dict(checkpoint["model_config"].items() - vars(model.config).items())
+    stored = vars(GPTConfig(1)) | checkpoint["model_config"]    # an older one's, with defaults for the rest
+    differ = dict(stored.items() - vars(model.config).items())
     if differ:
         raise UsageError(f"the checkpoint's model is another one: it has {differ}")
     model.load_state_dict(checkpoint["model"])

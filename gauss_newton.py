@@ -453,6 +453,7 @@ class InnerSolver:
     passes            over the batch in an outer step; at least two where it is a single micro-batch
     lr                the optimizer's; schedule, warmup, outer_steps: see inner_schedule
     betas             the optimizer's (of Muon its AdamW's): shorter memories than a baseline's do best
+    muon_scale        see baselines.make_optimizer
     damping           λ
     reset             start every outer step at v = 0 with fresh moments; else as written, with the old ones
     compile           compile what is done per micro-batch; eager, with a warning, where that fails
@@ -468,6 +469,7 @@ class InnerSolver:
         passes=2,
         lr=8e-3,
         betas=(0.8, 0.99),
+        muon_scale=None,
         damping=0.0,
         local_model="prox_linear",
         schedule="constant_with_inner_cosine",
@@ -490,6 +492,7 @@ class InnerSolver:
         self.passes = passes
         self.lr = lr
         self.betas = betas
+        self.muon_scale = muon_scale
         self.damping = damping
         self.prox_linear = local_model == "prox_linear"
         self.schedule = schedule
@@ -568,7 +571,9 @@ class InnerSolver:
         """The next solve starts at v = 0 with fresh moments."""
         self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
         with placed(self.model, self.v):
-            self.optimizer = make_optimizer(self.name, self.model, self.lr, self.damping, self.betas)
+            self.optimizer = make_optimizer(
+                self.name, self.model, self.lr, self.damping, self.betas, muon_scale=self.muon_scale
+            )
 
     def state_dict(self):
         return {

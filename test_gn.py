@@ -431,20 +431,22 @@ def test_kfac_baseline_equals_dense_derivation():
         assert close(theta_of(model), theta - rate * (0.1 * matrix * theta + M), 1e-7)
 
 
-@parametrize("tie", [False, True])
-def test_muon_is_torchs_on_the_hidden_matrices(tie):
-    """Bitwise torch.optim.Muon on wq, wk, wv, wo, gate, up and down of every block, and torch.optim.AdamW on
-    embedding, head (tied or not) and norms, its beta1 the momentum that its groups show, run apart."""
+@parametrize("tie, scale", [(False, "match_rms_adamw"), (True, "original")])
+def test_muon_is_torchs_on_the_hidden_matrices(tie, scale):
+    """Bitwise torch.optim.Muon on wq, wk, wv, wo, gate, up and down of every block, its steps of AdamW's size
+    or of the paper's, and torch.optim.AdamW on embedding, head (tied or not) and norms, its beta1 the
+    momentum that its groups show, run apart."""
     joint = gpt(tie)
     apart = gpt(tie)
     hidden = []
     rest = []
-    opt = make_optimizer("muon", joint, lr=0.02, weight_decay=0.1)
+    args, _ = train.resolve(f"--opt muon --lr 0.02 --weight_decay 0.1 --muon_scale {scale}".split())
+    opt = train.FirstOrder(joint, args).optimizer
     for group in opt.param_groups[1:]:
         group["momentum"] = 0.6
     for name, p in apart.named_parameters():
         (hidden if name.startswith("blocks") and p.ndim == 2 else rest).append(p)
-    muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, adjust_lr_fn=scale)
     adamw = torch.optim.AdamW(decayed(rest, 0.1), lr=0.02, betas=(0.6, 0.95))
     for seed in range(4):
         baseline_steps(joint, opt, [seed])
@@ -1806,12 +1808,13 @@ def test_flags_reach_the_solver():
     flags = {
         "cg": "--local_model gn --newton_steps 3 --cg_iters 5 --damping 0.7 --precond none "
         "--curvature_frac 0.3",
-        "soap": "--inner_passes 3 --inner_lr 0.1 --inner_betas 0.5 0.6 --inner_damping 0.7 --local_model gn "
-        "--inner_schedule global_cosine --inner_warmup 4 --steps 9 --inner_reset --compile",
+        "muon": "--inner_passes 3 --inner_lr 0.1 --inner_betas 0.5 0.6 --inner_damping 0.7 --local_model gn "
+        "--inner_schedule global_cosine --inner_warmup 4 --steps 9 --inner_reset --compile "
+        "--muon_scale original",
     }
     wanted = {
         "cg": dict(prox_linear=False, newton_steps=3, cg_iters=5, damping=0.7, kfac=None, curvature_frac=0.3),
-        "soap": dict(rows=8, passes=3, lr=0.1, damping=0.7, prox_linear=False, schedule="global_cosine")
+        "muon": dict(rows=8, passes=3, lr=0.1, damping=0.7, prox_linear=False, schedule="global_cosine")
         | dict(betas=[0.5, 0.6], warmup=4, outer_steps=9, reset=True, compile=True),
     }
     for name, want in wanted.items():
@@ -1819,6 +1822,7 @@ def test_flags_reach_the_solver():
         args, _ = train.resolve(command.split())
         solver = train.make_stepper(gpt(block_size=16), args, None).solver
         assert want.items() <= vars(solver).items()
+    assert solver.optimizer.param_groups[0]["adjust_lr_fn"] == "original"
 
 
 @parametrize(
@@ -2087,7 +2091,7 @@ def test_random_flags_run_or_are_refused(go, capsys):
     for number in range(30):
         flags = [SMALL]
         for action in rng.sample(actions, 3):
-            values = action.choices or ["0", "1", "3", "8", "16", "0.5", "1e-8"]
+            values = list(action.choices or ["0", "1", "3", "8", "16", "0.5", "1e-8"])
             count = 1 if action.nargs is None else action.nargs
             flags += [action.option_strings[0], *(rng.choice(values) for _ in range(count))]
         command = " ".join(flags) + f" --steps 1 --out_dir run{number}"
@@ -2121,10 +2125,13 @@ def test_bad_setting_is_one_line(refused, flags, data_dir):
 
 def test_flags_that_a_run_does_not_use_are_named(go, capsys):
     """Those of other kinds of runs, and settings that other baselines have."""
-    go(f"{SMALL} --opt adamw --betas 0.8 0.9 --momentum 0.5 --damping 2 --steps 1 --out_dir a")
-    assert "note: adamw (baseline) does not use --damping, --momentum\n" in capsys.readouterr().out
-    go(f"{SMALL} {CG} --momentum 0.5 --damping 2 --steps 1 --out_dir b")
-    assert "note: full_gn (cg) does not use --momentum\n" in capsys.readouterr().out
+    unused = "--momentum 0.5 --damping 2 --muon_scale original"
+    go(f"{SMALL} --opt adamw --betas 0.8 0.9 {unused} --steps 1 --out_dir a")
+    assert "adamw (baseline) does not use --muon_scale, --damping, --momentum\n" in capsys.readouterr().out
+    go(f"{SMALL} {CG} {unused} --steps 1 --out_dir b")
+    assert "note: full_gn (cg) does not use --muon_scale, --momentum\n" in capsys.readouterr().out
+    go(f"{SMALL} --opt full_gn --solver muon --inner_tokens 128 {unused} --steps 1 --out_dir c")
+    assert "note: full_gn (inner) does not use --damping, --momentum\n" in capsys.readouterr().out
 
 
 def test_help_explains_every_flag(capsys):

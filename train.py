@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         elif callable(values):
             extra.update(type=values, default=default)
         else:
-            extra.update(choices=list(values), default=default)
+            extra |= {"type" if callable(values) else "choices": values, "default": default}
         shown = "" if default is None else f" (default {default})"
         action = group.add_argument(name, help=text + shown, **extra)
         self.used_by[action.dest] = kinds
@@ -120,6 +120,8 @@ def build_parser():
 
     flag = p.heading("what to run")
     flag("--opt", "optimizer", ("full_gn", "layerwise_gn", *BASELINES), "full_gn")
+    flag("--muon_scale", "size of muon's steps, as --opt or --solver: like adamw's, or, as in the paper, "
+         "sqrt(max(1, out / in))", ("match_rms_adamw", "original"), "match_rms_adamw")
     flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 15 for GN, 300 for baselines)",
          count)
     flag("--batch_tokens", "tokens per step, a multiple of the block size (default 262144 for GN, 16384 for "
@@ -297,8 +299,8 @@ def make_stepper(model, args, progress):
                                     args.precond, args.curvature_frac, args.micro_batch, seed=args.seed)
     else:
         rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
-        solver = InnerSolver(model, args.solver, rows, args.inner_passes, args.inner_lr,
-                             args.inner_betas, args.inner_damping, args.local_model, args.inner_schedule,
+        solver = InnerSolver(model, args.solver, rows, args.inner_passes, args.inner_lr, args.inner_betas,
+                             args.muon_scale, args.inner_damping, args.local_model, args.inner_schedule,
                              args.inner_warmup, args.steps, args.inner_reset, args.compile)
     parts = model.layers() if args.opt == "layerwise_gn" else None
     return GaussNewton(model, solver, parts, args.line_search, SEARCH_FRAC, args.micro_batch, progress)
@@ -312,29 +314,29 @@ class FirstOrder:
         self.args = args
         self.params = trainable(model)
         self.optimizer = make_optimizer(args.opt, model, args.lr, args.weight_decay, args.betas,
-                                        args.momentum, args.precondition_frequency)
-        self.base = [group["lr"] for group in self.optimizer.param_groups]
+                                        args.momentum, args.precondition_frequency, args.muon_scale)
+        self.lr = args.lr or DEFAULT_LR[args.opt]
         self.steps = 0
         self.rejections = 0
 
     def step(self, idx, targets):
         args = self.args
         params = self.params
-        factor = lr_schedule(self.steps, args.steps, args.schedule, args.warmup_steps)
-        for group, lr in zip(self.optimizer.param_groups, self.base):
-            group["lr"] = lr * factor
+        lr = self.lr * lr_schedule(self.steps, args.steps, args.schedule, args.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.steps += 1
         self.rejections += 1                            # until it is accepted
         loss, grad = batch_grad(self.model, idx, targets, args.micro_batch)
         norm = grad.norm().item()
         record = {"accepted": False, "reason": "loss or gradient not finite", "loss": loss, "grad_norm": norm,
-                  "lr": self.base[0] * factor, "alpha": 0.0, "work": 1.0}
+                  "lr": lr, "alpha": 0.0, "work": 1.0}
         if not math.isfinite(loss + norm):
             return record
         if args.opt == "kfac":                          # curvature from this batch
             record["work"] += self.optimizer.observe(idx, targets, args.micro_batch)
             record["repaired"] = self.optimizer.kfac.repaired or None
-        clipped = grad * (args.clip / norm) if args.clip and norm > args.clip else grad
+        clipped = grad * (args.clip / norm) if 0 < args.clip < norm else grad
         for p, g in zip(params, unflatten(clipped, params)):
             p.grad = g
         before = flatten(params).detach()
@@ -444,7 +446,7 @@ class Run:
             f"{meta['val_tokens']:,} validation tokens ({args.tokenizer}), sha256 {meta['sha256'][:12]}\n"
             f"batch: {args.batch_tokens:,} tokens = {self.rows:,} x {self.model.config.block_size} | "
             f"guessing evenly is a loss of {math.log(self.data.vocab_size):.3f} nats per token")
-        others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(args.opt, ()))
+        others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(args.opt, DEFAULTS.get(args.solver, ())))
         unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds or key in others]
         if unused:
             say(f"note: {args.opt} ({args.kind}) does not use {', '.join(unused)}")
@@ -479,9 +481,8 @@ class Run:
         """One step and, where it is due, an evaluation; returns its row of the log."""
         args = self.args
         progress = self.progress
-        params = self.stepper.params
         self.began = time.time()
-        before = {p: p.detach().clone() for p in params}
+        before = {p: p.detach().clone() for p in self.stepper.params}
         batch = self.batch(0, self.rows)
         fresh = {"search": self.batch(2, self.search_rows)} if self.search_rows else {}
         record = {**STEP_FIELDS, **self.stepper.step(*batch, **fresh)}
@@ -501,8 +502,8 @@ class Run:
     def describe(self, record, before, batch):
         """Add what the optimizer does not measure: how far each layer moved, and the change of the loss on
         tokens that the step has not seen and, for a baseline, on its batch."""
-        moved = [flatten([p.detach() - before[p] for p in layer]) for layer in self.model.layers()]
-        record["layer_norms"] = [d.norm().item() for d in moved]
+        record["layer_norms"] = [flatten([p.detach() - before[p] for p in layer]).norm().item()
+                                 for layer in self.model.layers()]
         step = self.progress["step"]
         old = self.losses.get(step - 1)
         new = self.losses.get(step)

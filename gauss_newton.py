@@ -77,8 +77,8 @@ class GaussNewton:
     solver         what minimises the local model; None: ConjugateGradients(model, **settings)
     parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
                    is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows, unless step() is
-                   given others (in a large batch no Newton step has any of them, at the default share)
+    line_search    one of LINE_SEARCHES, on the last search_frac of the batch's rows, unless step() is given
+                   others (in a large batch no Newton step has any of them, at the default share)
     micro_batch    rows worked on at a time; None: all at once
     progress       called as progress(what) or progress("cg", done, total) inside long steps
     """
@@ -666,7 +666,7 @@ def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
         values.append(-0.5 * (x.dot(b) + x.dot(r)).item())
 
 
-LINE_SEARCHES = ("armijo", "grid", "none")
+LINE_SEARCHES = {"armijo": 10, "grid": 10, "grid5": 5, "none": 1}  # candidates, at most
 
 
 class Search(NamedTuple):
@@ -676,20 +676,21 @@ class Search(NamedTuple):
     reason: str  # "armijo", "grid", "none", "no decrease" or "nonfinite" (no candidate had a finite loss)
 
 
-def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
+def line_search(loss_at, loss0, slope, kind="armijo"):
     """Choose α among 2^(−i/2), i = 0, 1, ..., or 0.
 
     loss_at   α -> loss;   loss0 = loss_at(0);   slope = gᵀd < 0
-    armijo    the first α with loss <= loss0 + c α slope, then on while the loss still falls: a loss that is
-              not quadratic often has a better α right behind the first acceptable one
-    grid      the best of all candidates (the paper's; it takes 5 or 10, has no α = 0 and so no rejection)
+    armijo    the first α with loss <= loss0 + 0.01 α slope, then on while the loss still falls: a loss that
+              is not quadratic often has a better α right behind the first acceptable one
+    grid      the best of ten candidates (the paper's for 150M and layerwise; it has no α = 0, no rejection)
+    grid5     the best of five (the paper's for 45M)
     none      α = 1 if its loss is finite
     A loss that is not finite counts as infinite.
     """
     check_choice("line_search", kind, LINE_SEARCHES)
     best = (0.0, loss0)
     finite = False
-    for i in range(1 if kind == "none" else candidates):
+    for i in range(LINE_SEARCHES[kind]):
         alpha = 2 ** (-i / 2)
         loss = loss_at(alpha)
         finite |= math.isfinite(loss)
@@ -697,11 +698,10 @@ def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
         if kind == "armijo" and best[0] > 0 and not lower:
             break
         wanted = {
-            "armijo": lower and loss <= loss0 + c * alpha * slope,
-            "grid": lower,
+            "armijo": lower and loss <= loss0 + 0.01 * alpha * slope,
             "none": math.isfinite(loss),
-        }
-        if wanted[kind]:
+        }.get(kind, lower)  # grid and grid5
+        if wanted:
             best = (alpha, loss)
     return Search(*best, i + 1, kind if best[0] else "no decrease" if finite else "nonfinite")
 

@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -1257,13 +1258,14 @@ def test_cg_ends_at_the_precisions_limit():
         ("armijo", [2] * 10, None, "no decrease"),
         ("grid", [0.9999, 2, nan, 0.8] + [0.9] * 6, 3, "grid"),
         ("grid", [nan] * 10, None, "nonfinite"),
+        ("grid5", [0.8] + [0.9] * 4, 0, "grid5"),
         ("none", [7], 0, "none"),
         ("none", [inf], None, "nonfinite"),
     ],
 )
 def test_line_search_follows_its_rules(kind, losses, i, reason):
     """From a loss of 1 with slope −0.1, over α = 2^(−i/2): armijo takes the first with f(α) <= 1 − 0.001 α
-    and goes on while the loss falls, grid the best below 1, none α = 1 if finite; else α = 0 and a
+    and goes on while the loss falls, both grids the best below 1, none α = 1 if finite; else α = 0 and a
     reason."""
     lengths = [2 ** (-i / 2) for i in range(len(losses))]
     loss_at = dict(zip(lengths, losses)).get  # of no other length, and so many are tried
@@ -2145,6 +2147,22 @@ def test_help_explains_every_flag(capsys):
     assert len({a.help for a in grouped}) == len(grouped)
     assert all(f"  {a.option_strings[0]}" in out for a in grouped)
     assert python("train.py", "--help", PYTHONIOENCODING="cp1252").returncode == 0  # which has no λ
+
+
+def test_commands_of_the_papers_settings(go):
+    """Those of README and of its results, a tenth as wide and on other data: each takes its step, the line
+    search with its candidates and as many new tokens as the step."""
+    text = (HERE / "README.md").read_text() + (HERE / "results/README.md").read_text()
+    settings = dict(re.findall(r'^    (\w+)="(.*)"$', text, re.MULTILINE))
+    small = f"""--data {TEXT} --tokenizer bytes --shards 1 --n_embd 64 --block_size 16 --batch_tokens 512
+        --inner_tokens 128 --eval_tokens 512 --steps 1"""
+    for command in re.findall(r"^    python train.py (.*\$c4.*)", text.replace("\\\n", ""), re.MULTILINE):
+        go(f"{string.Template(command).substitute(settings)} {small}")
+    for name, tries in (("45m", 5), ("150m", 10)):
+        [run] = Path("out").glob(f"full_gn-{name}-*")
+        row = log_of(run)[1][1]
+        assert row["search_tries"] == tries
+        assert row["tokens"] == 1024
 
 
 def test_want_of_memory_is_one_line(go, capsys, monkeypatch):

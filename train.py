@@ -39,8 +39,8 @@ import torch.distributed.nn  # noqa: F401 (imported later, as torch does, it kee
 from baselines import (BASELINES, DEFAULT_LR, DEFAULTS, KFACOptimizer, assign, flatten, lr_schedule,
                        make_optimizer, ranks, reduce_number, share, trainable, unflatten)
 from data import TOKENIZERS, get_batch, prepare, val_batch
-from gauss_newton import (SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewton, InnerSolver, batch_grad,
-                          batch_loss, first_line, some_rows)
+from gauss_newton import (LINE_SEARCHES, SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewton, InnerSolver,
+                          batch_grad, batch_loss, first_line, some_rows)
 from model import GPT, PRESETS, GPTConfig
 
 # By kind of run: Gauss-Newton (by CG or by an inner optimizer) takes few, large steps, all else many.
@@ -74,8 +74,6 @@ class Parser(argparse.ArgumentParser):
         """values: a type, bool for a switch, or a list of choices."""
         if values is bool:
             extra = {"action": "store_true"}
-        elif callable(values):
-            extra.update(type=values, default=default)
         else:
             extra |= {"type" if callable(values) else "choices": values, "default": default}
         shown = "" if default is None else f" (default {default})"
@@ -157,10 +155,11 @@ def build_parser():
          "network", ("gn", "prox_linear"), "prox_linear")
     flag("--solver", "what minimises the local model: conjugate gradients, or, as in the paper, an optimizer "
          "that streams over the batch", ("cg", "muon", "soap", "adamw"), "cg")
-    flag("--line_search", "along each step: backtracking, the best of all candidates, or none",
-         ("armijo", "grid", "none"), "armijo")
-    flag("--line_search_data", "search on the last sixteenth of the batch, or on as many fresh tokens, which "
-         "no solver has fitted (safer with small batches)", ("same", "fresh"), "same")
+    flag("--line_search", "along each step: backtracking, the best of ten or five candidates, or none",
+         LINE_SEARCHES, "armijo")
+    flag("--line_search_data", "search on the last sixteenth of the batch, on as many fresh tokens, which no "
+         "solver has fitted (safer with small batches), or on as many fresh tokens as the batch has",
+         ("same", "fresh", "fresh_batch"), "same")
 
     flag = p.heading("Gauss-Newton with --solver cg", "cg")
     flag("--damping", "λ at the start; each Newton step adapts it", positive, 3.0)
@@ -247,7 +246,7 @@ def stored_settings(args, given):
 def build_model(args, vocab_size):
     sizes = {key: getattr(args, key, None) or preset for key, preset in PRESETS[args.model].items()}
     torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(vocab_size=vocab_size, tie_weights=args.tie_weights, **sizes))
+    model = GPT(GPTConfig(vocab_size, tie_weights=args.tie_weights, **sizes))
     model.bf16 = args.dtype == "bf16"
     return model
 
@@ -424,8 +423,9 @@ class Run:
             load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
         self.model.to(args.device)
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
-        fresh = args.line_search_data == "fresh" and args.kind != "baseline"
-        self.search_rows = some_rows(self.rows, args.batch_tokens, SEARCH_FRAC) if fresh else 0
+        fresh = args.line_search_data != "same" and args.kind != "baseline"
+        frac = 1 if args.line_search_data == "fresh_batch" else SEARCH_FRAC
+        self.search_rows = some_rows(self.rows, args.batch_tokens, frac) if fresh else 0
         args.micro_batch = args.micro_batch or default_micro_batch(self.model.config, args.device)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in self.stepper.params)

@@ -243,8 +243,9 @@ def test_attention_is_causal_softmax_of_scaled_scores(monkeypatch):
     ],
 )
 def test_presets_have_the_stated_sizes(name, sizes, vocab, millions):
-    """Depth, heads, width, context and parameters (bytes for the small ones, the paper's 32k for its two)."""
-    assert list(PRESETS[name].values()) == sizes
+    """Depth, heads, width, context and parameters (bytes for the small ones, the paper's 32k for its two, in
+    the form of its code)."""
+    assert " ".join(map(str, PRESETS[name].values())) == sizes
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab, **PRESETS[name]))
     assert isclose(sum(p.numel() for p in model.parameters()) / 1e6, millions, rel_tol=0.005)
@@ -1178,6 +1179,90 @@ def test_inner_schedule_values():
     for kind, want in wanted.items():
         assert isclose(gn.inner_schedule(kind, 2, 4, 5, 10), want)
     assert isclose(gn.inner_schedule("constant_with_inner_cosine", 1, 4, 0, 10, warmup=20), 0.55)
+
+
+# ---- the authors' code: natalieabreu/full-gauss-newton, commit 0c14e7e, in float64 ----
+
+
+def authors_case(released=False):
+    """A GPT in LLaMA's form or as they released it, rows of tokens, and v, as their code was given them."""
+    model = GPT(GPTConfig(97, 12, 2, 2, 16, qk_norm=released, gelu=released)).double()
+    of_weights, of_v = (np.random.RandomState(seed).standard_normal for seed in (0, 1))
+    v = []
+    for name, p in model.named_parameters():
+        mean = float("norm" in name and "bias" not in name)
+        std = 0.1 if p.ndim == 1 else 1.0 if name == "embed.weight" else p.shape[1] ** -0.5
+        p.data = torch.tensor(mean + std * of_weights(p.shape))
+        v.append(torch.tensor(0.1 * (mean or std) * of_v(p.shape)))
+    rows = """40 15 72 22 43 82 75 7 34 49 95 75 85 47 63 31 90 20 37 39 67 4 42 51 38 33
+        58 67 69 88 68 46 70 95 83 31 66 80 52 76 50 4 90 63 79 49 39 46 8 50 15 8"""
+    return model, torch.tensor(np.fromstring(rows, int, sep=" ").reshape(4, 13)), gn.flatten(v)
+
+
+def shifted(rows):
+    return rows[:, :-1], rows[:, 1:]
+
+
+@parametrize(
+    "released, numbers",
+    [
+        (
+            False,
+            """5.19557876045
+            5.16207422549 1.34060150754    5.16178950382 1.34058253572
+            5.20991814542 0.206021114334   5.20995944646 0.206049642153
+            5.19190987787 0.918732866694   5.1916347418  0.919108363874
+            5.17118864182 0.75164469541    5.17117565836 0.751029379358
+            5.17766595392 0.598559071121   5.17767871647 0.598504193523""",
+        ),
+        (
+            True,
+            """4.86746680821
+            4.92396025921 1.49836379533    4.92429676061 1.50356754179
+            4.86442929446 0.222268952941   4.86444909576 0.222357985379
+            4.88354595644 1.07563647132    4.88348117245 1.07752815373
+            4.92526890629 0.833202326636   4.92524518521 0.833183131563
+            4.85705628286 0.579263884837   4.85704095909 0.579304032789""",
+        ),
+    ],
+)
+def test_local_models_are_the_authors(released, numbers):
+    """The loss, and at v the objective and the norm of the gradient of GN and of prox-linear: all parameters,
+    then each layer with the others at rest. So rotary positions and causality are theirs too."""
+    model, rows, v = authors_case(released)
+    ggn = GGN(model, *shifted(rows))
+    found = [ggn.loss]
+    parts = GaussNewton(model).parts + GaussNewton(model, parts=model.layers()).parts
+    for part, prox in itertools.product(parts, (False, True)):
+        d = gn.select(v, ggn.params, part)
+        _, change, gradient = ggn.expand_along(d, None, [0.0], 0.0, part, prox)
+        found += [ggn.loss + change, gradient.norm()]
+    assert np.allclose(found, np.fromstring(numbers, sep=" "), rtol=1e-11, atol=0)
+
+
+@parametrize(
+    "local_model, rate, numbers",
+    [
+        ("gn", 0.02, "1 45.5267856119 1 45.6405878047 1 45.8174263805"),
+        ("prox_linear", 0.1, "0.5 46.1928983305 0.353553390593 47.3194064619 0.353553390593 48.8105270282"),
+    ],
+)
+def test_whole_runs_are_the_authors(local_model, rate, numbers):
+    """α and the norm of θ after each of three steps: five inner steps of AdamW and a line search on as many
+    new rows. J v is exact there, a difference of logits here."""
+    r = np.random.RandomState(3)
+    follows = r.permutation(97)
+    columns = [r.randint(0, 97, 120)]
+    for _ in range(12):
+        columns.append(np.where(r.rand(120) < 0.8, follows[columns[-1]], r.randint(0, 97, 120)))
+    batches = torch.tensor(np.stack(columns, 1)).view(3, 2, 20, 13)
+    model = authors_case()[0]
+    solver = InnerSolver(model, "adamw", 4, 1, rate, (0.9, 0.999), local_model=local_model)
+    opt = GaussNewton(model, solver, line_search="grid5")
+    found = []
+    for batch, others in batches:
+        found += [opt.step(*shifted(batch), shifted(others))["alpha"], theta_of(model).norm()]
+    assert np.allclose(found, np.fromstring(numbers, sep=" "), rtol=2e-9)
 
 
 # ---- cg ----

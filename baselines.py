@@ -38,7 +38,7 @@ DEFAULTS = {  # everything else, as each method's reference has it
     "adam": dict(betas=(0.9, 0.999), weight_decay=0.0),  # arXiv 1412.6980, algorithm 1
     "sgd": dict(momentum=0.9, weight_decay=0.0),  # Sutskever et al. 2013, Nesterov's form
     # Jordan 2024; decay and scale: arXiv 2502.16982
-    "muon": dict(momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1),
+    "muon": dict(momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1, muon_scale="match_rms_adamw"),
     "soap": dict(betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=10),  # arXiv 2409.11321
     # arXiv 1503.05671; KL clipping: 1708.05144
     "kfac": dict(momentum=0.9, weight_decay=0.0, precondition_frequency=10),
@@ -47,14 +47,22 @@ BASELINES = tuple(DEFAULTS)
 
 
 def make_optimizer(
-    name, model, lr=None, weight_decay=None, betas=None, momentum=None, precondition_frequency=None
+    name,
+    model,
+    lr=None,
+    weight_decay=None,
+    betas=None,
+    momentum=None,
+    precondition_frequency=None,
+    muon_scale=None,
 ):
     """One of BASELINES for a model's trainable parameters. None takes the default; what a method does not use
     it ignores.
 
     weight_decay reaches matrices (ndim >= 2) only, never norms and biases. It is decoupled, p -= lr *
     weight_decay * p, but for adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to
-    the AdamW beside it.
+    the AdamW beside it. Its steps are U Vᵀ times muon_scale: "match_rms_adamw" 0.2 sqrt(max(m, n)), steps of
+    AdamW's size, so that one rate suits both; "original" sqrt(max(1, m / n)), the paper's.
     """
     if name not in DEFAULTS:
         raise ValueError(f"unknown optimizer {name!r}; choose from {', '.join(BASELINES)}")
@@ -63,7 +71,8 @@ def make_optimizer(
         weight_decay=weight_decay,
         betas=betas,
         momentum=momentum,
-        precondition_frequency=precondition_frequency
+        precondition_frequency=precondition_frequency,
+        muon_scale=muon_scale,
     )
     o = {key: default if given[key] is None else given[key] for key, default in DEFAULTS[name].items()}
     params = [p for p in model.parameters() if p.requires_grad]  # a tied matrix comes once
@@ -84,8 +93,7 @@ def make_optimizer(
     hidden = hidden_matrices(model)
     rest = [p for p in params if p not in set(hidden)]
     adamw = torch.optim.AdamW(decayed(rest), lr, o.pop("betas"), weight_decay=o["weight_decay"])
-    # match_rms_adamw: steps of AdamW's size, 0.2 sqrt(max(m, n)) U Vᵀ, so that one rate suits both
-    muon = torch.optim.Muon([dict(params=hidden)], lr, adjust_lr_fn="match_rms_adamw", **o)
+    muon = torch.optim.Muon([dict(params=hidden)], lr, adjust_lr_fn=o.pop("muon_scale"), **o)
     return Combined([muon, adamw])
 
 

@@ -81,8 +81,8 @@ class GaussNewton:
     solver         what minimises the local model; None: ConjugateGradients(model, **settings)
     parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
                    is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    "armijo", "grid" or "none", on the last search_frac of the batch's rows, unless step() is
-                   given others (in a large batch no Newton step has any of them, at the default share)
+    line_search    one of LINE_SEARCHES, on the last search_frac of the batch's rows, unless step() is given
+                   others (in a large batch no Newton step has any of them, at the default share)
     micro_batch    rows worked on at a time; None: all at once
     progress       called as progress(what) or progress("cg", done, total) inside long steps
     """
@@ -484,6 +484,7 @@ class InnerSolver:
     passes            over the batch in an outer step; at least two where it is a single micro-batch
     lr                the optimizer's; schedule, warmup, outer_steps: see inner_schedule
     betas             the optimizer's (of Muon its AdamW's): shorter memories than a baseline's do best
+    muon_scale        see baselines.make_optimizer
     damping           λ
     reset             start every outer step at v = 0 with fresh moments; else as written, with the old ones
     compile           compile what is done per micro-batch; eager, with a warning, where that fails
@@ -499,6 +500,7 @@ class InnerSolver:
         passes=2,
         lr=8e-3,
         betas=(0.8, 0.99),
+        muon_scale=None,
         damping=0.0,
         local_model="prox_linear",
         schedule="constant_with_inner_cosine",
@@ -521,6 +523,7 @@ class InnerSolver:
         self.passes = passes
         self.lr = lr
         self.betas = betas
+        self.muon_scale = muon_scale
         self.damping = damping
         self.prox_linear = local_model == "prox_linear"
         self.schedule = schedule
@@ -601,7 +604,9 @@ class InnerSolver:
         """The next solve starts at v = 0 with fresh moments."""
         self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
         with placed(self.model, self.v):
-            self.optimizer = make_optimizer(self.name, self.model, self.lr, self.damping, self.betas)
+            self.optimizer = make_optimizer(
+                self.name, self.model, self.lr, self.damping, self.betas, muon_scale=self.muon_scale
+            )
 
     def state_dict(self):
         return {
@@ -694,7 +699,7 @@ def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
         values.append(-0.5 * (x.dot(b) + x.dot(r)).item())
 
 
-LINE_SEARCHES = ("armijo", "grid", "none")
+LINE_SEARCHES = {"armijo": 10, "grid": 10, "grid5": 5, "none": 1}  # candidates, at most
 
 
 class Search(NamedTuple):
@@ -704,20 +709,21 @@ class Search(NamedTuple):
     reason: str  # "armijo", "grid", "none", "no decrease" or "nonfinite" (no candidate had a finite loss)
 
 
-def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
+def line_search(loss_at, loss0, slope, kind="armijo"):
     """Choose α among 2^(−i/2), i = 0, 1, ..., or 0.
 
     loss_at   α -> loss;   loss0 = loss_at(0);   slope = gᵀd < 0
-    armijo    the first α with loss <= loss0 + c α slope, then on while the loss still falls: a loss that is
-              not quadratic often has a better α right behind the first acceptable one
-    grid      the best of all candidates (the paper's; it takes 5 or 10, has no α = 0 and so no rejection)
+    armijo    the first α with loss <= loss0 + 0.01 α slope, then on while the loss still falls: a loss that
+              is not quadratic often has a better α right behind the first acceptable one
+    grid      the best of ten candidates (the paper's for 150M and layerwise; it has no α = 0, no rejection)
+    grid5     the best of five (the paper's for 45M)
     none      α = 1 if its loss is finite
     A loss that is not finite counts as infinite.
     """
     check_choice("line_search", kind, LINE_SEARCHES)
     best = (0.0, loss0)
     finite = False
-    for i in range(1 if kind == "none" else candidates):
+    for i in range(LINE_SEARCHES[kind]):
         alpha = 2 ** (-i / 2)
         loss = loss_at(alpha)
         finite |= math.isfinite(loss)
@@ -725,11 +731,10 @@ def line_search(loss_at, loss0, slope, kind="armijo", candidates=10, c=1e-2):
         if kind == "armijo" and best[0] > 0 and not lower:
             break
         wanted = {
-            "armijo": lower and loss <= loss0 + c * alpha * slope,
-            "grid": lower,
+            "armijo": lower and loss <= loss0 + 0.01 * alpha * slope,
             "none": math.isfinite(loss),
-        }
-        if wanted[kind]:
+        }.get(kind, lower)  # grid and grid5
+        if wanted:
             best = (alpha, loss)
     return Search(*best, i + 1, kind if best[0] else "no decrease" if finite else "nonfinite")
 

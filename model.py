@@ -1,8 +1,11 @@
 """A GPT in LLaMA's form: RMSNorm, rotary positions, SwiGLU, no biases, untied head by default.
 
     x = E[idx]                                              token embedding
-    x = x + Attn(RMSNorm(x));  x = x + SwiGLU(RMSNorm(x))   n_layer times
+    x = x + Attn(RMSNorm(x));  x = x + MLP(RMSNorm(x))      n_layer times
     logits = RMSNorm(x) W_headᵀ
+
+With qk_norm and gelu it is the model that the paper's authors released: LayerNorm with bias over the whole
+width of q and of k, all heads together, and an MLP of two matrices.
 
 Below it is attention with the derivatives that Gauss-Newton takes, for this model and others.
 
@@ -29,9 +32,9 @@ from torch.overrides import TorchFunctionMode
 PRESETS = {  # everything but vocab_size, which the tokenizer decides
     "tiny": dict(n_layer=2, n_head=4, n_embd=64, block_size=64),  # 164k parameters with bytes
     "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),  # 1.1M with bytes
-    # the paper's two, which have a vocabulary of 32k
-    "45m": dict(n_layer=4, n_head=8, n_embd=512, block_size=1024),
-    "150m": dict(n_layer=12, n_head=16, n_embd=768, block_size=1024),
+    # the paper's two as released, with its vocabulary of 32k: 45.4M and 134M
+    "45m": dict(n_layer=4, n_head=8, n_embd=512, block_size=1024, qk_norm=True, gelu=True),
+    "150m": dict(n_layer=12, n_head=16, n_embd=768, block_size=1024, qk_norm=True, gelu=True),
 }
 
 Linear = partial(nn.Linear, bias=False)  # every one in this file
@@ -44,7 +47,9 @@ class GPTConfig:
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 64
-    ff_mult: int = 4  # SwiGLU width in multiples of n_embd (the paper's ff = 4d)
+    ff_mult: int = 4  # width of the MLP in multiples of n_embd (the paper's ff = 4d)
+    qk_norm: bool = False  # LayerNorm of q and of k
+    gelu: bool = False  # down(GELU(up x)), not SwiGLU
     tie_weights: bool = False
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
@@ -79,12 +84,15 @@ class Attention(nn.Module):
         self.wk = Linear(c.n_embd, c.n_embd)
         self.wv = Linear(c.n_embd, c.n_embd)
         self.wo = Linear(c.n_embd, c.n_embd)
+        norm = partial(nn.LayerNorm, c.n_embd, c.norm_eps) if c.qk_norm else nn.Identity
+        self.qnorm = norm()
+        self.knorm = norm()
 
     def forward(self, x, cos, sin):
         B, T, C = x.shape
         q, k, v = (
-            w(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-            for w in (self.wq, self.wk, self.wv)
+            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+            for t in (self.qnorm(self.wq(x)), self.knorm(self.wk(x)), self.wv(x))
         )
         # Fused for training and evaluation; `differentiable_attention` replaces the same call where
         # derivatives are taken that the fused kernels lack.
@@ -94,15 +102,17 @@ class Attention(nn.Module):
         return self.wo(y.transpose(1, 2).reshape(B, T, C))
 
 
-class SwiGLU(nn.Module):
+class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         width = c.ff_mult * c.n_embd
-        self.gate = Linear(c.n_embd, width)
+        self.gate = None if c.gelu else Linear(c.n_embd, width)
         self.up = Linear(c.n_embd, width)
         self.down = Linear(width, c.n_embd)
 
     def forward(self, x):
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -112,7 +122,7 @@ class Block(nn.Module):
         self.norm1 = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
         self.attn = Attention(c)
         self.norm2 = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
-        self.mlp = SwiGLU(c)
+        self.mlp = MLP(c)
 
     def forward(self, x, cos, sin):
         x = x + self.attn(self.norm1(x), cos, sin)
@@ -136,12 +146,18 @@ class GPT(nn.Module):
         freq = c.rope_theta ** (-torch.arange(0, hs, 2, dtype=torch.float64) / hs)
         positions = torch.arange(c.block_size, dtype=torch.float64)
         angle = positions[:, None] * freq  # (block_size, hs/2)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        self.tables = angle.cos(), angle.sin()  # float64, which some devices lack: not moved with the model
+        self._apply(lambda t: t)  # sets self.cos and self.sin
         self.apply(self._init_weights)
         if c.tie_weights:
             # one matrix, so it takes the head's scale: N(0, 1) rows would start the loss near n_embd
             self.embed.weight = self.head.weight
+
+    def _apply(self, fn, recurse=True):
+        """What to(), double(), cuda() and the like call; rounds the tables anew, to the weights' dtype."""
+        super()._apply(fn, recurse)
+        self.cos, self.sin = (table.to(self.embed.weight) for table in self.tables)
+        return self
 
     @staticmethod
     def _init_weights(module):
@@ -226,6 +242,9 @@ def attention(
 ):
     """torch's scaled_dot_product_attention, by _Attention where it can be."""
     qkv = query, key, value
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # which would have done it further down
+        qkv = [t.to(torch.get_autocast_dtype(device)) for t in qkv]
     # where they are not alike, torch may broadcast; where they are no plain tensors (nested, or inside vmap and
     # other transforms), it has rules of its own
     alike = len({(t.shape[:-2], t.dtype) for t in qkv}) == 1
@@ -234,9 +253,6 @@ def attention(
         return F.scaled_dot_product_attention(
             *qkv, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    device = query.device.type
-    if torch.is_autocast_enabled(device):  # which would have done it further down
-        qkv = (t.to(torch.get_autocast_dtype(device)) for t in qkv)
     q, k, v = qkv
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _Attention.apply(q * scale, k, v, is_causal)

@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -237,44 +238,22 @@ def test_attention_is_causal_softmax_of_scaled_scores(monkeypatch):
     torch.testing.assert_close(both, [found(SDPBackend.MATH)] * 2, rtol=0, atol=1e-12)
 
 
-def test_later_tokens_do_not_change_earlier_logits():
-    """Causality, at every position; and what follows a changed position does change."""
-    model, idx = gpt(), tokens(1)[0]
-    others = (idx + torch.eye(6).long()) % 7  # in row t token t is another
-    change = (model(others) - model(idx)).abs().amax(-1)
-    past = torch.ones(6, 6).tril(-1).bool()
-    assert (change[past] < 1e-14).all()
-    assert (change[~past] > 1e-6).all()
-
-
-def test_rotary_scores_depend_on_relative_position(monkeypatch):
-    """With one token everywhere, what attention compares at (i, j) is a function of i - j, and not that of
-    j - i."""
-    seen = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: seen.extend([q, k]) or v)
-    gpt(n_embd=16)(torch.full((1, 8), 3))
-    q, k = seen
-    scores = (q @ k.transpose(-1, -2))[0]  # (nh, T, T)
-    same = scores[:, 1:, 1:] - scores[:, :-1, :-1]
-    assert same.abs().max() < 1e-6  # cos and sin are float32
-    assert (scores[:, 1, 0] - scores[:, 0, 1]).abs().min() > 1e-3
-
-
 @parametrize(
     "name, sizes, vocab, millions",
     [
-        ("tiny", [2, 4, 64, 64], 256, 0.164),
-        ("small", [4, 4, 128, 256], 256, 1.12),
-        ("45m", [4, 8, 512, 1024], 32_000, 49.5),
-        ("150m", [12, 16, 768, 1024], 32_000, 162.4),
+        ("tiny", "2 4 64 64", 256, 0.164),
+        ("small", "4 4 128 256", 256, 1.12),
+        ("45m", "4 8 512 1024 True True", 32_000, 45.4),
+        ("150m", "12 16 768 1024 True True", 32_000, 134.1),
     ],
 )
 def test_presets_have_the_stated_sizes(name, sizes, vocab, millions):
-    """Depth, heads, width, context and parameters (bytes for the small ones, the paper's 32k for its two)."""
-    assert list(PRESETS[name].values()) == sizes
+    """Depth, heads, width, context and parameters (bytes for the small ones, the paper's 32k for its two, in
+    the form of its code)."""
+    assert " ".join(map(str, PRESETS[name].values())) == sizes
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab, **PRESETS[name]))
-    assert isclose(sum(p.numel() for p in model.parameters()) / 1e6, millions, rel_tol=0.01)
+    assert isclose(sum(p.numel() for p in model.parameters()) / 1e6, millions, rel_tol=0.005)
 
 
 def test_model_errors_name_the_values():
@@ -483,20 +462,22 @@ def test_kfac_baseline_equals_dense_derivation():
         assert close(theta_of(model), theta - rate * (0.1 * matrix * theta + M), 1e-7)
 
 
-@parametrize("tie", [False, True])
-def test_muon_is_torchs_on_the_hidden_matrices(tie):
-    """Bitwise torch.optim.Muon on wq, wk, wv, wo, gate, up and down of every block, and torch.optim.AdamW on
-    embedding, head (tied or not) and norms, its beta1 the momentum that its groups show, run apart."""
+@parametrize("tie, scale", [(False, "match_rms_adamw"), (True, "original")])
+def test_muon_is_torchs_on_the_hidden_matrices(tie, scale):
+    """Bitwise torch.optim.Muon on wq, wk, wv, wo, gate, up and down of every block, its steps of AdamW's size
+    or of the paper's, and torch.optim.AdamW on embedding, head (tied or not) and norms, its beta1 the
+    momentum that its groups show, run apart."""
     joint = gpt(tie)
     apart = gpt(tie)
     hidden = []
     rest = []
-    opt = make_optimizer("muon", joint, lr=0.02, weight_decay=0.1)
+    args, _ = train.resolve(f"--opt muon --lr 0.02 --weight_decay 0.1 --muon_scale {scale}".split())
+    opt = train.FirstOrder(joint, args).optimizer
     for group in opt.param_groups[1:]:
         group["momentum"] = 0.6
     for name, p in apart.named_parameters():
         (hidden if name.startswith("blocks") and p.ndim == 2 else rest).append(p)
-    muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, adjust_lr_fn=scale)
     adamw = torch.optim.AdamW(decayed(rest, 0.1), lr=0.02, betas=(0.6, 0.95))
     for seed in range(4):
         baseline_steps(joint, opt, [seed])
@@ -1210,8 +1191,8 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
         assert close(found.direction, d, 1e-6)
         for got, want in ((found.loss, loss), (found.slope, slope)):
             assert isclose(got, want, rel_tol=1e-6)
-        # prox-linear: a difference of two losses near 2, by a J v that is known to some √eps
-        assert isclose(found.decrease, fall, rel_tol=1e-6, abs_tol=1e-7)
+        # a difference of larger numbers, by a J v that is known to some √eps
+        assert isclose(found.decrease, fall, rel_tol=1e-5, abs_tol=1e-7)
         with_theta(model, theta + 0.7 * d)
         with_theta(shift, 0.3 * d)
         solver.adapt(None, 0.7)
@@ -1227,6 +1208,90 @@ def test_inner_schedule_values():
     for kind, want in wanted.items():
         assert isclose(gn.inner_schedule(kind, 2, 4, 5, 10), want)
     assert isclose(gn.inner_schedule("constant_with_inner_cosine", 1, 4, 0, 10, warmup=20), 0.55)
+
+
+# ---- the authors' code: natalieabreu/full-gauss-newton, commit 0c14e7e, in float64 ----
+
+
+def authors_case(released=False):
+    """A GPT in LLaMA's form or as they released it, rows of tokens, and v, as their code was given them."""
+    model = GPT(GPTConfig(97, 12, 2, 2, 16, qk_norm=released, gelu=released)).double()
+    of_weights, of_v = (np.random.RandomState(seed).standard_normal for seed in (0, 1))
+    v = []
+    for name, p in model.named_parameters():
+        mean = float("norm" in name and "bias" not in name)
+        std = 0.1 if p.ndim == 1 else 1.0 if name == "embed.weight" else p.shape[1] ** -0.5
+        p.data = torch.tensor(mean + std * of_weights(p.shape))
+        v.append(torch.tensor(0.1 * (mean or std) * of_v(p.shape)))
+    rows = """40 15 72 22 43 82 75 7 34 49 95 75 85 47 63 31 90 20 37 39 67 4 42 51 38 33
+        58 67 69 88 68 46 70 95 83 31 66 80 52 76 50 4 90 63 79 49 39 46 8 50 15 8"""
+    return model, torch.tensor(np.fromstring(rows, int, sep=" ").reshape(4, 13)), gn.flatten(v)
+
+
+def shifted(rows):
+    return rows[:, :-1], rows[:, 1:]
+
+
+@parametrize(
+    "released, numbers",
+    [
+        (
+            False,
+            """5.19557876045
+            5.16207422549 1.34060150754    5.16178950382 1.34058253572
+            5.20991814542 0.206021114334   5.20995944646 0.206049642153
+            5.19190987787 0.918732866694   5.1916347418  0.919108363874
+            5.17118864182 0.75164469541    5.17117565836 0.751029379358
+            5.17766595392 0.598559071121   5.17767871647 0.598504193523""",
+        ),
+        (
+            True,
+            """4.86746680821
+            4.92396025921 1.49836379533    4.92429676061 1.50356754179
+            4.86442929446 0.222268952941   4.86444909576 0.222357985379
+            4.88354595644 1.07563647132    4.88348117245 1.07752815373
+            4.92526890629 0.833202326636   4.92524518521 0.833183131563
+            4.85705628286 0.579263884837   4.85704095909 0.579304032789""",
+        ),
+    ],
+)
+def test_local_models_are_the_authors(released, numbers):
+    """The loss, and at v the objective and the norm of the gradient of GN and of prox-linear: all parameters,
+    then each layer with the others at rest. So rotary positions and causality are theirs too."""
+    model, rows, v = authors_case(released)
+    ggn = GGN(model, *shifted(rows))
+    found = [ggn.loss]
+    parts = GaussNewton(model).parts + GaussNewton(model, parts=model.layers()).parts
+    for part, prox in itertools.product(parts, (False, True)):
+        d = gn.select(v, ggn.params, part)
+        _, change, gradient = ggn.expand_along(d, None, [0.0], 0.0, part, prox)
+        found += [ggn.loss + change, gradient.norm()]
+    assert np.allclose(found, np.fromstring(numbers, sep=" "), rtol=1e-11, atol=0)
+
+
+@parametrize(
+    "local_model, rate, numbers",
+    [
+        ("gn", 0.02, "1 45.5267856119 1 45.6405878047 1 45.8174263805"),
+        ("prox_linear", 0.1, "0.5 46.1928983305 0.353553390593 47.3194064619 0.353553390593 48.8105270282"),
+    ],
+)
+def test_whole_runs_are_the_authors(local_model, rate, numbers):
+    """α and the norm of θ after each of three steps: five inner steps of AdamW and a line search on as many
+    new rows. J v is exact there, a difference of logits here."""
+    r = np.random.RandomState(3)
+    follows = r.permutation(97)
+    columns = [r.randint(0, 97, 120)]
+    for _ in range(12):
+        columns.append(np.where(r.rand(120) < 0.8, follows[columns[-1]], r.randint(0, 97, 120)))
+    batches = torch.tensor(np.stack(columns, 1)).view(3, 2, 20, 13)
+    model = authors_case()[0]
+    solver = InnerSolver(model, "adamw", 4, 1, rate, (0.9, 0.999), local_model=local_model)
+    opt = GaussNewton(model, solver, line_search="grid5")
+    found = []
+    for batch, others in batches:
+        found += [opt.step(*shifted(batch), shifted(others))["alpha"], theta_of(model).norm()]
+    assert np.allclose(found, np.fromstring(numbers, sep=" "), rtol=2e-9)
 
 
 # ---- cg ----
@@ -1307,13 +1372,14 @@ def test_cg_ends_at_the_precisions_limit():
         ("armijo", [2] * 10, None, "no decrease"),
         ("grid", [0.9999, 2, nan, 0.8] + [0.9] * 6, 3, "grid"),
         ("grid", [nan] * 10, None, "nonfinite"),
+        ("grid5", [0.8] + [0.9] * 4, 0, "grid5"),
         ("none", [7], 0, "none"),
         ("none", [inf], None, "nonfinite"),
     ],
 )
 def test_line_search_follows_its_rules(kind, losses, i, reason):
     """From a loss of 1 with slope −0.1, over α = 2^(−i/2): armijo takes the first with f(α) <= 1 − 0.001 α
-    and goes on while the loss falls, grid the best below 1, none α = 1 if finite; else α = 0 and a
+    and goes on while the loss falls, both grids the best below 1, none α = 1 if finite; else α = 0 and a
     reason."""
     lengths = [2 ** (-i / 2) for i in range(len(losses))]
     loss_at = dict(zip(lengths, losses)).get  # of no other length, and so many are tried
@@ -1947,6 +2013,7 @@ def refused(go, capsys):
     [
         *METHODS,
         f"{CG} --precond none --local_model gn --line_search grid --dtype bf16",
+        f"{CG} --model 45m --n_head 4",
         f"{INNER} --solver muon --dtype bf16 --line_search_data fresh",
         "--opt full_gn --solver adamw --inner_tokens 128 --local_model gn",
         "--opt adam --dtype tf32 --schedule wsd --warmup_steps 2 --tie_weights",
@@ -1983,12 +2050,13 @@ def test_flags_reach_the_solver():
     flags = {
         "cg": "--local_model gn --newton_steps 3 --cg_iters 5 --damping 0.7 --precond none "
         "--curvature_frac 0.3",
-        "soap": "--inner_passes 3 --inner_lr 0.1 --inner_betas 0.5 0.6 --inner_damping 0.7 --local_model gn "
-        "--inner_schedule global_cosine --inner_warmup 4 --steps 9 --inner_reset --compile",
+        "muon": "--inner_passes 3 --inner_lr 0.1 --inner_betas 0.5 0.6 --inner_damping 0.7 --local_model gn "
+        "--inner_schedule global_cosine --inner_warmup 4 --steps 9 --inner_reset --compile "
+        "--muon_scale original",
     }
     wanted = {
         "cg": dict(prox_linear=False, newton_steps=3, cg_iters=5, damping=0.7, kfac=None, curvature_frac=0.3),
-        "soap": dict(rows=8, passes=3, lr=0.1, damping=0.7, prox_linear=False, schedule="global_cosine")
+        "muon": dict(rows=8, passes=3, lr=0.1, damping=0.7, prox_linear=False, schedule="global_cosine")
         | dict(betas=[0.5, 0.6], warmup=4, outer_steps=9, reset=True, compile=True),
     }
     for name, want in wanted.items():
@@ -1996,6 +2064,7 @@ def test_flags_reach_the_solver():
         args, _ = train.resolve(command.split())
         solver = train.make_stepper(gpt(block_size=16), args, None).solver
         assert want.items() <= vars(solver).items()
+    assert solver.optimizer.param_groups[0]["adjust_lr_fn"] == "original"
 
 
 @parametrize(
@@ -2219,8 +2288,9 @@ def test_damaged_or_differing_checkpoints_are_refused(go, refused):
         refused(f"{SMALL} --init_from a --out_dir c", "checkpoint.previous.pt")
         assert Path("a/log.jsonl").read_bytes() == log
         assert not Path("c").exists()
-    del kept["config"]["betas"]  # it is from before there was this flag
+    del kept["config"]["betas"], kept["model_config"]["gelu"]  # it is from before there were these
     torch.save(kept, "a/checkpoint.pt")
+    refused(f"{SMALL} --model 45m --n_head 4 --init_from a --out_dir c", "'gelu': False")
     go("--resume --out_dir a --steps 3")
     shutil.copyfile("a/checkpoint.previous.pt", "a/checkpoint.pt")
     go("--resume --out_dir a")
@@ -2291,7 +2361,7 @@ def test_random_flags_run_or_are_refused(go, capsys):
     for number in range(30):
         flags = [SMALL]
         for action in rng.sample(actions, 3):
-            values = action.choices or ["0", "1", "3", "8", "16", "0.5", "1e-8"]
+            values = list(action.choices or ["0", "1", "3", "8", "16", "0.5", "1e-8"])
             count = 1 if action.nargs is None else action.nargs
             flags += [action.option_strings[0], *(rng.choice(values) for _ in range(count))]
         command = " ".join(flags) + f" --steps 1 --out_dir run{number}"
@@ -2325,10 +2395,13 @@ def test_bad_setting_is_one_line(refused, flags, data_dir):
 
 def test_flags_that_a_run_does_not_use_are_named(go, capsys):
     """Those of other kinds of runs, and settings that other baselines have."""
-    go(f"{SMALL} --opt adamw --betas 0.8 0.9 --momentum 0.5 --damping 2 --steps 1 --out_dir a")
-    assert "note: adamw (baseline) does not use --damping, --momentum\n" in capsys.readouterr().out
-    go(f"{SMALL} {CG} --momentum 0.5 --damping 2 --steps 1 --out_dir b")
-    assert "note: full_gn (cg) does not use --momentum\n" in capsys.readouterr().out
+    unused = "--momentum 0.5 --damping 2 --muon_scale original"
+    go(f"{SMALL} --opt adamw --betas 0.8 0.9 {unused} --steps 1 --out_dir a")
+    assert "adamw (baseline) does not use --muon_scale, --damping, --momentum\n" in capsys.readouterr().out
+    go(f"{SMALL} {CG} {unused} --steps 1 --out_dir b")
+    assert "note: full_gn (cg) does not use --muon_scale, --momentum\n" in capsys.readouterr().out
+    go(f"{SMALL} --opt full_gn --solver muon --inner_tokens 128 {unused} --steps 1 --out_dir c")
+    assert "note: full_gn (inner) does not use --damping, --momentum\n" in capsys.readouterr().out
 
 
 def test_help_explains_every_flag(capsys):
@@ -2342,6 +2415,22 @@ def test_help_explains_every_flag(capsys):
     assert len({a.help for a in grouped}) == len(grouped)
     assert all(f"  {a.option_strings[0]}" in out for a in grouped)
     assert python("train.py", "--help", PYTHONIOENCODING="cp1252").returncode == 0  # which has no λ
+
+
+def test_commands_of_the_papers_settings(go):
+    """Those of README and of its results, a tenth as wide and on other data: each takes its step, the line
+    search with its candidates and as many new tokens as the step."""
+    text = (HERE / "README.md").read_text() + (HERE / "results/README.md").read_text()
+    settings = dict(re.findall(r'^    (\w+)="(.*)"$', text, re.MULTILINE))
+    small = f"""--data {TEXT} --tokenizer bytes --shards 1 --n_embd 64 --block_size 16 --batch_tokens 512
+        --inner_tokens 128 --eval_tokens 512 --steps 1"""
+    for command in re.findall(r"^    python train.py (.*\$c4.*)", text.replace("\\\n", ""), re.MULTILINE):
+        go(f"{string.Template(command).substitute(settings)} {small}")
+    for name, tries in (("45m", 5), ("150m", 10)):
+        [run] = Path("out").glob(f"full_gn-{name}-*")
+        row = log_of(run)[1][1]
+        assert row["search_tries"] == tries
+        assert row["tokens"] == 1024
 
 
 def test_want_of_memory_is_one_line(go, capsys, monkeypatch):
@@ -2501,6 +2590,7 @@ def test_processes_make_the_step_of_one(flags, go, monkeypatch):
     at first, it takes part of the basis from rounding."""
     flags += " --batch_tokens 1024"
     monkeypatch.setattr(SOAP, "__init__", functools.partialmethod(SOAP.__init__, max_precond_dim=8))
+    monkeypatch.setattr(gn, "working_eps", lambda *_: 2.0**-23)  # a longer h, so that J v has less rounding
 
     def run(n, step, out, source="", off=0.0):
         if source:

@@ -37,10 +37,11 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401 (imported later, as torch does, it keeps the group for good)
 
 from baselines import (BASELINES, DEFAULT_LR, DEFAULTS, KFACOptimizer, assign, batch_grad, batch_loss,
-                       flatten, free_memory, lr_schedule, make_optimizer, ranks, reduce_number, share, trainable, unflatten)
+                       flatten, free_memory, lr_schedule, make_optimizer, ranks, reduce_number, share, trainable,
+                       unflatten)
 from data import TOKENIZERS, get_batch, prepare, val_batch
-from gauss_newton import (SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewton, InnerSolver, first_line,
-                          row_bytes, some_rows)
+from gauss_newton import (LINE_SEARCHES, SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewton, InnerSolver,
+                          first_line, row_bytes, some_rows)
 from model import GPT, PRESETS, GPTConfig
 
 # By kind of run: Gauss-Newton (by CG or by an inner optimizer) takes few, large steps, all else many.
@@ -73,10 +74,8 @@ class Parser(argparse.ArgumentParser):
         """values: a type, bool for a switch, or a list of choices."""
         if values is bool:
             extra = {"action": "store_true"}
-        elif callable(values):
-            extra.update(type=values, default=default)
         else:
-            extra.update(choices=list(values), default=default)
+            extra |= {"type" if callable(values) else "choices": values, "default": default}
         shown = "" if default is None else f" (default {default})"
         action = group.add_argument(name, help=text + shown, **extra)
         self.used_by[action.dest] = kinds
@@ -119,8 +118,10 @@ def build_parser():
 
     flag = p.heading("what to run")
     flag("--opt", "optimizer", ("full_gn", "layerwise_gn", *BASELINES), "full_gn")
-    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 30 for CG, 15 for other solvers, 300 for "
-         "baselines)",
+    flag("--muon_scale", "size of muon's steps, as --opt or --solver: like adamw's, or, as in the paper, "
+         "sqrt(max(1, out / in))", ("match_rms_adamw", "original"), "match_rms_adamw")
+    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 30 for CG, 15 for other solvers, 300 "
+         "for baselines)",
          count)
     flag("--batch_tokens", "tokens per step, a multiple of the block size (default 131072 for CG, 262144 for "
          "other solvers, 16384 for baselines)", count)
@@ -136,7 +137,8 @@ def build_parser():
     flag("--threads", "CPU threads (default: all cores, one under torchrun)", number(1, 1024, int))
 
     flag = p.heading("model")
-    flag("--model", "size: layers, heads, width and block size", PRESETS, "tiny")
+    flag("--model", "size: layers, heads, width and block size; 45m and 150m: the paper's, with LayerNorm of "
+         "q and k and an MLP of two matrices", PRESETS, "tiny")
     for name in PRESETS["tiny"]:
         flag(f"--{name}", f"override the preset's {name}", count)
     flag("--tie_weights", "one matrix for embedding and head", bool)
@@ -155,10 +157,11 @@ def build_parser():
          "network", ("gn", "prox_linear"), "prox_linear")
     flag("--solver", "what minimises the local model: conjugate gradients, or, as in the paper, an optimizer "
          "that streams over the batch", ("cg", "muon", "soap", "adamw"), "cg")
-    flag("--line_search", "along each step: backtracking, the best of all candidates, or none",
-         ("armijo", "grid", "none"), "armijo")
-    flag("--line_search_data", "search on the last sixteenth of the batch, or on as many fresh tokens, which "
-         "no solver has fitted (safer with small batches)", ("same", "fresh"), "same")
+    flag("--line_search", "along each step: backtracking, the best of ten or five candidates, or none",
+         LINE_SEARCHES, "armijo")
+    flag("--line_search_data", "search on the last sixteenth of the batch, on as many fresh tokens, which no "
+         "solver has fitted (safer with small batches), or on as many fresh tokens as the batch has",
+         ("same", "fresh", "fresh_batch"), "same")
 
     flag = p.heading("Gauss-Newton with --solver cg", "cg")
     flag("--damping", "λ at the start; each Newton step adapts it", positive, 3.0)
@@ -249,15 +252,16 @@ def stored_settings(args, given):
 
 
 def build_model(args, vocab_size):
-    sizes = {key: getattr(args, key) or preset for key, preset in PRESETS[args.model].items()}
+    sizes = {key: getattr(args, key, None) or preset for key, preset in PRESETS[args.model].items()}
     torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(vocab_size=vocab_size, tie_weights=args.tie_weights, **sizes))
+    model = GPT(GPTConfig(vocab_size, tie_weights=args.tie_weights, **sizes))
     model.bf16 = args.dtype == "bf16"
     return model
 
 
 def load_weights(model, checkpoint):
-    differ = dict(checkpoint["model_config"].items() - vars(model.config).items())
+    stored = vars(GPTConfig(1)) | checkpoint["model_config"]    # an older one's, with defaults for the rest
+    differ = dict(stored.items() - vars(model.config).items())
     if differ:
         raise UsageError(f"the checkpoint's model is another one: it has {differ}")
     model.load_state_dict(checkpoint["model"])
@@ -305,8 +309,8 @@ def make_stepper(model, args, progress):
                                     args.precond, args.curvature_frac, args.micro_batch, seed=args.seed)
     else:
         rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
-        solver = InnerSolver(model, args.solver, rows, args.inner_passes, args.inner_lr,
-                             args.inner_betas, args.inner_damping, args.local_model, args.inner_schedule,
+        solver = InnerSolver(model, args.solver, rows, args.inner_passes, args.inner_lr, args.inner_betas,
+                             args.muon_scale, args.inner_damping, args.local_model, args.inner_schedule,
                              args.inner_warmup, args.steps, args.inner_reset, args.compile)
     parts = model.layers() if args.opt == "layerwise_gn" else None
     return GaussNewton(model, solver, parts, args.line_search, SEARCH_FRAC, args.micro_batch, progress)
@@ -320,29 +324,29 @@ class FirstOrder:
         self.args = args
         self.params = trainable(model)
         self.optimizer = make_optimizer(args.opt, model, args.lr, args.weight_decay, args.betas,
-                                        args.momentum, args.precondition_frequency)
-        self.base = [group["lr"] for group in self.optimizer.param_groups]
+                                        args.momentum, args.precondition_frequency, args.muon_scale)
+        self.lr = args.lr or DEFAULT_LR[args.opt]
         self.steps = 0
         self.rejections = 0
 
     def step(self, idx, targets):
         args = self.args
         params = self.params
-        factor = lr_schedule(self.steps, args.steps, args.schedule, args.warmup_steps)
-        for group, lr in zip(self.optimizer.param_groups, self.base):
-            group["lr"] = lr * factor
+        lr = self.lr * lr_schedule(self.steps, args.steps, args.schedule, args.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.steps += 1
         self.rejections += 1                            # until it is accepted
         loss, grad = batch_grad(self.model, idx, targets, args.micro_batch)
         norm = grad.norm().item()
         record = {"accepted": False, "reason": "loss or gradient not finite", "loss": loss, "grad_norm": norm,
-                  "lr": self.base[0] * factor, "alpha": 0.0, "work": 1.0}
+                  "lr": lr, "alpha": 0.0, "work": 1.0}
         if not math.isfinite(loss + norm):
             return record
         if args.opt == "kfac":                          # curvature from this batch
             record["work"] += self.optimizer.observe(idx, targets, args.micro_batch)
             record["repaired"] = self.optimizer.kfac.repaired or None
-        clipped = grad * (args.clip / norm) if args.clip and norm > args.clip else grad
+        clipped = grad * (args.clip / norm) if 0 < args.clip < norm else grad
         for p, g in zip(params, unflatten(clipped, params)):
             p.grad = g
         before = flatten(params).detach()
@@ -430,8 +434,9 @@ class Run:
             load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
         self.model.to(args.device)
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
-        fresh = args.line_search_data == "fresh" and args.kind != "baseline"
-        self.search_rows = some_rows(self.rows, args.batch_tokens, SEARCH_FRAC) if fresh else 0
+        fresh = args.line_search_data != "same" and args.kind != "baseline"
+        frac = 1 if args.line_search_data == "fresh_batch" else SEARCH_FRAC
+        self.search_rows = some_rows(self.rows, args.batch_tokens, frac) if fresh else 0
         args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in self.stepper.params)
@@ -454,7 +459,7 @@ class Run:
             f"guessing evenly is a loss of {math.log(self.data.vocab_size):.3f} nats per token")
         if meta["left_out"]:
             say(f"note: left out of --data {args.data}: {meta['left_out']}")
-        others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(args.opt, ()))
+        others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(args.opt, DEFAULTS.get(args.solver, ())))
         unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds or key in others]
         if unused:
             say(f"note: {args.opt} ({args.kind}) does not use {', '.join(unused)}")
@@ -489,9 +494,8 @@ class Run:
         """One step and, where it is due, an evaluation; returns its row of the log."""
         args = self.args
         progress = self.progress
-        params = self.stepper.params
         self.began = time.time()
-        before = {p: p.detach().clone() for p in params}
+        before = {p: p.detach().clone() for p in self.stepper.params}
         batch = self.batch(0, self.rows)
         fresh = {"search": self.batch(2, self.search_rows)} if self.search_rows else {}
         record = {**STEP_FIELDS, **self.stepper.step(*batch, **fresh)}
@@ -511,8 +515,8 @@ class Run:
     def describe(self, record, before, batch):
         """Add what the optimizer does not measure: how far each layer moved, and the change of the loss on
         tokens that the step has not seen and, for a baseline, on its batch."""
-        moved = [flatten([p.detach() - before[p] for p in layer]) for layer in self.model.layers()]
-        record["layer_norms"] = [d.norm().item() for d in moved]
+        record["layer_norms"] = [flatten([p.detach() - before[p] for p in layer]).norm().item()
+                                 for layer in self.model.layers()]
         step = self.progress["step"]
         old = self.losses.get(step - 1)
         new = self.losses.get(step)

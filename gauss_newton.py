@@ -22,6 +22,7 @@ import math
 import warnings
 import weakref
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from statistics import geometric_mean
 from typing import NamedTuple
@@ -125,8 +126,8 @@ class GaussNewton:
         went well). Inside torch.autocast the model's forward alone has its dtype, the solver keeps float32.
         """
         self._check_parameters()
-        batch = (t.clone() if t.is_inference() else t for t in (idx, targets, *(search or ())))
-        idx, targets, *search = batch
+        batch = idx, targets, *(search or ())  # tensors of inference mode have no derivatives, their copies do
+        idx, targets, *search = (t.clone() if t.is_inference() else t for t in batch)
         targets, n = check_targets(idx, targets)
         idx, targets = counted_rows(idx, targets)
         theta = [p.detach().clone() for p in self.params]
@@ -194,6 +195,8 @@ class GaussNewton:
         return parts
 
     def _check_parameters(self):
+        if any(p.is_inference() for p in self.params):
+            raise ValueError("no step can change a model that was made inside torch.inference_mode")
         now = [id(p) for p in trainable(self.model)]
         for user in (self, self.solver):
             if now != [id(p) for p in user.params]:
@@ -201,10 +204,6 @@ class GaussNewton:
                     f"this {type(user).__name__} was made for other trainable parameters than the model has "
                     "(frozen or unfrozen since, or another model?): make a new one"
                 )
-
-        for name, t in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if t.is_inference():
-                raise ValueError(f"{name} was made inside torch.inference_mode, and has no derivatives there")
 
     def state_dict(self):
         """Everything that the next step depends on beside the parameters, in tensors and plain types."""
@@ -243,6 +242,7 @@ class Newton:
         self.decrease = 0.0  # m(0) − m(d + δ)
 
 
+@dataclass(eq=False)
 class ConjugateGradients:
     """Hessian-free: minimise the local model m over each part's d, the others at rest, by Newton steps whose
     systems are solved by conjugate gradients.
@@ -261,18 +261,9 @@ class ConjugateGradients:
     MOMENTUM times the last outer step, and the first Newton step there; the last δ is taken whole: the line
     search judges it with d, and changes λ once more (levenberg_marquardt).
 
-    local_model       "prox_linear": the loss itself on the linearised network.  "gn": to second order in z
-    newton_steps      in an outer step; fewer on a batch that has no 32 targets for each
-    cg_iters          conjugate-gradient iterations of each, at most
-    damping           λ at the start; with K-FAC it has no unit
-    precond           "kfac": K-FAC's K, from the batch's own labels, preconditions, and
-                      M = s^(1 − POWER) K^POWER, so that directions of large curvature, along which the
-                      linearisation fails first, are held back more, and λ has no unit; s is the geometric
-                      mean of K's mean eigenvalue and the weight's own.  "none": M = I
-    curvature_frac    share of the batch's rows that the Newton steps divide among them
-    micro_batch       rows worked on at a time (None: those of a Newton step)
-    memory_gb         for the graphs of a Newton step, see GGN (None: three eighths of what is free)
-    seed              of the random signs in K-FAC's factors
+    K is K-FAC's matrix, from the batch's own labels. M = s^(1 − POWER) K^POWER, so that directions of large
+    curvature, along which the linearisation fails first, are held back more, and λ has no unit; s is the geometric
+    mean of K's mean eigenvalue and the weight's own, and eigenvalues are kept away from 0 (see `metric`).
     """
 
     LENGTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -281,39 +272,28 @@ class ConjugateGradients:
     MOMENTUM = 0.5
     KFAC_TARGETS = 16384
 
-    def __init__(
-        self,
-        model,
-        local_model="prox_linear",
-        newton_steps=8,
-        cg_iters=4,
-        damping=3.0,
-        precond="kfac",
-        curvature_frac=0.25,
-        micro_batch=None,
-        memory_gb=None,
-        seed=0,
-    ):
-        check_choice("local_model", local_model, ("gn", "prox_linear"))
-        check_choice("precond", precond, ("kfac", "none"))
-        if not 0 < curvature_frac <= 1:
-            raise ValueError(f"curvature_frac must be in (0, 1], got {curvature_frac}")
-        check_positive(damping=damping, cg_iters=cg_iters, newton_steps=newton_steps)
-        self.model = model
-        self.params = trainable(model)
-        self.kfac = KFAC(model, batch_labels=True) if precond == "kfac" else None
-        self.prox_linear = local_model == "prox_linear"
-        self.newton_steps = newton_steps
-        self.cg_iters = cg_iters
-        self.damping = damping
-        self.curvature_frac = curvature_frac
-        self.micro_batch = micro_batch
-        self.memory_gb = memory_gb
+    model: nn.Module
+    local_model: str = "prox_linear"  # the loss itself on the linearised network; "gn": to second order in z
+    newton_steps: int = 8  # in an outer step; fewer on a batch that has no 32 targets for each
+    cg_iters: int = 4  # conjugate-gradient iterations of each, at most
+    damping: float = 3.0  # λ at the start; with K-FAC it has no unit
+    precond: str = "kfac"  # K preconditions, with M as above; "none": nothing does, and M = I
+    curvature_frac: float = 0.25  # share of the batch's rows that the Newton steps divide among them
+    micro_batch: int = None  # rows worked on at a time; None: those of a Newton step
+
+    def __post_init__(self):
+        check_choice("local_model", self.local_model, ("gn", "prox_linear"))
+        check_choice("precond", self.precond, ("kfac", "none"))
+        if not 0 < self.curvature_frac <= 1:
+            raise ValueError(f"curvature_frac must be in (0, 1], got {self.curvature_frac}")
+        check_positive(self, "damping", "cg_iters", "newton_steps")
+        self.params = trainable(self.model)
+        self.kfac = KFAC(self.model, batch_labels=True) if self.precond == "kfac" else None
+        self.prox_linear = self.local_model == "prox_linear"
         self.keep_rows = None  # found in the first step, since torch keeps the memory that it frees
         self.progress = no_progress
         self.scale = 1.0  # mean eigenvalue of K
         self.direction = None  # of the last outer step, at the length that was taken
-        self.generator = torch.Generator(device=self.params[0].device).manual_seed(seed)
 
     def solve(self, parts, idx, targets):
         refuse_randomness(self.model, idx, targets)
@@ -356,7 +336,8 @@ class ConjugateGradients:
         return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
 
     def _rows_that_fit(self, idx, targets, rows):
-        """How many rows' graphs there is memory for. Raises MemoryError where it does not hold those of a piece."""
+        """How many rows' graphs three eighths of the free memory hold; with a piece of an eighth it is half. Raises
+        MemoryError where all of it does not hold a piece."""
         free = free_memory(idx.device)
         each = row_bytes(self.model, idx, targets)
         needed = each * min(self.micro_batch or rows, rows)
@@ -365,7 +346,7 @@ class ConjugateGradients:
                 f"a micro-batch takes {needed / 1e9:.1f} GB to linearise, and {free / 1e9:.1f} GB are free: "
                 "--micro_batch must be smaller"
             )
-        return int((3 / 8 * free if self.memory_gb is None else 1e9 * self.memory_gb) / each)
+        return int(3 / 8 * free / each)
 
     def _start(self, part, grad):
         """A part before its first Newton step."""
@@ -402,7 +383,8 @@ class ConjugateGradients:
         """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
         self.progress("kfac")
         rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
-        self.kfac.update(idx[:rows], targets[:rows], self.micro_batch, self.generator)
+        signs = torch.Generator(device=idx.device).manual_seed(0)
+        self.kfac.update(idx[:rows], targets[:rows], self.micro_batch, signs)
         self.kfac.decompose()
         ones = flatten([torch.ones_like(p) for p in self.params])
         self.scale = self.kfac.apply(ones, lambda S: S.mean().expand_as(S)).mean().item() + 1e-30
@@ -433,18 +415,13 @@ class ConjugateGradients:
         self.direction = None
 
     def state_dict(self):
-        return {
-            "damping": self.damping,
-            "direction": self.direction,
-            "generator": self.generator.get_state(),
-        }
+        return {"damping": self.damping, "direction": self.direction}
 
     def load_state_dict(self, state):
         self.damping = state["damping"]
         self.direction = state["direction"]
         if self.direction is not None:
             self.direction = self.direction.to(self.params[0].device)
-        self.generator.set_state(state["generator"].cpu())
 
 
 def check_choice(name, value, choices):
@@ -452,12 +429,14 @@ def check_choice(name, value, choices):
         raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
 
 
-def check_positive(**settings):
-    for name, value in settings.items():
+def check_positive(settings, *names):
+    for name in names:
+        value = getattr(settings, name)
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+@dataclass(eq=False)
 class InnerSolver:
     """Minimise the local model by an optimizer that streams over the batch, one inner step per micro-batch
     (paper, Algorithm 1; there in one pass).
@@ -478,59 +457,35 @@ class InnerSolver:
 
     Slope gᵀv and decrease m(0) − m(v) are means over the last sixteenth of the batch in the last pass, each
     at the v that its micro-batch found: on data that v has been fitted to in the passes before, if any.
-
-    name              of an optimizer for baselines.make_optimizer: "soap", "muon", "adamw", ...
-    rows              sequences in a micro-batch: a batch of B rows gives B / rows inner steps in a pass
-    passes            over the batch in an outer step; at least two where it is a single micro-batch
-    lr                the optimizer's; schedule, warmup, outer_steps: see inner_schedule
-    betas             the optimizer's (of Muon its AdamW's): shorter memories than a baseline's do best
-    muon_scale        see baselines.make_optimizer
-    damping           λ
-    reset             start every outer step at v = 0 with fresh moments; else as written, with the old ones
-    compile           compile what is done per micro-batch; eager, with a warning, where that fails
     """
 
     CLIP = 1.0  # the paper's
 
-    def __init__(
-        self,
-        model,
-        name="soap",
-        rows=32,
-        passes=2,
-        lr=8e-3,
-        betas=(0.8, 0.99),
-        muon_scale=None,
-        damping=0.0,
-        local_model="prox_linear",
-        schedule="constant_with_inner_cosine",
-        warmup=0,
-        outer_steps=100,
-        reset=False,
-        compile=False,
-    ):
-        if name == "kfac":
+    model: nn.Module
+    name: str = "soap"  # of an optimizer for baselines.make_optimizer
+    rows: int = 32  # sequences in a micro-batch: a batch of B rows gives B / rows inner steps in a pass
+    passes: int = 2  # over the batch in an outer step; at least two where it is a single micro-batch
+    lr: float = 8e-3  # the optimizer's
+    betas: tuple = (0.8, 0.99)  # the optimizer's (of Muon its AdamW's); as a baseline it wants longer memories
+    muon_scale: str = None  # see make_optimizer
+    damping: float = 0.0  # λ
+    local_model: str = "prox_linear"  # or "gn"
+    schedule: str = "constant_with_inner_cosine"  # of lr, with the next two: see inner_schedule
+    warmup: int = 0
+    outer_steps: int = 100
+    reset: bool = False  # start every outer step at v = 0 with fresh moments, not with the old ones
+    compile: bool = False  # what is done per micro-batch; eager, with a warning, where that fails
+
+    def __post_init__(self):
+        if self.name == "kfac":
             raise ValueError("kfac cannot be an inner solver: it has to observe each batch")
-        check_choice("local_model", local_model, ("gn", "prox_linear"))
-        check_choice("schedule", schedule, SCHEDULES)
-        check_positive(rows=rows, passes=passes, lr=lr, outer_steps=outer_steps)
-        if not 0 <= damping < math.inf:
-            raise ValueError(f"damping must not be negative, and finite, got {damping}")
-        self.model = model
-        self.params = trainable(model)
-        self.name = name
-        self.rows = rows
-        self.passes = passes
-        self.lr = lr
-        self.betas = betas
-        self.muon_scale = muon_scale
-        self.damping = damping
-        self.prox_linear = local_model == "prox_linear"
-        self.schedule = schedule
-        self.warmup = warmup
-        self.outer_steps = outer_steps
-        self.reset = reset
-        self.compile = compile
+        check_choice("local_model", self.local_model, ("gn", "prox_linear"))
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_positive(self, "rows", "passes", "lr", "outer_steps")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping must not be negative, and finite, got {self.damping}")
+        self.params = trainable(self.model)
+        self.prox_linear = self.local_model == "prox_linear"
         self.programs = {}
         self.progress = no_progress
         self.outer = 0
@@ -803,7 +758,7 @@ class GGN:
         refuse_single_derivatives(model, *self.data[0])
         rows = 0
         for x, y in self.data:
-            piece = self._linearise(x, y)
+            piece = Piece(model, self.params, x, y, self.n)
             self.loss += cross_entropy_sum(piece.z.detach(), y).item() / self.n
             self.grad += piece.grad()
             rows += len(x)
@@ -858,14 +813,11 @@ class GGN:
         self.work += passes * product
         return t, reduce_number(change), reduce(gradient)[0]
 
-    def _linearise(self, x, y):
-        return Piece(self.model, self.params, x, y, self.n)
-
     def _pieces(self):
         """The linearised pieces: first those that were kept, then the others one by one."""
         yield from self.cache
         for x, y in self.data[len(self.cache) :]:
-            piece = self._linearise(x, y)
+            piece = Piece(self.model, self.params, x, y, self.n)
             if self.offset is not None:
                 piece.curve_at(piece.jvp(*self.offset))
             yield piece
@@ -911,21 +863,22 @@ class Piece:
 
 
 def row_bytes(model, x, y):
-    """What it takes to keep one more row linearised: the storages that its graphs save, each once, found on two
-    rows and on one of a batch."""
+    """What it takes to keep one more row of a batch linearised."""
+    one, two = (graph_bytes(model, x[:rows], y[:rows]) for rows in (1, 2))
+    return max(two - one, 1)
 
-    def saved(rows):
-        storages = {}
 
-        def count(t):
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t.detach()  # t itself, a node's output, would keep that node alive for ever
+def graph_bytes(model, x, y):
+    """What the graphs of a linearised piece keep: every storage that they save, once, and three of logits."""
+    storages = {}
 
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-            piece = Piece(model, trainable(model), x[:rows], y[:rows], 1.0)
-        return sum(storages.values()) + 3 * piece.z.numel() * piece.z.element_size()
+    def count(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t.detach()  # t itself, a node's output, would keep that node alive for ever
 
-    return max(saved(2) - saved(1), 1)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        piece = Piece(model, trainable(model), x, y, 1.0)
+    return sum(storages.values()) + 3 * piece.z.nbytes
 
 
 def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
@@ -1123,14 +1076,17 @@ def refuse_randomness(model, x, y):
 def refuse_writing(model, theta):
     """Raises ValueError where the trainable parameters are no longer theta, which they get back."""
     params = trainable(model)
-    names = {p: name for name, p in model.named_parameters()}
-    for p, t in zip(params, theta):
+    for name, p, t in zip(trainable_names(model), params, theta):
         if ((p != t) & t.isfinite()).any():
             assign(params, theta)
             raise ValueError(
-                f"the model's forward writes its parameter {names[p]}, which the optimizer alone may: let the "
+                f"the model's forward writes its parameter {name}, which the optimizer alone may: let the "
                 "forward compute with a changed copy"
             )
+
+
+def trainable_names(model):
+    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 @contextmanager
@@ -1139,8 +1095,8 @@ def derivatives_named(needs, advice):
     try:
         yield
     except RuntimeError as e:
-        if "nference" in str(e):  # of tensors that a forward has kept, say
-            advice = "make what is named there outside of torch.inference_mode"
+        if "nference" in str(e):
+            advice = "make what the model keeps outside of torch.inference_mode"
         raise ValueError(f"{needs}: {first_line(e)}; {advice}") from e
 
 
@@ -1183,9 +1139,8 @@ def check_transpose(model, params, z, y, jvp, eps=0.0):
     n = per_token(y, 1.0)
     c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, n), n)
     gradient = derivative(z, params, c, retain_graph=not eps)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
     own = {node.name() for node in graph_of(z) if isinstance(node, torch.autograd.function.BackwardCFunction)}
-    for i, (name, g) in enumerate(zip(names, gradient)):
+    for i, (name, g) in enumerate(zip(trainable_names(model), gradient)):
         where = f"in the derivative by {name}, among {', '.join(sorted(own)) or 'operations'} and hooks"
         wave = torch.arange(g.numel()).to(g).cos().view_as(g)
         for v in (g, wave) if g.any() else ():

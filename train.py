@@ -127,7 +127,7 @@ def build_parser():
          "other solvers, 16384 for baselines)", count)
     flag("--micro_batch", "sequences worked on at a time; changes memory and speed, not results (default: "
          "about 8192 tokens, more on a GPU)", count)
-    flag("--seed", "of initialisation, batches and the random signs of CG's K-FAC", natural, 0)
+    flag("--seed", "of initialisation and batches", natural, 0)
     flag("--target_loss", "stop at the first evaluation at or below this validation loss, in nats per "
          "token; 0 = never", not_negative, 0.0)
     flag("--init_from", "checkpoint (or its run's folder) whose weights to start from", str)
@@ -306,7 +306,7 @@ def make_stepper(model, args, progress):
         return FirstOrder(model, args)
     if args.kind == "cg":
         solver = ConjugateGradients(model, args.local_model, args.newton_steps, args.cg_iters, args.damping,
-                                    args.precond, args.curvature_frac, args.micro_batch, seed=args.seed)
+                                    args.precond, args.curvature_frac, args.micro_batch)
     else:
         rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
         solver = InnerSolver(model, args.solver, rows, args.inner_passes, args.inner_lr, args.inner_betas,

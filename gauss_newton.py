@@ -4,11 +4,13 @@ formed.
 One outer step at parameters θ (arXiv 2510.09378; Martens 2010, "Deep learning via Hessian-free
 optimization"):
 
-    1. linearise   z(θ + d) ≈ z + J d,  and the loss to second order in the logits:
-                   m(d) = L + gᵀd + ½ dᵀG d,   g = Jᵀ ∂L/∂z,   G = Jᵀ H J,   H = ∂²L/∂z² = (diag(p) − ppᵀ) / N
+    1. linearise   z(θ + d) ≈ z + J d, the logits; with it the loss becomes a local model m(d), convex:
+                   prox-linear   m(d) = L(z + J d)                     the loss itself (the default)
+                   GN            m(d) = L + gᵀd + ½ dᵀG d              to second order in the logits
+                   g = Jᵀ ∂L/∂z,   G = Jᵀ H J,   H = ∂²L/∂z² = (diag(p) − ppᵀ) / N
     2. solve       d ≈ argmin m(d), by a solver: ConjugateGradients, or the paper's InnerSolver
     3. search      f(θ + αd) over α; α = 0 when nothing is better
-    4. update      θ ← θ + αd; the solver adapts to α and to ρ, actual over predicted decrease
+    4. update      θ ← θ + αd; the solver adapts to α, and CG's damping to ρ, actual over predicted decrease
 
 Any nn.Module will do whose forward(inputs) gives logits (..., classes):
 
@@ -126,7 +128,7 @@ class GaussNewton:
         went well). Inside torch.autocast the model's forward alone has its dtype, the solver keeps float32.
         """
         self._check_parameters()
-        batch = idx, targets, *(search or ())  # tensors of inference mode have no derivatives, their copies do
+        batch = idx, targets, *(search or ())  # tensors of inference mode have no derivatives, copies do
         idx, targets, *search = (t.clone() if t.is_inference() else t for t in batch)
         targets, n = check_targets(idx, targets)
         idx, targets = counted_rows(idx, targets)
@@ -175,7 +177,7 @@ class GaussNewton:
         # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN by CG.
         predicted = alpha * slope + alpha**2 * (-found.decrease - slope)
         if self.line_search != "none" and change > 1e-4 * predicted:
-            # what is left of a decrease by the rounding of a huge loss, say
+            # the rounding of a huge loss can look like a small decrease
             return f"the loss fell by {-change:.1e} where the model promised {-predicted:.1e}"
         move(alpha)
         record.update(
@@ -244,26 +246,29 @@ class Newton:
 
 @dataclass(eq=False)
 class ConjugateGradients:
-    """Hessian-free: minimise the local model m over each part's d, the others at rest, by Newton steps whose
-    systems are solved by conjugate gradients.
+    """Hessian-free optimization: minimise the local model m over each part's d, the other parts at rest.
 
-    Each Newton step has rows of the batch to itself. With their J, z and loss L, g the slope at d = 0 on the
-    whole batch and g_k on these rows alone,
+    Martens (2010) linearises a batch, and solves one damped system by conjugate gradients. Here d is the sum
+    of several such solutions, Newton steps δ. Each is made on rows of its own, linearised for it alone. In
+    Newton step k, with the local model m_k, the slope g_k and the loss L of its rows, and g the slope of the
+    whole batch:
 
-        m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd            prox-linear
-                 gᵀd + ½ dᵀG d                              GN
-        t      = argmin m_k(d + tδ) over LENGTHS            δ: the last Newton step, made on other rows
-        d      ← d + tδ
-        λ      ← LOWER λ where t = 1, else λ/t, at most 4 λ
-        δ      ≈ −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)                 by preconditioned conjugate gradients
+        judge      t ← argmin m_k(d + tδ) over LENGTHS            the last δ, by rows that did not make it
+                   d ← d + tδ
+                   λ ← LOWER λ where t = 1, else λ / t, at most 4 λ
+        solve      δ ← −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)                 by preconditioned conjugate gradients
 
-    so that λ and t are judged by rows from which δ was not made, many times in an outer step. d begins at
-    MOMENTUM times the last outer step, and the first Newton step there; the last δ is taken whole: the line
-    search judges it with d, and changes λ once more (levenberg_marquardt).
+        m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd   (prox-linear)
+                 gᵀd + ½ dᵀG d                     (GN)
 
-    K is K-FAC's matrix, from the batch's own labels. M = s^(1 − POWER) K^POWER, so that directions of large
-    curvature, along which the linearisation fails first, are held back more, and λ has no unit; s is the geometric
-    mean of K's mean eigenvalue and the weight's own, and eigenvalues are kept away from 0 (see `metric`).
+    The correction g − g_k, a control variate, gives the model of few rows the slope of all. The first Newton
+    step has no δ to judge, and starts from d = MOMENTUM times the last outer step. The last δ is added whole:
+    the line search judges it along with d, and changes λ once more (levenberg_marquardt).
+
+    K is K-FAC's matrix, from the batch's own labels, and K + λM the preconditioner. M = s^(1 − POWER) K^POWER
+    holds directions of large curvature back, since along them the linearisation fails first, and gives λ no
+    unit; s is the geometric mean of K's mean eigenvalue and the weight's own. (`metric` adds floors, so that
+    M is not singular.)
     """
 
     LENGTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -336,8 +341,8 @@ class ConjugateGradients:
         return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
 
     def _rows_that_fit(self, idx, targets, rows):
-        """How many rows' graphs three eighths of the free memory hold; with a piece of an eighth it is half. Raises
-        MemoryError where all of it does not hold a piece."""
+        """How many rows' graphs three eighths of the free memory hold; with a piece of an eighth it is half.
+        Raises MemoryError where all of it does not hold a piece."""
         free = free_memory(idx.device)
         each = row_bytes(self.model, idx, targets)
         needed = each * min(self.micro_batch or rows, rows)
@@ -357,15 +362,14 @@ class ConjugateGradients:
         return Newton(part, g, d, self.damping)
 
     def _newton_step(self, s, ggn, done, total):
-        """One Newton step of a part on rows of its own, which judge the last step and make the next."""
+        """One Newton step of a part on rows of its own: they judge the last one, and make the next."""
         correction = s.g - select(ggn.grad, self.params, s.part)
-        lengths = self.LENGTHS if s.solves else [0.0]  # there is no δ to try yet
-        t, change, gradient = ggn.expand_along(
-            s.d, s.delta, lengths, correction.dot(s.delta).item(), s.part, self.prox_linear
-        )
-        s.d = s.d + t * s.delta
         if s.solves:
+            slope = correction.dot(s.delta).item()
+            t = ggn.best_length(s.d, s.delta, self.LENGTHS, slope, s.part, self.prox_linear)
+            s.d = s.d + t * s.delta
             s.damping = bounded(s.damping * (self.LOWER if t == 1 else 1 / max(t, 0.25)))
+        change, gradient = ggn.move_to(s.d, s.part, self.prox_linear)
 
         def matvec(v):
             self.progress("cg", done + ggn.products, total)
@@ -411,7 +415,7 @@ class ConjugateGradients:
             self.direction = alpha * self.direction
 
     def forget(self):
-        """What led nowhere must not lead there again."""
+        """After a step that was not taken: the next one does not start from it."""
         self.direction = None
 
     def state_dict(self):
@@ -456,7 +460,7 @@ class InnerSolver:
     J v huge for the tokens that change experts).
 
     Slope gᵀv and decrease m(0) − m(v) are means over the last sixteenth of the batch in the last pass, each
-    at the v that its micro-batch found: on data that v has been fitted to in the passes before, if any.
+    at the v that its micro-batch began with: on data that v has been fitted to in the passes before, if any.
     """
 
     CLIP = 1.0  # the paper's
@@ -466,7 +470,7 @@ class InnerSolver:
     rows: int = 32  # sequences in a micro-batch: a batch of B rows gives B / rows inner steps in a pass
     passes: int = 2  # over the batch in an outer step; at least two where it is a single micro-batch
     lr: float = 8e-3  # the optimizer's
-    betas: tuple = (0.8, 0.99)  # the optimizer's (of Muon its AdamW's); as a baseline it wants longer memories
+    betas: tuple = (0.8, 0.99)  # the optimizer's (of Muon its AdamW's): short memories, unlike a baseline's
     muon_scale: str = None  # see make_optimizer
     damping: float = 0.0  # λ
     local_model: str = "prox_linear"  # or "gn"
@@ -646,8 +650,7 @@ def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
         if not (pAp.isfinite() and rz.isfinite()):
             return CGResult(x, k, "nonfinite", values)
         if not (pAp > 0 and rz > 0):
-            # Of a residual this small rounding is no small part any more, and a sign that it decides tells
-            # nothing.
+            # A residual this small is mostly rounding, and so is the sign.
             return CGResult(x, k, "residual" if r.norm() <= eps**0.5 * bnorm else "indefinite", values)
         x.addcmul_(p, rz / pAp)
         r.addcmul_(Ap, rz / pAp, value=-1)
@@ -699,13 +702,13 @@ def bounded(damping):
 
 
 def levenberg_marquardt(damping, rho, alpha):
-    """The next λ. ρ, actual over predicted decrease at the step taken, near 1: the model was right, trust it
-    further.
+    """The next λ. ρ is the actual over the predicted decrease of the step that was taken: near 1 the model
+    was right, and is trusted further. α is 1, 0.71, 0.5, ... or 0, which is a rejected step.
 
-    λ / α       if the search had to cut the step below 0.4, at most 16 λ: a cut step can have ρ near 1 while
-                the model was far off at the length it asked for
-    2 λ         if ρ < 1/4
-    0.4 λ       if ρ > 3/4 at (nearly) full length
+    λ / α       for α < 0.4, at most 16 λ: a step that was cut so short can have ρ near 1 while the model was
+                far off at the length that it asked for
+    2 λ         else for ρ < 1/4
+    0.4 λ       for ρ > 3/4 and α = 1
     Martens (2010, section 4.1) has factors 3/2 and 2/3, made for hundreds of steps; here a run has tens.
     """
     if alpha < 0.4:
@@ -722,12 +725,13 @@ def levenberg_marquardt(damping, rho, alpha):
 
 
 class GGN:
-    """One batch linearised at the model's current parameters: `loss`, `grad` and `matvec(v)` = JᵀHJ v.
+    """One batch linearised at the model's current parameters: `loss`, `grad`, and `matvec(v)` = JᵀHJ v, where
+    H is the loss's Hessian at the logits, or at those that `move_to` has moved it to.
 
     idx, targets   inputs (B, ...) and int64 classes (B, ...), as the model takes them; logits are (B, ..., V)
     micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
-    keep_rows      of so many rows (None: of all) pieces keep their graphs, so that a product repeats no forward;
-                   the others are linearised anew at each product, in memory that does not grow with the batch
+    keep_rows      of so many rows (None: of all) pieces keep their graphs, so that a product repeats no
+                   forward; the others are linearised anew at each product, in memory that does not grow with the batch
 
     loss           mean cross-entropy in nats per token, a float; targets of -100 are left out
     grad           its gradient (P,), parameters flattened in the order of model.parameters(), tied ones once
@@ -779,39 +783,46 @@ class GGN:
         self.work += self._product_work(part)
         return reduce(out)[0]
 
-    def expand_along(self, d, delta, lengths, extra_slope, part=None, prox_linear=False):
-        """(t, m(d + tδ) − m(0), ∇m(d + tδ)) of the local model (see local_change), where t is the one of
-        `lengths` with the least m(d + tδ) + t extra_slope; d and δ move the parameters in `part` alone, and
-        the gradient is theirs. From now on matvec's H is the one at z + J (d + tδ), for GN at z; J stays."""
+    def best_length(self, d, delta, lengths, extra_slope, part=None, prox_linear=False):
+        """The t of `lengths` with the least m(d + tδ) + t extra_slope, m the local model (see local_change);
+        d and δ move the parameters in `part` alone."""
         part = part or range(len(self.params))
         self.offset = None
-        product = self._product_work(part)
+        self.work += self._product_work(part)  # J d and J δ
         totals = [0.0] * len(lengths)  # of m
-        kept = []  # J d and J δ of the pieces that were kept
-        t = lengths[0]
-        if len(lengths) > 1:
-            for i, piece in enumerate(self._pieces()):
-                Jd = piece.jvp(d, part)
-                Jdelta = piece.jvp(delta, part)
-                for j, length in enumerate(lengths):
-                    s = Jd + length * Jdelta
-                    totals[j] += local_change(piece.z.detach(), s, piece.y, self.n, prox_linear, False)[0]
-                if i < len(self.cache):
-                    kept.append((Jd, Jdelta))
-            _, t = min((reduce_number(m.item()) + t * extra_slope, t) for m, t in zip(totals, lengths))
-            d = d + t * delta
+        along = []
+        for piece in self._pieces():
+            Jd = piece.jvp(d, part)
+            Jdelta = piece.jvp(delta, part)
+            for j, t in enumerate(lengths):
+                s = Jd + t * Jdelta
+                totals[j] += local_change(piece.z.detach(), s, piece.y, self.n, prox_linear, False)[0]
+            if len(along) < len(self.cache):
+                along.append((Jd, Jdelta))
+        _, t = min((reduce_number(m.item()) + t * extra_slope, t) for m, t in zip(totals, lengths))
+        for piece, (Jd, Jdelta) in zip(self.cache, along):
+            piece.shift = Jd + t * Jdelta
+        return t
+
+    def move_to(self, d, part=None, prox_linear=False):
+        """(m(d) − m(0), ∇m(d)), the gradient by the parameters in `part`, which alone d moves; after
+        best_length d is the one that was best. From now on matvec's H is the one at z + J d, for GN at z; J
+        stays."""
+        part = part or range(len(self.params))
+        self.offset = None
+        known = sum(piece.shift is not None for piece in self.cache) / len(self.data)
+        self.work += self._product_work(part) - known * backward_work(self.params, part)
         change = 0.0
         gradient = 0.0
-        for i, piece in enumerate(self._pieces()):
-            s = kept[i][0] + t * kept[i][1] if i < len(kept) else piece.jvp(d, part)
+        for piece in self._pieces():
+            s = piece.jvp(d, part) if piece.shift is None else piece.shift
+            piece.shift = None
             m, w = local_change(piece.z.detach(), s, piece.y, self.n, prox_linear)
-            piece.curve_at(s if prox_linear else 0.0)
+            piece.set_hessian_at(s if prox_linear else 0.0)
             change += m.item()
             gradient += piece.vjp(w, part)
         self.offset = (d, part) if prox_linear else None
-        passes = 1 if len(lengths) == 1 else 1.5 if len(kept) == len(self.data) else 2
-        self.work += passes * product
-        return t, reduce_number(change), reduce(gradient)[0]
+        return reduce_number(change), reduce(gradient)[0]
 
     def _pieces(self):
         """The linearised pieces: first those that were kept, then the others one by one."""
@@ -819,7 +830,7 @@ class GGN:
         for x, y in self.data[len(self.cache) :]:
             piece = Piece(self.model, self.params, x, y, self.n)
             if self.offset is not None:
-                piece.curve_at(piece.jvp(*self.offset))
+                piece.set_hessian_at(piece.jvp(*self.offset))
             yield piece
 
     def _product_work(self, part):
@@ -838,13 +849,14 @@ class Piece:
         self.params = params
         self.y = y
         self.divisor = per_token(y, n)
+        self.shift = None  # J d, where it is known already
         with differentiable_attention(), torch.enable_grad():
             self.z = logits(model, x, y)
             self.probs = torch.softmax(self.z.detach(), dim=-1)
             self.u = cross_entropy_grad(self.probs, y, self.divisor).requires_grad_()
             self.g = derivative(self.z, params, self.u, create_graph=True)
 
-    def curve_at(self, s):
+    def set_hessian_at(self, s):
         """H is the one at z + s from now on."""
         self.probs = torch.softmax(self.z.detach() + s, dim=-1)
 
@@ -915,8 +927,8 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
 def difference(model, x, z0, theta, v, part, eps):
     """(J v ≈ (z(θ + hv) − z(θ)) / h, h) for the v of the parameters in `part`, with z0 = z(θ).
 
-    It errs by h/2 times the second derivative along v, and by eps / h times z for rounding. They are alike where
-    hv is √eps of θ, in the root of the sum over tensors of ‖hv‖² / (‖θ‖² + ‖v‖²); h is at most 1.
+    It errs by h/2 times the second derivative along v, and by eps / h times z for rounding. They are alike
+    where hv is √eps of θ, in the root of the sum over tensors of ‖hv‖² / (‖θ‖² + ‖v‖²); h is at most 1.
     """
     sizes = [(v[i].norm() ** 2, theta[i].norm() ** 2) for i in part]
     h = (eps / sum(a / (a + b + 1e-30) for a, b in sizes)).sqrt().clamp(max=1.0)
@@ -1037,7 +1049,6 @@ def working_eps(model, x, y):
     return max([torch.finfo(t).eps for t in dtypes] + [products] * (torch.float32 in dtypes))
 
 
-
 def once(check):
     """A check that is made once for a model and its modes (train or eval), on the first rows of a batch."""
     passed = weakref.WeakKeyDictionary()
@@ -1115,8 +1126,8 @@ def refuse_single_derivatives(model, x, y):
 
 @once
 def refuse_other_derivatives(model, x, y):
-    """An InnerSolver takes J v from a difference of logits: raises ValueError for a model without a gradient, or
-    whose backward is not the derivative of its forward."""
+    """An InnerSolver takes J v from a difference of logits: raises ValueError for a model without a gradient,
+    or whose backward is not the derivative of its forward."""
     with derivatives_named(
         "an InnerSolver needs a gradient that is the derivative of the model's forward",
         "replace what is named, or take ConjugateGradients",
@@ -1133,8 +1144,9 @@ def refuse_other_derivatives(model, x, y):
 
 
 def check_transpose(model, params, z, y, jvp, eps=0.0):
-    """Raises RuntimeError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter: J v, h = jvp(i, v), where J v errs by √eps
-    and by eps / h of z; Jᵀ by the backward of z; c = H ∂L/∂z; v = Jᵀc, or a wave that meets all entries."""
+    """Raises RuntimeError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter: J v, h = jvp(i, v), where J v errs by
+    √eps and by eps / h of z; Jᵀ by the backward of z; c = H ∂L/∂z; v = Jᵀc, or a wave that meets all
+    entries."""
     probs = torch.softmax(z.detach(), dim=-1)
     n = per_token(y, 1.0)
     c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, n), n)
@@ -1153,8 +1165,8 @@ def check_transpose(model, params, z, y, jvp, eps=0.0):
             allowed = max(0.1, 10 * eps**0.5) * scale + 5 * eps / h * (c * z.detach()).norm()
             if ((c * Jv).sum() - wanted).abs() > allowed:
                 raise RuntimeError(
-                    "a second derivative is missing, or the gradient is changed (by a straight-through estimator, "
-                    f"a stopped gradient, a hook or a jump), {where}"
+                    "a second derivative is missing, or the gradient is changed (by a straight-through "
+                    f"estimator, a stopped gradient, a hook or a jump), {where}"
                 )
 
 

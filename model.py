@@ -59,13 +59,10 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})"
-            )
+            raise ValueError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
         if (self.n_embd // self.n_head) % 2:
             raise ValueError(
-                "rotary positions need an even head size, got n_embd / n_head = "
-                f"{self.n_embd // self.n_head}"
+                f"rotary positions need an even head size, got n_embd / n_head = {self.n_embd // self.n_head}"
             )
 
 
@@ -96,9 +93,7 @@ class Attention(nn.Module):
         )
         # Fused for training and evaluation; `differentiable_attention` replaces the same call where
         # derivatives are taken that the fused kernels lack.
-        y = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
-        )
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         return self.wo(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -177,16 +172,13 @@ class GPT(nn.Module):
         T = idx.shape[1]
         vocab = self.config.vocab_size
         if T > self.config.block_size:
-            raise ValueError(
-                f"sequence of {T} tokens is longer than block_size {self.config.block_size}"
-            )
+            raise ValueError(f"sequence of {T} tokens is longer than block_size {self.config.block_size}")
         try:
             x = self.embed(idx)  # (B, T, C)
         except IndexError as e:  # on a CPU; a GPU stops with an assertion of its own
             low, high = (int(i) for i in torch.aminmax(idx))
             raise ValueError(
-                f"token ids reach from {low} to {high}, outside 0 .. {vocab - 1} "
-                f"(vocab_size {vocab})"
+                f"token ids reach from {low} to {high}, outside 0 .. {vocab - 1} (vocab_size {vocab})"
             ) from e
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
@@ -245,8 +237,8 @@ def attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # which would have done it further down
         qkv = [t.to(torch.get_autocast_dtype(device)) for t in qkv]
-    # where they are not alike, torch may broadcast; where they are no plain tensors (nested, or inside vmap and
-    # other transforms), it has rules of its own
+    # Where they are not alike, torch may broadcast. Where they are no plain tensors (nested, or inside vmap and
+    # other transforms), it has rules of its own.
     alike = len({(t.shape[:-2], t.dtype) for t in qkv}) == 1
     plain = all(type(t) in (torch.Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in qkv)
     if attn_mask is not None or dropout_p or enable_gqa or not (plain and alike):

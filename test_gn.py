@@ -164,7 +164,7 @@ def child(script):
 
 def expand(ggn, d, prox_linear=False):
     """(m(d) − m(0), ∇m(d)), where matvec is expanded from now on."""
-    return ggn.expand_along(d, None, [0.0], 0.0, None, prox_linear)[1:]
+    return ggn.move_to(d, None, prox_linear)
 
 
 class Dense:
@@ -1432,7 +1432,8 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
         assert isclose(change, want) and close(slope, g)
     ends = [dense.local(v - 2 * t * v, True)[0] for t in (0, 1)]
     for tilt in (0, ends[0] - ends[1] - 0.1, ends[0] - ends[1] + 0.1):
-        t, change, slope = ggn.expand_along(v, -2 * v, [0.0, 1.0], tilt, prox_linear=True)
+        t = ggn.best_length(v, -2 * v, [0.0, 1.0], tilt, prox_linear=True)
+        change, slope = expand(ggn, v - 2 * t * v, prox_linear=True)
         want, g, G = dense.local(v - 2 * t * v, True)
         assert t == (ends[1] + tilt < ends[0]) and isclose(change, want)
         assert close(slope, g) and close(ggn.matvec(v), G @ v)
@@ -1468,7 +1469,8 @@ def test_work_and_products_are_counted():
         ggn.matvec(g)
         ggn.matvec(g[:28], [0])
         expand(ggn, g)
-        ggn.expand_along(g, g, [0.0, 1.0], 0.0)
+        ggn.best_length(g, g, [0.0, 1.0], 0.0)
+        expand(ggn, g)
         expand(ggn, g, prox_linear=True)
         ggn.matvec(g)  # pieces that were not kept are moved to z + J d once more
         part = (4 * 28 + 2 * 200) / 228 / 3

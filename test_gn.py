@@ -2420,9 +2420,9 @@ def test_help_explains_every_flag(capsys):
 
 
 def test_commands_of_the_papers_settings(go):
-    """Those of README and of its results, a tenth as wide and on other data: each takes its step, the line
+    """Those of README and of the page of costs, a tenth as wide, on other data: each takes its step, the line
     search with its candidates and as many new tokens as the step."""
-    text = (HERE / "README.md").read_text() + (HERE / "results/README.md").read_text()
+    text = (HERE / "README.md").read_text() + (HERE / "results/costs.md").read_text()
     settings = dict(re.findall(r'^    (\w+)="(.*)"$', text, re.MULTILINE))
     small = f"""--data {TEXT} --tokenizer bytes --shards 1 --n_embd 64 --block_size 16 --batch_tokens 512
         --inner_tokens 128 --eval_tokens 512 --steps 1"""
@@ -3132,9 +3132,12 @@ def test_study_makes_what_is_missing_and_goes_on_where_it_was_killed(tmp_path):
     assert len((run / "log.jsonl").read_text().splitlines()) == len(rows)
 
 
-def test_tables_of_the_readme_come_from_the_records():
+def test_tables_come_from_the_records():
+    """Those of tables.md, and the main comparison, the first of them, in the README of the results."""
     tables = python(HERE / "results/tables.py").stdout
-    assert (HERE / "results/README.md").read_text().endswith(tables)
+    assert (HERE / "results/tables.md").read_text() == tables
+    _, main, *_ = tables.split("\n## ")
+    assert main.split("\n\n")[1].strip() in (HERE / "results/README.md").read_text()
 
 
 def test_every_run_of_the_list_is_recorded_and_its_flags_are_known():

@@ -59,7 +59,7 @@ def study(runs):
     methods = frontier(runs)
     with picture(HERE / "frontier.svg", 10, 5) as axis:
         draw(axis, one_curve(methods), colours, "o", xlabel="work to 1.60, gradients of a million tokens",
-             ylabel="steps to 1.60", yscale="log")
+             ylabel="whole steps to 1.60", yscale="log")
         for name, points in methods.items():
             for batch, point in points.items():
                 axis.annotate(f"{batch}k", point, xytext=(4, 3), textcoords="offset points", fontsize=7,

@@ -312,7 +312,7 @@ def make_stepper(model, args, progress):
 
 
 def settings(args, names):
-    """The values of the flags in `names`, by the arguments that they are for: the same names, less "inner_"."""
+    """{argument: value} of the flags in `names`; an argument has the name of its flag, without "inner_"."""
     return {name.removeprefix("inner_"): getattr(args, name) for name in names.split()}
 
 

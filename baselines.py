@@ -10,7 +10,7 @@ factors.
             group["lr"] = lr * factor
         loss_of(model).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
+        opt.step()                                          # of kfac after opt.observe(inputs, targets)
         opt.zero_grad()
 
 To add an optimizer: write it as an Optimizer (below: a torch.optim.Optimizer that defines `move`), give it a
@@ -22,13 +22,13 @@ import math
 import os
 import warnings
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.backends import mha
 from torch.utils._pytree import tree_map_only
 
 # peak rates: the best of 2 to 6 each for preset tiny on Python source at 16k tokens a step; retune elsewhere
@@ -40,7 +40,7 @@ DEFAULTS = {  # everything else, as each method's reference has it
     # Jordan 2024; decay and scale: arXiv 2502.16982
     "muon": dict(momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1, muon_scale="match_rms_adamw"),
     "soap": dict(betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=10),  # arXiv 2409.11321
-    # arXiv 1503.05671; KL clipping: 1708.05144
+    # arXiv 1503.05671; clipping in KL: ACKTR, arXiv 1708.05144
     "kfac": dict(momentum=0.9, weight_decay=0.0, precondition_frequency=10),
 }
 BASELINES = tuple(DEFAULTS)
@@ -64,37 +64,32 @@ def make_optimizer(
     the AdamW beside it. Its steps are U Vᵀ times muon_scale: "match_rms_adamw" 0.2 sqrt(max(m, n)), steps of
     AdamW's size, so that one rate suits both; "original" sqrt(max(1, m / n)), the paper's.
     """
+    given = locals()  # each argument by its name
     if name not in DEFAULTS:
         raise ValueError(f"unknown optimizer {name!r}; choose from {', '.join(BASELINES)}")
-    lr = DEFAULT_LR[name] if lr is None else lr
-    given = dict(
-        weight_decay=weight_decay,
-        betas=betas,
-        momentum=momentum,
-        precondition_frequency=precondition_frequency,
-        muon_scale=muon_scale,
-    )
-    o = {key: default if given[key] is None else given[key] for key, default in DEFAULTS[name].items()}
+    defaults = {"lr": DEFAULT_LR[name], **DEFAULTS[name]}
+    o = {key: default if given[key] is None else given[key] for key, default in defaults.items()}
     params = [p for p in model.parameters() if p.requires_grad]  # a tied matrix comes once
-
-    def decayed(params):
-        return [
-            dict(params=[p for p in params if p.ndim >= 2], weight_decay=o.get("weight_decay", 0.0)),
-            dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0),
-        ]
-
-    plain = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "soap": SOAP}
-    if name in plain:
-        return plain[name](decayed(params), lr, **o)
+    plain = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "soap": SOAP}
     if name == "sgd":
-        return torch.optim.SGD(decayed(params), lr, nesterov=o["momentum"] > 0, **o)
+        o["nesterov"] = o["momentum"] > 0
+    if name in plain:
+        return plain[name](decay_groups(params), **o)
     if name == "kfac":
-        return KFACOptimizer(model, decayed(params), lr, **o)
+        return KFACOptimizer(model, decay_groups(params), **o)
     hidden = hidden_matrices(model)
     rest = [p for p in params if p not in set(hidden)]
-    adamw = torch.optim.AdamW(decayed(rest), lr, o.pop("betas"), weight_decay=o["weight_decay"])
-    muon = torch.optim.Muon([dict(params=hidden)], lr, adjust_lr_fn=o.pop("muon_scale"), **o)
+    adamw = torch.optim.AdamW(decay_groups(rest), o["lr"], o.pop("betas"), weight_decay=o["weight_decay"])
+    muon = torch.optim.Muon([{"params": hidden}], adjust_lr_fn=o.pop("muon_scale"), **o)
     return Combined([muon, adamw])
+
+
+def decay_groups(params):
+    """Two groups: matrices, which decay as the optimizer is told, and all else, which does not."""
+    return [
+        {"params": [p for p in params if p.ndim >= 2]},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_frac=0.2):
@@ -126,14 +121,13 @@ def cosine(done):
 def trainable(model):
     """The parameters that a step moves, tied ones once, in the order of model.parameters(). Raises ValueError
     where there are none, where they do not make one float32 or float64 vector, and for a hook on one."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, p in named.items():
-        if p._backward_hooks or p._post_accumulate_grad_hooks:
+    for name, p in model.named_parameters():
+        if p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks):
             raise ValueError(
                 f"{name} has a hook on its gradient, which not every solver would follow: remove it, and "
                 "change the forward instead, or freeze the parameter"
             )
-    params = list(named.values())
+    params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ValueError("the model has no trainable parameters")
     dtypes = {p.dtype for p in params}
@@ -163,16 +157,11 @@ def assign(params, values):
         p.copy_(v)
 
 
-def chunks(rows, size):
-    """Neighbouring rows of a tensor, or of a range, at most `size` (None: all) at a time."""
-    size = size or len(rows)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
 def pieces(idx, targets, micro_batch):
     """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole
     batch)."""
-    return list(zip(chunks(idx, micro_batch), chunks(targets, micro_batch)))
+    rows = micro_batch or len(idx)
+    return list(zip(idx.split(rows), targets.split(rows)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -215,38 +204,35 @@ def reduce_number(x):
 
 
 def free_memory(device):
-    """Bytes that are free on the device (4 GB where nobody says); on a CPU this process's part of the least that
-    the machine, and each control group on the way up (a container's, a job's), has left."""
+    """Bytes that this process can take on the device. On a CPU: its part of what the machine has left or, if
+    that is less, a control group (a container's, a job's). 4 GB where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(left_on_cpu(), default=4e9) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def left_on_cpu():
-    """Yields what the machine has left, then each control group: its limit less what is used without the pages of
-    files that can be given back."""
+    """Yields what the machine has left, then what each of this process's control groups has: its limit less
+    what is used, but for pages of files, which the system can take back."""
     with suppress(OSError, StopIteration), open("/proc/meminfo") as f:
         yield next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controller, path = line.split(":", 2)
-            root, limit, used, cached = CONTROL_GROUPS.get(controller, ("", "", "", ""))
-            group = Path(root + path)
-            for folder in (group, *group.parents) if root else ():
+            if controller not in CONTROL_GROUPS:
+                continue
+            root, cached, *names = CONTROL_GROUPS[controller]
+            for folder in (Path(root + path) / "memory.stat").parents:  # the group's, and those above
                 with suppress(OSError, ValueError, KeyError):  # not mounted here, or "max"
-                    files = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                    limited = int((folder / limit).read_text()) - int((folder / used).read_text())
-                    yield limited + int(files[cached])
+                    limit, used, stat = ((folder / name).read_text() for name in names)
+                    sizes = dict(line.split() for line in stat.splitlines())
+                    yield int(limit) - int(used) + int(sizes[cached])
 
 
-CONTROL_GROUPS = {  # by controller: version 2 has none in its line
-    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    "memory": (
-        "/sys/fs/cgroup/memory",
-        "memory.limit_in_bytes",
-        "memory.usage_in_bytes",
-        "total_inactive_file",
-    ),
+CONTROL_GROUPS = {  # by the controller in a group's line of /proc/self/cgroup, where version 2 has none
+    "": "/sys/fs/cgroup inactive_file memory.max memory.current memory.stat".split(),
+    "memory": "/sys/fs/cgroup/memory total_inactive_file "
+    "memory.limit_in_bytes memory.usage_in_bytes memory.stat".split(),
 }
 
 
@@ -286,7 +272,7 @@ def check_logits(z, y):
             f"logits of shape {tuple(z.shape)} do not fit targets of shape {tuple(y.shape)}: "
             "there must be one row of logits, over all classes, for each target"
         )
-    low, high = (int(t) for t in torch.aminmax(torch.where(y == IGNORED, 0, y)))
+    low, high = torch.aminmax(torch.where(y == IGNORED, 0, y))
     if low < 0 or high >= z.shape[-1]:
         raise ValueError(
             f"targets reach from {low} to {high}, and the model has classes 0 .. {z.shape[-1] - 1} "
@@ -327,13 +313,13 @@ def cross_entropy_grad(probs, targets, n):
 def evaluate(model, x, y=None):
     """Logits without a graph, by the path on which the model is differentiated: with gradients off torch
     takes another in nn.TransformerEncoder, whose loss is another function."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    fast = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
             return logits(model, x, y).detach()
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        mha.set_fastpath_enabled(fast)
 
 
 def batch_loss(model, idx, targets, micro_batch=None):
@@ -366,12 +352,7 @@ def full_precision(model):
     """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of
     bfloat16 weights is off too: inside a context it would outlive a change of the weights."""
     device_type = next(model.parameters()).device.type
-    outside = torch.autocast(
-        device_type,
-        torch.get_autocast_dtype(device_type),
-        torch.is_autocast_enabled(device_type),
-        cache_enabled=False,
-    )
+    outside = torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type), cache_enabled=False)
 
     def enter(*_):
         torch.clear_autocast_cache()  # of a forward that @torch.autocast decorates
@@ -430,7 +411,7 @@ class Combined(Optimizer):
     parts = ()
 
     def __init__(self, parts):
-        super().__init__([group for part in parts for group in part.param_groups], dict(momentum=0.9))
+        super().__init__([group for part in parts for group in part.param_groups], {"momentum": 0.9})
         self.parts = parts
 
     def add_param_group(self, group):
@@ -441,11 +422,12 @@ class Combined(Optimizer):
         super().add_param_group(group)
 
     def move(self):
-        groups = iter(self.param_groups)
+        groups = self.param_groups
         # linked at every step, since load_state_dict puts new objects in their place
         for part in self.parts:
             count = None if part is self.parts[-1] else len(part.param_groups)
-            part.param_groups = list(islice(groups, count))
+            part.param_groups = groups[:count]
+            groups = groups[count:]
             part.state = self.state
             for group in part.param_groups:
                 if "betas" in group:
@@ -458,10 +440,10 @@ def hidden_matrices(model):
     or else the last nn.Linear. A matrix tied to either is out too. Muon's orthogonal steps are meant for
     these only (Jordan 2024).
     """
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
-    if isinstance(getattr(model, "head", None), nn.Linear):
-        heads = [model.head]
-    outer = {p for m in model.modules() if isinstance(m, nn.Embedding) or m in heads for p in m.parameters()}
+    modules = [*model.modules(), getattr(model, "head", None)]
+    head = [m for m in modules if isinstance(m, nn.Linear)][-1:]
+    embeddings = [m for m in modules if isinstance(m, nn.Embedding)]
+    outer = {p for m in head + embeddings for p in m.parameters()}
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer]
 
 
@@ -482,8 +464,9 @@ class SOAP(Optimizer):
 
     Differs from the published code in: 1. The first step is taken, not skipped: L, R and (by eigh) Q_L, Q_R
     come from the first gradient, so that step is lr times its polar factor U Vᵀ, short of singular values
-    lost to rounding. 2. eps is added to the bias-corrected root, as in torch.optim.Adam. Like that code, and
-    unlike the paper, it holds M in the basis, which saves two products and changes rounding only.
+    lost to rounding. 2. eps is added to the bias-corrected root, as in torch.optim.Adam. 3. Weights decay
+    before the step, not after it. Like that code, and unlike the paper, it holds M in the basis, which saves
+    two products and changes rounding only.
 
     betas: b1, b2. precondition_frequency: f, in steps. A side longer than max_precond_dim keeps the identity
     for its basis, and so do both sides of anything not 2-D, which makes it AdamW. Parameters: float32 or
@@ -525,54 +508,55 @@ class SOAP(Optimizer):
 
     def move(self):
         for group, p in self.with_grad():
-            self._update(p, p.grad, self.state[p], group)
-
-    def _update(self, p, G, s, group):
-        lr = group["lr"]
-        b1, b2 = group["betas"]
-        sides = [k for k in (0, 1) if G.ndim == 2 and G.shape[k] <= group["max_precond_dim"]]
-        first = not s
-        if first:
-            s.update(
-                step=0,
-                M=torch.zeros_like(p),
-                V=torch.zeros_like(p),
-                cov=[None, None],
-                basis=[None, None],  # the identity
-            )
-        s["step"] += 1
-        M = s["M"]
-        V = s["V"]
-        cov = s["cov"]  # L (m, m), R (n, n)
-        basis = s["basis"]  # Q_L, Q_R
-        for k in sides:
-            new = G @ G.T if k == 0 else G.T @ G
+            G = p.grad
+            s = self.state[p]
+            lr = group["lr"]
+            b1, b2 = group["betas"]
+            sides = [k for k in (0, 1) if G.ndim == 2 and G.shape[k] <= group["max_precond_dim"]]
+            first = not s
             if first:
-                cov[k] = new * (1 - b2)
-                basis[k] = eigh(cov[k])[1]
-            else:
-                cov[k].lerp_(new, 1 - b2)
-
-        G_rot = to_basis(G, basis)  # (m, n)
-        if first and sides:
-            # In its own eigenbasis G is diagonal, but L = G Gᵀ resolves its singular values only down to
-            # sqrt(machine eps) of the largest. Adam would enlarge what rounding leaves below that to full
-            # steps.
-            G_rot = G_rot.where(G_rot.abs() > torch.finfo(G.dtype).eps ** 0.5 * G_rot.abs().max(), 0)
-        M.lerp_(G_rot, 1 - b1)
-        V.mul_(b2).addcmul_(G_rot, G_rot, value=1 - b2)
-        m_hat = M / (1 - b1 ** s["step"])
-        v_hat = V / (1 - b2 ** s["step"])
-        p.mul_(1 - lr * group["weight_decay"])
-        p.sub_(from_basis(m_hat / (v_hat.sqrt() + group["eps"]), basis), alpha=lr)
-
-        if s["step"] % group["precondition_frequency"] == 0:
-            M = from_basis(M, basis)
+                s.update(
+                    step=0,
+                    M=torch.zeros_like(p),
+                    V=torch.zeros_like(p),
+                    cov=[None, None],
+                    basis=[None, None],  # the identity
+                )
+            s["step"] += 1
+            M = s["M"]
+            V = s["V"]
+            cov = s["cov"]  # L (m, m), R (n, n)
+            basis = s["basis"]  # Q_L, Q_R
             for k in sides:
-                basis[k], order = power_iteration(cov[k], basis[k])
-                V = V.index_select(k, order)
-            s["M"] = to_basis(M, basis)
-            s["V"] = V
+                new = G @ G.T if k == 0 else G.T @ G
+                if first:
+                    cov[k] = new * (1 - b2)
+                    basis[k] = eigh(cov[k])[1]
+                else:
+                    cov[k].lerp_(new, 1 - b2)
+
+            G_rot = to_basis(G, basis)  # (m, n)
+            if first and sides:
+                # In its own eigenbasis G is diagonal, but L = G Gᵀ resolves its singular values only down to
+                # sqrt(machine eps) of the largest. Adam would enlarge what rounding leaves below that to full
+                # steps.
+                G_rot = G_rot.where(G_rot.abs() > torch.finfo(G.dtype).eps ** 0.5 * G_rot.abs().max(), 0)
+            M.lerp_(G_rot, 1 - b1)
+            V.mul_(b2).addcmul_(G_rot, G_rot, value=1 - b2)
+            m_hat = M / (1 - b1 ** s["step"])
+            v_hat = V / (1 - b2 ** s["step"])
+            p.mul_(1 - lr * group["weight_decay"])
+            p.sub_(from_basis(m_hat / (v_hat.sqrt() + group["eps"]), basis), alpha=lr)
+
+            if s["step"] % group["precondition_frequency"] == 0:
+                M = from_basis(M, basis)
+                for k in sides:
+                    moved = cov[k] @ basis[k]
+                    order = (basis[k] * moved).sum(0).argsort(descending=True)  # by diag(Qᵀ L Q)
+                    basis[k] = torch.linalg.qr(moved[:, order]).Q
+                    V = V.index_select(k, order)
+                s["M"] = to_basis(M, basis)
+                s["V"] = V
 
 
 def to_basis(X, basis):
@@ -587,31 +571,20 @@ def from_basis(X, basis):
     return to_basis(X, [None if q is None else q.T for q in basis])
 
 
-def power_iteration(C, Q):
-    """One step from the basis Q towards the eigenvectors of C (d, d), and the order in which it took the old
-    columns."""
-    CQ = C @ Q
-    order = (Q * CQ).sum(0).argsort(descending=True)  # diag(Qᵀ C Q) estimates the eigenvalues
-    return torch.linalg.qr(CQ[:, order]).Q, order
-
-
 def eigh(C, warn=warnings.warn):
     """Eigenvalues, not negative, and eigenvectors of a symmetric C (d, d), found in float64: in float32
     LAPACK can return NaN, without a word, where entries underflow. Where it fails, the diagonal and the
     identity, with a warning. On the CPU where the device has no float64 (Apple's mps)."""
     try:
-        values, vectors = torch.linalg.eigh(in_double(C))
+        double = C.double()
+    except (TypeError, RuntimeError):
+        double = C.cpu().double()
+    try:
+        values, vectors = torch.linalg.eigh(double)
     except torch.linalg.LinAlgError as e:
         warn(f"an eigendecomposition failed, the matrix's diagonal takes its place: {str(e).splitlines()[0]}")
         return C.diagonal().clamp_min(0), torch.eye(len(C)).to(C)
     return values.clamp_min(0).to(C), vectors.to(C)
-
-
-def in_double(C):
-    try:
-        return C.double()
-    except (TypeError, RuntimeError):
-        return C.cpu().double()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -628,32 +601,36 @@ def linear_maps(z, params):
         s = W[tokens]                side 1    tokens, int64
         s = ... + b                  side 0    None
 
-    Products of more than two dimensions (einsum, convolutions, recurrent layers) are not among them. Of
-    several uses of a parameter those like the first are; a linear map comes before an embedding.
+    Products of more than two dimensions (einsum, convolutions, recurrent layers) are not among them. A
+    parameter used in several ways, on either side or as a linear map and an embedding, is yielded for the
+    first way only, and for a linear map rather than an embedding.
     """
     index = {p: i for i, p in enumerate(params)}
-    weights = []
-    others = []
-    for node in graph_of(z):
+    first_use = {}
+    # embeddings last, so that a tied matrix has the factors of its linear map
+    for node in sorted(graph_of(z), key=lambda node: node.name() == "EmbeddingBackward0"):
         name = node.name()
-        inputs = [function for function, _ in node.next_functions]
         edge = torch.autograd.graph.GradientEdge(node, 0)
-        if name in ("MmBackward0", "AddmmBackward0"):  # a W, or b + a W
-            a = node._saved_self if name == "MmBackward0" else node._saved_mat1
-            weights.append((*origin(inputs[-1], index), edge, a))
-        if name == "EmbeddingBackward0":
-            others.append((*origin(inputs[0], index), edge, node._saved_indices))
+        if name in MULTIPLIER:
+            i, side = origin(node.next_functions[-1][0], index)
+            a = getattr(node, MULTIPLIER[name])
+            if i is not None:  # else a need not have been kept
+                use = side, a.is_floating_point()
+                if first_use.setdefault(i, use) == use:
+                    yield i, side, edge, a
         if name in ("AddBackward0", "AddmmBackward0"):
             shape = node._input_metadata[0].shape
-            for function in inputs:
-                i, _ = origin(function, index)
+            for term, _ in node.next_functions:
+                i, _ = origin(term, index)
                 if i is not None and len(shape) > 1 and params[i].shape == tuple(shape[-1:]):
-                    others.append((i, 0, edge, None))
-    form = {}
-    for i, side, edge, a in weights + others:
-        own = side, a is not None and a.is_floating_point()
-        if i is not None and form.setdefault(i, own) == own:
-            yield i, side, edge, a
+                    yield i, 0, edge, None
+
+
+MULTIPLIER = {  # where a node of the graph keeps what multiplies its last input, a weight
+    "MmBackward0": "_saved_self",  # a W
+    "AddmmBackward0": "_saved_mat1",  # b + a W
+    "EmbeddingBackward0": "_saved_indices",  # W[tokens]
+}
 
 
 def graph_of(z):
@@ -719,25 +696,25 @@ class KFAC:
         """Factors from a batch, averaged with the earlier ones by `decay`; then `decompose` makes them ready
         for use. Where labels are sampled, targets say which tokens count."""
         targets, n = check_targets(idx, targets)
-        every = range(len(idx))
-        [mine] = share(every)
+        all_rows = torch.arange(len(idx))
+        [local_rows] = share(all_rows)
         z = logits(self.model, idx[:2], targets[:2])
-        shape = [1] * targets.ndim if self.batch_labels else z.shape[1:]  # of what is drawn for a row
+        shape = [1] * targets.ndim if self.batch_labels else z.shape[1:]  # of a row's random numbers
         factored = {i for i, *_ in linear_maps(z, self.params)}
         del z
         squares = {
             p: torch.zeros_like(p) for i, p in enumerate(self.params) if i not in factored and p.requires_grad
         }
-        sums = {}  # by a parameter's index and the side that s has: of δδᵀ and of aaᵀ, and how many they are
+        sums = {}  # {(index of a parameter, the side of it that s has): [Σ δδᵀ, Σ aaᵀ, number of terms]}
         # All processes draw for all rows, so that labels and signs do not depend on who has them.
-        for group in chunks(every, math.ceil(len(every) / self.SQUARES)):
+        for square_rows in all_rows.split(math.ceil(len(idx) / self.SQUARES)):
             grads = {p: torch.zeros_like(p) for p in squares}
-            for piece in chunks(group, micro_batch):
-                draws = torch.empty(len(piece), *shape, device=idx.device).exponential_(generator=generator)
-                own = [row for row in piece if row in mine]
-                if own:
-                    first = own[0] - piece.start  # draws are sliced: a copy may be large
-                    self._add(idx[own], targets[own], draws[first:][: len(own)], sums, grads)
+            for drawn in square_rows.split(micro_batch or len(idx)):
+                draws = torch.empty(len(drawn), *shape, device=idx.device).exponential_(generator=generator)
+                rows = drawn[torch.isin(drawn, local_rows)]
+                if len(rows):
+                    first = rows[0] - drawn[0]  # draws are sliced: a copy may be large
+                    self._add(idx[rows], targets[rows], draws[first:][: len(rows)], sums, grads)
             # Labels or signs are independent: the square of a sum over rows has the mean of the sum of
             # squares.
             for square, g in zip(squares.values(), reduce(*grads.values())):
@@ -842,9 +819,9 @@ class KFACOptimizer(Optimizer):
     """Natural gradient with Kronecker factors (Martens & Grosse 2015) and momentum, its step clipped in KL:
 
         L, R  running averages of E[δδᵀ], E[aaᵀ], labels sampled from the model, by `observe`
-        n = [(L + γ/π) ⊗ (R + γπ)]⁻¹ g                    factored Tikhonov damping, γ = √DAMPING
-        n ← n min(1, √(KL_CLIP / Σ lr² nᵀg))              Σ over the groups: Ba et al. 2017 (arXiv 1708.05144)
-        M ← momentum M + n
+        u = [(L + γ/π) ⊗ (R + γπ)]⁻¹ g                    factored Tikhonov damping, γ = √DAMPING
+        u ← u min(1, √(KL_CLIP / Σ lr² uᵀg))              Σ over the groups (ACKTR: arXiv 1708.05144)
+        M ← momentum M + u
         W ← W − lr wd W − lr M
 
     Call `observe(inputs, targets)` before each step. Differs from the 2015 paper in: 1. damping is fixed, not
@@ -856,9 +833,10 @@ class KFACOptimizer(Optimizer):
     STAT_DECAY = 0.95
     CURVATURE_FRAC = 0.25
 
-    def __init__(self, model, params, lr, momentum, weight_decay, precondition_frequency):
+    def __init__(self, model, params, precondition_frequency, **settings):
+        """settings: lr, momentum and weight_decay, of a group that has none of its own."""
         self.kfac = KFAC(model)  # first, for `problem`
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(params, settings)
         self.frequency = precondition_frequency
         self.steps = 0
         self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(0)
@@ -886,7 +864,7 @@ class KFACOptimizer(Optimizer):
         moved = self.with_grad()
         sides = dict(zip(self.kfac.params, self.kfac.eigen.values()))
         natural = {
-            p: apply_to_one(p.grad, lambda S: 1 / S, tikhonov(sides[p], self.DAMPING**0.5)) for _, p in moved
+            p: apply_to_one(p.grad, torch.reciprocal, tikhonov(sides[p], self.DAMPING**0.5)) for _, p in moved
         }
         kl = float(sum(group["lr"] ** 2 * (natural[p] * p.grad).sum() for group, p in moved))
         clip = min(1.0, math.sqrt(self.KL_CLIP / max(kl, 1e-30)))

@@ -34,11 +34,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401 (imported later, as torch does, it keeps the group for good)
+import torch.distributed.nn  # noqa: F401 (else torch imports it in a step, and then it never frees the group)
 
 from baselines import (BASELINES, DEFAULT_LR, DEFAULTS, KFACOptimizer, assign, batch_grad, batch_loss,
-                       flatten, free_memory, lr_schedule, make_optimizer, ranks, reduce_number, share, trainable,
-                       unflatten)
+                       flatten, free_memory, lr_schedule, make_optimizer, ranks, reduce_number, share,
+                       trainable, unflatten)
 from data import TOKENIZERS, get_batch, prepare, val_batch
 from gauss_newton import (LINE_SEARCHES, SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewton, InnerSolver,
                           first_line, row_bytes, some_rows)
@@ -46,9 +46,9 @@ from model import GPT, PRESETS, GPTConfig
 
 # By kind of run: Gauss-Newton (by CG or by an inner optimizer) takes few, large steps, all else many.
 RUN_DEFAULTS = {
-    "cg": dict(steps=30, batch_tokens=131072, eval_interval=1, checkpoint_interval=1),
-    "inner": dict(steps=15, batch_tokens=262144, eval_interval=1, checkpoint_interval=1),
-    "baseline": dict(steps=300, batch_tokens=16384, eval_interval=10, checkpoint_interval=50),
+    "cg": {"steps": 30, "batch_tokens": 131072, "eval_interval": 1, "checkpoint_interval": 1},
+    "inner": {"steps": 15, "batch_tokens": 262144, "eval_interval": 1, "checkpoint_interval": 1},
+    "baseline": {"steps": 300, "batch_tokens": 16384, "eval_interval": 10, "checkpoint_interval": 50},
 }
 MAX_REJECTIONS = 8       # in a row, before a run gives up
 # What --resume may change; every other setting is the stored run's.
@@ -120,9 +120,8 @@ def build_parser():
     flag("--opt", "optimizer", ("full_gn", "layerwise_gn", *BASELINES), "full_gn")
     flag("--muon_scale", "size of muon's steps, as --opt or --solver: like adamw's, or, as in the paper, "
          "sqrt(max(1, out / in))", ("match_rms_adamw", "original"), "match_rms_adamw")
-    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 30 for CG, 15 for other solvers, 300 "
-         "for baselines)",
-         count)
+    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 30 for CG, 15 for other "
+         "solvers, 300 for baselines)", count)
     flag("--batch_tokens", "tokens per step, a multiple of the block size (default 131072 for CG, 262144 for "
          "other solvers, 16384 for baselines)", count)
     flag("--micro_batch", "sequences worked on at a time; changes memory and speed, not results (default: "
@@ -202,8 +201,8 @@ def build_parser():
 
     flag = p.heading("records")
     flag("--out_dir", "the run's folder (default: a fresh one under out/)", str)
-    flag("--resume", "go on from the checkpoint in --out_dir, with its settings; where there is none yet, begin, so "
-         "that one command can be given again and again", bool)
+    flag("--resume", "go on from the checkpoint in --out_dir, with its settings; where there is none yet, "
+         "begin, so that one command can be given again and again", bool)
     flag("--overwrite", "replace an earlier run in --out_dir", bool)
     flag("--eval_interval", "steps between evaluations (default 1 for GN, 10 for baselines)", count)
     flag("--eval_tokens", "validation tokens, the same ones for every optimizer and seed", count, 65536)
@@ -218,16 +217,14 @@ def resolve(argv):
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in argv}
     given = {key: kinds for key, kinds in parser.used_by.items() if f"--{key}" in words}
-    args.kind = "baseline" if args.opt in BASELINES else "cg" if args.solver == "cg" else "inner"
-    for key, value in RUN_DEFAULTS[args.kind].items():
-        if key not in given:
-            setattr(args, key, value)
-    return args, given
+    kind = "baseline" if args.opt in BASELINES else "cg" if args.solver == "cg" else "inner"
+    parser.set_defaults(kind=kind, **RUN_DEFAULTS[kind])
+    return parser.parse_args(argv), given
 
 
 def stored_settings(args, given):
-    """For --resume: the stored run's settings, changed by RESUMABLE flags that were given, and its checkpoint; the
-    settings as they are and None where no run has made a step."""
+    """For --resume: the stored run's settings, changed by the RESUMABLE flags that were given, and its
+    checkpoint. Where no run has made a step: args as they are, and None."""
     if args.out_dir is None:
         raise UsageError("--resume needs the run's --out_dir")
     out = Path(args.out_dir)
@@ -256,7 +253,7 @@ def build_model(args, vocab_size):
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(vocab_size, tie_weights=args.tie_weights, **sizes))
     model.bf16 = args.dtype == "bf16"
-    return model
+    return model.to(args.device)
 
 
 def load_weights(model, checkpoint):
@@ -275,25 +272,23 @@ def in_blocks(flag, tokens, block_size):
 
 
 def check_shares(args, rows, block_size, val_rows):
-    """Raises ValueError where a process would have nothing of the smallest piece that all share of a batch of
-    so many rows."""
+    """Raises ValueError unless every process gets a row of each piece of a batch that all processes share."""
     some = partial(some_rows, rows, rows * block_size)
     shared = [rows, val_rows]
-    if args.kind == "inner":
-        inner = args.inner_tokens // block_size
-        shared += [inner, rows % inner or inner, some(SEARCH_FRAC)]
-    elif args.kind == "cg":
-        newton = some(args.curvature_frac / args.newton_steps)
-        rest = rows - newton * min(args.newton_steps, rows // newton)
-        shared += [newton, rest or newton, some(SEARCH_FRAC)]
-    elif args.opt == "kfac":
+    if args.opt == "kfac":
         shared.append(rows * KFACOptimizer.CURVATURE_FRAC)
+    if args.kind != "baseline":
+        piece, pieces = args.inner_tokens // block_size, rows
+        if args.kind == "cg":
+            piece, pieces = some(args.curvature_frac / args.newton_steps), args.newton_steps
+        rest = rows - piece * min(pieces, rows // piece)
+        shared += [piece, rest or piece, some(SEARCH_FRAC)]
     share(range(math.ceil(min(shared))))
 
 
 def default_micro_batch(model, x, y):
-    """Sequences: 8,192 tokens fit a CPU's caches, a GPU wants more; their logits stay under 256 MB, and what is
-    kept of them to be differentiated under an eighth of the memory that is free."""
+    """Sequences: 8,192 tokens fit a CPU's caches, a GPU wants more. Their logits stay under 256 MB, and what
+    is kept of them to be differentiated under an eighth of the memory that is free."""
     c = model.config
     tokens = max(8192, 2 ** 23 // (c.n_layer * c.n_embd)) if on_gpu(x.device) else 8192
     fit = int(free_memory(x.device) / 8 / row_bytes(model, x, y))
@@ -305,15 +300,20 @@ def make_stepper(model, args, progress):
     if args.kind == "baseline":
         return FirstOrder(model, args)
     if args.kind == "cg":
-        solver = ConjugateGradients(model, args.local_model, args.newton_steps, args.cg_iters, args.damping,
-                                    args.precond, args.curvature_frac, args.micro_batch)
+        solver = ConjugateGradients(model, **settings(
+            args, "local_model newton_steps cg_iters damping precond curvature_frac micro_batch"))
     else:
         rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
-        solver = InnerSolver(model, args.solver, rows, args.inner_passes, args.inner_lr, args.inner_betas,
-                             args.muon_scale, args.inner_damping, args.local_model, args.inner_schedule,
-                             args.inner_warmup, args.steps, args.inner_reset, args.compile)
+        solver = InnerSolver(model, args.solver, rows, outer_steps=args.steps, **settings(
+            args, "local_model muon_scale compile inner_passes inner_lr inner_betas inner_damping "
+            "inner_schedule inner_warmup inner_reset"))
     parts = model.layers() if args.opt == "layerwise_gn" else None
     return GaussNewton(model, solver, parts, args.line_search, SEARCH_FRAC, args.micro_batch, progress)
+
+
+def settings(args, names):
+    """{argument: value} of the flags in `names`; an argument has the name of its flag, without "inner_"."""
+    return {name.removeprefix("inner_"): getattr(args, name) for name in names.split()}
 
 
 class FirstOrder:
@@ -322,16 +322,16 @@ class FirstOrder:
     def __init__(self, model, args):
         self.model = model
         self.args = args
-        self.params = trainable(model)
-        self.optimizer = make_optimizer(args.opt, model, args.lr, args.weight_decay, args.betas,
-                                        args.momentum, args.precondition_frequency, args.muon_scale)
+        self.optimizer = make_optimizer(args.opt, model, **settings(
+            args, "lr weight_decay betas momentum precondition_frequency muon_scale"))
         self.lr = args.lr or DEFAULT_LR[args.opt]
         self.steps = 0
         self.rejections = 0
 
+    @torch.no_grad()
     def step(self, idx, targets):
         args = self.args
-        params = self.params
+        params = trainable(self.model)
         lr = self.lr * lr_schedule(self.steps, args.steps, args.schedule, args.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -349,9 +349,9 @@ class FirstOrder:
         clipped = grad * (args.clip / norm) if 0 < args.clip < norm else grad
         for p, g in zip(params, unflatten(clipped, params)):
             p.grad = g
-        before = flatten(params).detach()
+        before = flatten(params)
         self.optimizer.step()
-        d = flatten(params).detach() - before
+        d = flatten(params) - before
         length = d.norm().item()
         if not math.isfinite(length):
             assign(params, unflatten(before, params))
@@ -424,26 +424,24 @@ class Run:
         self.data = prepare(args.data, args.tokenizer, args.data_dir, block_size, partial(self.bar, "data"),
                             args.shards)                # by one process at a time
         found = self.data.meta["sha256"]
-        if getattr(args, "data_sha256", found) != found:
+        if vars(args).setdefault("data_sha256", found) != found:
             raise ValueError(f"--data {args.data} is no longer what this run began with (other files? "
                              "another Python?)")
-        args.data_sha256 = found
         self.val = [t.to(args.device) for t in val_batch(self.data.val, block_size, args.eval_tokens)]
         self.model = build_model(args, self.data.vocab_size)
         if checkpoint or args.init_from:
             load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
-        self.model.to(args.device)
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
-        fresh = args.line_search_data != "same" and args.kind != "baseline"
-        frac = 1 if args.line_search_data == "fresh_batch" else SEARCH_FRAC
+        frac = {"same": 0, "fresh": SEARCH_FRAC, "fresh_batch": 1}[args.line_search_data]
+        fresh = frac and args.kind != "baseline"
         self.search_rows = some_rows(self.rows, args.batch_tokens, frac) if fresh else 0
         args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
         self.stepper = make_stepper(self.model, args, self.bar)
-        self.size = sum(p.numel() for p in self.stepper.params)
+        self.size = sum(p.numel() for p in trainable(self.model))
         check_shares(args, self.rows, block_size, len(self.val[0]))
         if checkpoint:
             self.stepper.load_state_dict(checkpoint["optimizer"])
-            self.stepper.rejections %= MAX_REJECTIONS   # after giving up, as many again
+            self.stepper.rejections %= MAX_REJECTIONS   # a run that gave up has all its tries again
             self.progress = checkpoint["progress"]
             self.losses = checkpoint["losses"]
         self.out = open_out_dir(args)
@@ -459,6 +457,7 @@ class Run:
             f"guessing evenly is a loss of {math.log(self.data.vocab_size):.3f} nats per token")
         if meta["left_out"]:
             say(f"note: left out of --data {args.data}: {meta['left_out']}")
+        # settings that only other optimizers have
         others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(args.opt, DEFAULTS.get(args.solver, ())))
         unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds or key in others]
         if unused:
@@ -494,8 +493,8 @@ class Run:
         """One step and, where it is due, an evaluation; returns its row of the log."""
         args = self.args
         progress = self.progress
-        self.began = time.time()
-        before = {p: p.detach().clone() for p in self.stepper.params}
+        self.began = self.told = time.time()
+        before = [flatten(layer).detach() for layer in self.model.layers()]
         batch = self.batch(0, self.rows)
         fresh = {"search": self.batch(2, self.search_rows)} if self.search_rows else {}
         record = {**STEP_FIELDS, **self.stepper.step(*batch, **fresh)}
@@ -506,25 +505,18 @@ class Run:
         progress["seconds"] += seconds
         self.stopped = bool(reduce_number(self.asked))
         due = self.over() or progress["step"] % args.eval_interval == 0
+        last = self.losses.get(progress["step"] - 1)
         val_loss = self.evaluate() if due else None
         if record["accepted"]:
-            self.describe(record, before, batch)
+            record["layer_norms"] = [(flatten(layer).detach() - old).norm().item()
+                                     for layer, old in zip(self.model.layers(), before)]
+            if None not in (last, val_loss):            # on tokens that the step has not seen
+                record["actual_fresh"] = val_loss - last
+            if val_loss is not None and record["actual"] is None:       # a baseline: on its batch
+                record["actual"] = batch_loss(self.model, *batch, args.micro_batch) - record["loss"]
+                record["rho"] = record["actual"] / record["predicted"] if record["predicted"] < 0 else 0.0
         return {**progress, "train_loss": record.pop("loss"), "val_loss": val_loss, "step_seconds": seconds,
                 **record, "peak_memory_mb": peak_memory_mb(args.device)}
-
-    def describe(self, record, before, batch):
-        """Add what the optimizer does not measure: how far each layer moved, and the change of the loss on
-        tokens that the step has not seen and, for a baseline, on its batch."""
-        record["layer_norms"] = [flatten([p.detach() - before[p] for p in layer]).norm().item()
-                                 for layer in self.model.layers()]
-        step = self.progress["step"]
-        old = self.losses.get(step - 1)
-        new = self.losses.get(step)
-        if None not in (old, new):
-            record["actual_fresh"] = new - old
-        if new is not None and record["actual"] is None:
-            record["actual"] = batch_loss(self.model, *batch, self.args.micro_batch) - record["loss"]
-            record["rho"] = record["actual"] / record["predicted"] if record["predicted"] < 0 else 0.0
 
     def batch(self, stream, rows):
         """Random sequences and their targets, (rows, block size) each: a function of step and stream."""
@@ -550,7 +542,13 @@ class Run:
         say("\nstopping after this step, with a checkpoint (once more: at once, from the last one)")
 
     def save(self):
-        check_equal(self.model, self.progress["step"])
+        """Raises RuntimeError where the processes' parameters differ in a bit: they have come apart."""
+        world = ranks()[1]
+        if world > 1:
+            checksum = zlib.crc32(flatten(self.model.parameters()).detach().cpu().numpy())
+            if reduce_number(checksum) != world * checksum:
+                raise RuntimeError(f"after step {self.progress['step']} the processes' parameters are not "
+                                   "the same; the last checkpoint is whole")
         if is_first():
             save_checkpoint(self.out / "checkpoint.pt", config=vars(self.args),
                             model_config=vars(self.model.config), model=self.model.state_dict(),
@@ -559,12 +557,12 @@ class Run:
     def finish(self):
         """The closing lines: what was reached, at what cost, where it lies, and text of the model's own."""
         args = self.args
-        done = self.progress
         reached = "reached" if self.last_loss() <= args.target_loss else "not reached"
         target = f"target {args.target_loss:g} {reached}: " if args.target_loss else ""
         how = f"; go on with: python train.py --resume --out_dir {self.out}" if self.stopped else ""
-        say(f"{target}val {self.last_loss():.4f} after {done['step']} steps, {done['tokens']:,} tokens, "
-            f"{done['grad_equivalents']:.0f} gradient-equivalents, {duration(done['seconds'])}\n"
+        say(f"{target}val {self.last_loss():.4f} after {self.progress['step']} steps, "
+            f"{self.progress['tokens']:,} tokens, {self.progress['grad_equivalents']:.0f} "
+            f"gradient-equivalents, {duration(self.progress['seconds'])}\n"
             f"records: {self.out}/log.jsonl and checkpoint.pt{how}")
         if args.sample and not self.stopped and math.isfinite(self.last_loss()) and is_first():
             encoding = self.data.encoding
@@ -575,15 +573,14 @@ class Run:
             say(f"\n{args.sample} tokens from the model:\n{text}")
 
     def bar(self, what, done=0, total=0):
-        """Where a long step stands: on a terminal's last line, which the next one replaces, or, in a file, twice a
-        minute."""
+        """Say where a long step stands: on a terminal in its last line, in a file twice a minute."""
         text = f"{self.progress['step']}/{self.args.steps} steps | {what}"
         if done and total:
             left = (time.time() - self.began) * (total - done) / done
             text += f" [{'#' * (20 * done // total):.<20}] {done}/{total} | eta {duration(left)}"
-        if sys.stdout.isatty() and is_first():
-            print(f"{text}\033[K\r", end="", flush=True)     # clear the rest, go back to the start
-        elif not sys.stdout.isatty() and time.time() > max(self.began, self.told) + 30:
+        if sys.stdout.isatty():
+            say(text, end="\r")                         # go back to the line's start
+        elif time.time() > self.told + 30:
             self.told = time.time()
             say(text)
 
@@ -596,24 +593,24 @@ def start(args, given, checkpoint, command):
     tune_allocator()
     try:
         run = Run(args, checkpoint)
-    except (ValueError, OSError) as e:                  # what does not fit, cannot be made
+    except (ValueError, OSError) as e:                  # of settings that do not fit, say
         raise UsageError(first_line(e)) from e
     run.introduce(given)
     path = run.out / "log.jsonl" if is_first() else Path(os.devnull)
     step = run.progress["step"]
     kept, last = lines_until(path, step) if checkpoint else (0, None)
-    if kept:
-        os.truncate(path, kept)
     with open(path, "a" if kept else "w") as log, signals(run.on_signal):
-        if not kept:
+        if kept:
+            log.truncate(kept)
+        else:
             write_row(log, run.header(command))
         if checkpoint:
             lacks = f"\nnote: {path} lacks rows up to this step; it goes on after what is whole in it"
             say(f"resuming {run.out} after step {step}{lacks if last != step else ''}")
         else:
             write_row(log, {**run.progress, "train_loss": None, "val_loss": run.evaluate()})
-            new = f"no run to resume in {run.out}: it begins\n" * args.resume
-            say(f"{new}step 0/{args.steps} | val {run.last_loss():.3f}")
+            new = f"no run to resume in {run.out}: it begins\n"
+            say(f"{new if args.resume else ''}step 0/{args.steps} | val {run.last_loss():.3f}")
             run.save()
         status = run.train(log)
     run.finish()
@@ -642,9 +639,10 @@ def step_line(row, args):
     return f"step {step}/{args.steps}" + "".join(found)
 
 
-def say(text):
+def say(text, end="\n"):
     if is_first():
-        print(text + "\033[K" * sys.stdout.isatty(), flush=True)       # what is left of the bar
+        clear = "\033[K" if sys.stdout.isatty() else ""          # what is left of a longer bar
+        print(f"{text}{clear}", end=end, flush=True)
 
 
 def duration(seconds):
@@ -675,7 +673,7 @@ def lines_until(path, step):
 
 
 def write_row(log, row):
-    """One JSON line, with the system before the next step; what is not finite is null, as JSON has it."""
+    """Write a line, and hand it to the system at once. JSON has no NaN or infinity: they become null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     log.write(json.dumps(clean) + "\n")
     log.flush()
@@ -737,16 +735,6 @@ def is_first():
     return ranks()[0] == 0
 
 
-def check_equal(model, step):
-    """Raises RuntimeError where the processes' parameters differ in a bit: they have come apart."""
-    world = ranks()[1]
-    if world > 1:
-        checksum = zlib.crc32(flatten(model.parameters()).detach().cpu().numpy())
-        if reduce_number(checksum) != world * checksum:
-            raise RuntimeError(f"after step {step} the processes' parameters are not the same; "
-                               "the last checkpoint is whole")
-
-
 @contextmanager
 def signals(handler):
     """Ctrl-C and SIGTERM go to handler, in the main thread."""
@@ -779,17 +767,16 @@ def peak_memory_mb(device):
         return torch.cuda.max_memory_allocated(device) / 1e6
     with suppress(ImportError):                         # Windows
         import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 1e6 if sys.platform == "darwin" else peak / 1e3    # bytes there, kilobytes elsewhere
+        unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ---------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    """Returns the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot be used,
-    130 where Ctrl-C ended it at once."""
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv):
+    """Flags as typed -> the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot
+    be used, 130 where Ctrl-C ended it at once."""
     with suppress(AttributeError):                      # no file
         sys.stdout.reconfigure(errors="replace")        # for terminals that do not have λ
     process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
@@ -808,8 +795,8 @@ def main(argv=None):
     except (OSError, MemoryError, RuntimeError) as e:   # a full disk, too large a batch, another process gone
         if isinstance(e, RuntimeError) and not process and "allocate" not in str(e):
             raise
-        complain(f"process {process}: " * bool(process)
-                 + f"{first_line(e)}; the last checkpoint, if there is one, is whole")
+        who = f"process {process}: " if process else ""
+        complain(f"{who}{first_line(e)}; the last checkpoint, if there is one, is whole")
         return 1
     except KeyboardInterrupt:
         complain("interrupted; the last checkpoint, if there is one, is whole")
@@ -824,4 +811,4 @@ def complain(message):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -45,8 +45,7 @@ import torch.nn.functional as F
 from pytest import raises
 from torch.func import functional_call, hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import baselines
@@ -87,9 +86,9 @@ def gpt(tie=False, seed=0, **sizes):
     return GPT(GPTConfig(tie_weights=tie, **{**small, **sizes})).double()
 
 
-def tokens(rows=5, length=6, vocab=7, seed=0):
+def tokens(rows=5, length=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(0, vocab, (2, rows, length), generator=generator))
+    return tuple(torch.randint(0, 7, (2, rows, length), generator=generator))
 
 
 class Between(nn.Module):
@@ -107,6 +106,12 @@ class Between(nn.Module):
         return self.head(self.function(self.inp(x), self))
 
 
+def slope_of_tanh(h, m):
+    with torch.enable_grad():
+        h = h if h.requires_grad else h.requires_grad_()
+        return torch.autograd.grad(h.tanh().sum(), h, create_graph=True)[0]
+
+
 FOREIGN = dict(
     spare=lambda: Between(lambda h, m: h.tanh(), nn.Linear(2, 2)),
     frozen=lambda: Between(lambda h, m: m.inner(h.tanh()), nn.Linear(4, 4).requires_grad_(False)),
@@ -115,6 +120,7 @@ FOREIGN = dict(
         lambda h, m: m.inner[0](h, h, h, need_weights=False)[0], nn.MultiheadAttention(4, 2, batch_first=True)
     ),
     lstm=lambda: Between(lambda h, m: m.inner(h)[0], nn.LSTM(4, 4, batch_first=True)),
+    derivative=lambda: Between(slope_of_tanh),
     padded=lambda: nn.Sequential(Between(lambda h, m: h.tanh()), nn.ConstantPad1d((0, 1), -inf)),
 )
 
@@ -134,6 +140,11 @@ def with_theta(model, theta):
     params = gn.trainable(model)
     gn.assign(params, unflatten(theta, params))
     return model
+
+
+def either(model, inner, **settings):
+    """Gauss-Newton by an inner AdamW on micro-batches of two rows, or else by conjugate gradients."""
+    return GaussNewton(model, InnerSolver(model, "adamw", rows=2, lr=0.02) if inner else None, **settings)
 
 
 def scrambled(model):
@@ -162,9 +173,9 @@ def child(script):
     return [float(n) for n in python("-c", script).stdout.split()]
 
 
-def expand(ggn, d, prox_linear=False):
+def expand(ggn, d, prox_linear=False, part=None):
     """(m(d) − m(0), ∇m(d)), where matvec is expanded from now on."""
-    return ggn.move_to(d, None, prox_linear)
+    return ggn.move_to(d, part, prox_linear)
 
 
 class Dense:
@@ -216,26 +227,7 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
-def plain_attention(q, k, v, is_causal, scale=None):
-    scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
-    future = torch.ones(scores.shape[-2:]).triu(1).bool() & is_causal
-    return scores.masked_fill(future, -inf).softmax(-1) @ v
-
-
 # ---- model ----
-
-
-def test_attention_is_causal_softmax_of_scaled_scores(monkeypatch):
-    """The fused kernel and the MATH backend are attention written out, in logits and in every gradient."""
-    model, data = gpt(n_embd=8), tokens()  # no fused kernel for heads of two
-
-    def found(backend):
-        with sdpa_kernel(backend):
-            return torch.cat([model(data[0]).flatten(), batch_grad(model, *data)[1]])
-
-    both = [found(SDPBackend.FLASH_ATTENTION), found(SDPBackend.MATH)]
-    monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
-    torch.testing.assert_close(both, [found(SDPBackend.MATH)] * 2, rtol=0, atol=1e-12)
 
 
 @parametrize(
@@ -313,9 +305,11 @@ def decayed(params, decay):
     return [dict(params=[p], weight_decay=decay * (p.ndim > 1)) for p in params]
 
 
-def dense_soap(x, grads, Q, sides, lr=0.02, b1=0.9, b2=0.95, decay=0.3, every=4):
+def dense_soap(x, grads, Q, sides):
     """SOAP on a flattened parameter x in the basis U = Q_L (x) Q_R as one matrix (mn, mn), the first moment
-    in the original space, as the paper has it. Yields x after each step."""
+    in the original space, as the paper has it: rate 0.02, decay 0.3, a new basis every 4th step. Yields x
+    after each step."""
+    b1, b2 = 0.9, 0.95
     m = 0
     v = 0
     C = [0, 0]
@@ -325,10 +319,10 @@ def dense_soap(x, grads, Q, sides, lr=0.02, b1=0.9, b2=0.95, decay=0.3, every=4)
         m = b1 * m + (1 - b1) * U @ u
         v = b2 * v + (1 - b2) * u**2
         direction = U.T @ m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + 1e-3)
-        x = x - lr * decay * x - lr * U @ direction
+        x = x - 0.02 * (0.3 * x + U @ direction)
         yield x
         C = [b2 * C[0] + G @ G.T, b2 * C[1] + G.T @ G]
-        for k in sides if t % every == 0 else ():
+        for k in sides if t % 4 == 0 else ():
             order = np.argsort([-q @ C[k] @ q for q in Q[k].T])
             Q[k] = np.linalg.qr(C[k] @ Q[k][:, order])[0]
             v = v.reshape(G.shape).take(order, axis=k).ravel()
@@ -338,9 +332,7 @@ def dense_soap(x, grads, Q, sides, lr=0.02, b1=0.9, b2=0.95, decay=0.3, every=4)
     "shape, limit, sides",
     [
         ((3, 7), 99, (0, 1)),
-        ((7, 4), 99, (0, 1)),
-        ((4, 7), 5, (0,)),
-        ((2, 3), 1, ()),
+        ((7, 4), 5, (1,)),
     ],
 )
 def test_soap_equals_dense_kronecker_derivation(shape, limit, sides):
@@ -354,7 +346,7 @@ def test_soap_equals_dense_kronecker_derivation(shape, limit, sides):
     grads = [A @ (rng.normal(size=shape) + 0.3) @ B * 10 ** rng.uniform(-1, 0) for _ in range(12)]
     W = nn.Parameter(torch.from_numpy(rng.normal(size=shape)))
     start = W.detach().numpy().flatten()
-    opt = SOAP([W], 0.02, (0.9, 0.95), 1e-3, 0.3, precondition_frequency=4, max_precond_dim=limit)
+    opt = SOAP([W], 0.02, (0.9, 0.95), 1e-3, 0.3, 4, limit)
     for G in grads:
         W.grad = torch.from_numpy(G)
         opt.step()
@@ -365,7 +357,7 @@ def test_soap_equals_dense_kronecker_derivation(shape, limit, sides):
     assert np.allclose(seen, list(want), rtol=0, atol=1e-11)
 
 
-@parametrize("shape", [(5, 5), (4, 9), (9, 4)])
+@parametrize("shape", [(4, 9), (9, 4)])
 @parametrize("dtype, tol", [(torch.float64, 1e-6), (torch.float32, 1e-3)])
 def test_soap_first_step_is_the_polar_factor(shape, dtype, tol):
     """The first step is not lost: it is lr U Vᵀ of the gradient, so lr along each singular direction and
@@ -381,14 +373,15 @@ def test_soap_first_step_is_the_polar_factor(shape, dtype, tol):
 @parametrize("fails", [False, True])
 @parametrize("name", ["soap", "kfac"])
 def test_steps_survive_their_eigendecompositions(name, fails, monkeypatch):
-    """A float32 eigh that returns NaN without a word, as LAPACK's does on some gradients of rare tokens, is
-    not asked; where float64's fails, the steps are finite all the same."""
+    """float32's eigh, whose LAPACK returns NaN without a word on some gradients of rare tokens, is not asked;
+    where float64's fails, the steps are finite all the same."""
     eigh = torch.linalg.eigh
 
     def treacherous(A):
+        assert A.dtype == torch.float64
         if fails:
             raise torch.linalg.LinAlgError("did not converge")
-        return [t if A.dtype == torch.float64 else t * nan for t in eigh(A)]
+        return eigh(A)
 
     monkeypatch.setattr(torch.linalg, "eigh", treacherous)
     model = gpt().float()
@@ -405,8 +398,8 @@ class Short(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is torch.Tensor.cpu:
             return args[0].as_subclass(torch.Tensor)
-        out = super().__torch_function__(function, types, args, kwargs or {})
-        if any(t.dtype == torch.float64 for t in tree_leaves(out) if isinstance(t, cls)):
+        out = super().__torch_function__(function, types, args, kwargs)
+        if getattr(out, "dtype", None) == torch.float64:
             raise TypeError("this device does not support float64")
         return out
 
@@ -415,11 +408,7 @@ def test_eigendecompositions_need_no_float64_on_the_device():
     """They go over the CPU, with the same result. (A stand-in: no such device was at hand.)"""
     C = torch.randn(5, 5)
     C = C @ C.T
-    short = C.as_subclass(Short)
-    with raises(TypeError):
-        short.double()
-    for found, want in zip(baselines.eigh(short), baselines.eigh(C)):
-        assert torch.equal(found.as_subclass(torch.Tensor), want) and found.dtype == torch.float32
+    assert all(map(torch.equal, baselines.eigh(C.as_subclass(Short)), baselines.eigh(C)))
 
 
 def test_kfac_baseline_equals_dense_derivation():
@@ -444,14 +433,14 @@ def test_kfac_baseline_equals_dense_derivation():
         for p, grad, sides in zip(model.parameters(), unflatten(g, reference.params), used):
             p.grad = grad
             if len(sides) == 1:
-                n.append((grad / (sides[0] + gamma**2)).flatten())
+                n.append(grad / (sides[0] + gamma**2))
                 continue
             L, R = (torch.diag(side) if side.ndim == 1 else side for side in sides)
             pi = (R.diag().mean() / L.diag().mean()).sqrt()
             L = L + gamma / pi * torch.eye(len(L))
             R = R + gamma * pi * torch.eye(len(R))
             n.append(torch.linalg.solve(torch.kron(L, R), grad.flatten()))
-        n = torch.cat(n)
+        n = gn.flatten(n)
         matrix = gn.flatten(torch.full_like(p, p.ndim > 1) for p in model.parameters())
         rate = 2.0 - 1.7 * matrix
         kl = (rate**2 * n * g).sum()
@@ -469,14 +458,12 @@ def test_muon_is_torchs_on_the_hidden_matrices(tie, scale):
     momentum that its groups show, run apart."""
     joint = gpt(tie)
     apart = gpt(tie)
-    hidden = []
-    rest = []
     args, _ = train.resolve(f"--opt muon --lr 0.02 --weight_decay 0.1 --muon_scale {scale}".split())
     opt = train.FirstOrder(joint, args).optimizer
     for group in opt.param_groups[1:]:
         group["momentum"] = 0.6
-    for name, p in apart.named_parameters():
-        (hidden if name.startswith("blocks") and p.ndim == 2 else rest).append(p)
+    hidden = [p for p in apart.blocks.parameters() if p.ndim == 2]
+    rest = set(apart.parameters()) - set(hidden)
     muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, adjust_lr_fn=scale)
     adamw = torch.optim.AdamW(decayed(rest, 0.1), lr=0.02, betas=(0.6, 0.95))
     for seed in range(4):
@@ -520,20 +507,21 @@ def test_baseline_is_the_torch_optimizer(name, build, settings):
 
 
 def test_lr_schedule_values():
-    """Factors at chosen steps: no zero step in warmup, plateaus of 1, both decays at halves and ends."""
-
-    def factors(steps, *args):
-        return [lr_schedule(step, *args) for step in steps]
-
-    assert factors((0, 1, 3, 4, 99), 100, "constant", 4) == [0.25, 0.5, 1, 1, 1]
-    cosine = factors((0, 9, 10, 35, 110, 500), 110, "cosine", 10)
-    assert np.allclose(cosine, [0.1, 1, 1, 0.5 * (1 + math.sqrt(0.5)), 0, 0])
-    wsd = factors((0, 9, 80, 90, 100, 200), 100, "wsd", 10, 0.2)
-    assert np.allclose(wsd, [0.1, 1, 1, 0.5, 0, 0])
+    """Factors at chosen steps of 100, ten of them warmup: no zero step in warmup, a plateau of 1, both decays
+    at halves and ends."""
+    steps = 0, 9, 10, 55, 90, 100, 500
+    wanted = dict(
+        constant=[0.1, 1, 1, 1, 1, 1, 1],
+        cosine=[0.1, 1, 1, 0.5, 0.5 * (1 + math.cos(math.pi * 8 / 9)), 0, 0],
+        wsd=[0.1, 1, 1, 1, 0.5, 0, 0],
+    )
+    for schedule, want in wanted.items():
+        assert np.allclose([lr_schedule(step, 100, schedule, 10) for step in steps], want)
 
 
 def test_baselines_refuse_nonsense():
-    """Unknown names say what there is to choose; settings that SOAP cannot use raise."""
+    """Unknown names say what there is to choose; settings that SOAP cannot use raise. SOAP and K-FAC refuse
+    bfloat16 before the first step, and say what to do instead."""
     with raises(ValueError, match="adamw, adam, sgd, muon, soap"):
         make_optimizer("adamx", gpt())
     with raises(ValueError, match="wsd"):
@@ -541,6 +529,9 @@ def test_baselines_refuse_nonsense():
     for bad in (dict(lr=-1.0), dict(eps=nan), dict(betas=(1.0, 0.9)), dict(precondition_frequency=0)):
         with raises(ValueError):
             SOAP([nn.Parameter(torch.zeros(2, 2))], **bad)
+    for name in ("soap", "kfac"):
+        with raises(ValueError, match="bfloat16.*autocast"):
+            make_optimizer(name, gpt().bfloat16())
 
 
 # ---- what torch promises of an optimizer ----
@@ -575,21 +566,17 @@ def test_optimizer_groups(name):
 
 @every_baseline
 def test_optimizer_step(name):
-    """step(closure) returns its loss, with hooks called once each, before and after; gradients keep their
-    bits, and so does a parameter without one, though it had one before, momentum and decay included."""
+    """step(closure) returns its loss; gradients keep their bits, and so does a parameter without one, though
+    it had one before, momentum and decay included."""
     model = gpt(n_layer=2)
-    calls = []
     opt = make_optimizer(name, model, weight_decay=0.1, precondition_frequency=3)
     baseline_steps(model, opt, range(2))
-    opt.register_step_pre_hook(lambda *_: calls.append("before"))
-    opt.register_step_post_hook(lambda *_: calls.append("after"))
     if name == "kfac":
         opt.observe(*tokens())
     before = named(model)
     grads = {}
 
     def closure():
-        calls.append("loss")
         opt.zero_grad()
         loss = model(tokens()[0]).square().mean()
         loss.backward()
@@ -598,7 +585,6 @@ def test_optimizer_step(name):
         return loss
 
     assert opt.step(closure).item() > 0
-    assert calls == ["before", "loss", "after"]
     assert moved(model, before) == {n for n in before if not n.startswith("blocks.1")}
     assert all(torch.equal(p.grad, grad) for p, grad in grads.items())
 
@@ -634,20 +620,6 @@ def test_optimizer_copies_go_on_bit_for_bit(name, copied):
     assert not moved(twin, start)
     baseline_steps(twin, again, range(7, 12))
     assert torch.equal(theta_of(twin), theta_of(model))
-
-
-@every_baseline
-def test_optimizer_refuses_or_trains_bfloat16(name):
-    """SOAP and K-FAC refuse it before the first step, and say what to do instead; the others train in it."""
-    model = gpt(n_layer=2).bfloat16()
-    before = named(model)
-    if name in ("soap", "kfac"):
-        with raises(ValueError, match="bfloat16.*autocast"):
-            make_optimizer(name, model)
-    else:
-        baseline_steps(model, make_optimizer(name, model), range(3))
-        assert moved(model, before)
-        assert theta_of(model).isfinite().all()
 
 
 # ---- Kronecker factors ----
@@ -717,12 +689,8 @@ def test_kfac_is_the_kronecker_product_of_plain_factors(tie, max_side, batch_lab
     first, second = (plain_factors(model, *batch, batch_labels) for batch in batches)
     v = torch.randn_like(theta_of(model))
     for p, own in zip(kfac.params, unflatten(v, kfac.params)):
-        K = torch.ones(1, 1).double()
-        for a, b in zip(first[p], second[p]):
-            side = 0.75 * a + 0.25 * b
-            if len(side) > max_side:
-                side = torch.diag(side.diag())
-            K = torch.kron(K, side)
+        sides = [0.75 * a + 0.25 * b for a, b in zip(first[p], second[p])]
+        K = functools.reduce(torch.kron, [torch.diag(S.diag()) if len(S) > max_side else S for S in sides])
         A = K + 0.1 * torch.eye(len(K)).double()
         wanted.append(torch.linalg.solve(A, K @ own.flatten()))
     for part in (range(len(wanted)), [3, 1]):
@@ -782,44 +750,35 @@ def hugging_face(name):
     return model
 
 
-@parametrize(
-    "kind, scale, inner",
-    [
-        ("perceptron", 1, False),
-        ("perceptron", 100, False),
-        ("gpt2", 1, False),
-        ("gpt2", 1, True),
-        ("llama", 1, False),
-        ("llama", 1, True),
-    ],
-)
-def test_steps_start_anywhere(kind, scale, inner):
+@parametrize("kind", ["perceptron", "perceptron 100", "gpt2", "gpt2 inner", "llama", "llama inner"])
+def test_steps_start_anywhere(kind):
     """Five steps with nothing set, on five batches of a classification or a counting task, whatever the
     inputs' scale, and by inner steps on other libraries' models (GPT-2 has transposed weights, Llama grouped
     queries, both tied): none is rejected, and the loss on other data is lower than by AdamW at the best of
     three rates. K-FAC has factors for all of GPT-2's maps."""
+    name, *how = kind.split()
     torch.manual_seed(1)
     centres = torch.randn(10, 16)
 
     def batch(seed):
         torch.manual_seed(seed)
-        if kind == "perceptron":
+        if name == "perceptron":
             y = torch.randint(0, 10, (512,))
-            return scale * (centres[y] + torch.randn(512, 16)), y
+            return (centres[y] + torch.randn(512, 16)) * (100 if how else 1), y
         x = torch.randint(0, 50, (128, 12))
         return x, (3 * x + 1) % 50
 
     def build():
         torch.manual_seed(0)
-        if kind != "perceptron":
-            return hugging_face(kind)
+        if name != "perceptron":
+            return hugging_face(name)
         hidden = nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()
         return nn.Sequential(*hidden, nn.Linear(64, 10))
 
     model = build()
-    opt = GaussNewton(model, InnerSolver(model, "muon", rows=4) if inner else None)
+    opt = GaussNewton(model, InnerSolver(model, "muon", rows=4) if "inner" in how else None)
     assert all(opt.step(*batch(seed))["accepted"] for seed in range(5))
-    if kind == "gpt2" and not inner:
+    if kind == "gpt2":
         factored = sum(len(sides) == 2 for sides in opt.solver.kfac.factors.values())
         assert factored >= 17  # embeddings, maps, their biases
     loss = batch_loss(model, *batch(9))
@@ -855,55 +814,47 @@ def test_kfac_of_odd_parameters():
 
 @parametrize("layerwise", [False, True])
 @parametrize("search", [None, tokens(3, seed=3)], ids=["rows", "other"])
-def test_step_is_the_dense_one(layerwise, search):
-    """One Newton step of GN on the whole batch: d = −(G + λI)⁻¹ g, G whole or its parts' blocks. The last 8
-    of 20 rows (40 %), or other data, decide α by their least loss; θ moves by αd, and the record and the next
-    λ are their definitions, recomputed."""
+def test_a_step_is_its_solvers_along_its_search(layerwise, search):
+    """The solver is given the parts, and of the batch the 20 rows that have targets (that it gives
+    −(G + λI)⁻¹ g is shown below). The last 8 of them (40 %), or other data, decide α by their least loss;
+    θ moves by αd, and the record and the next λ are their definitions, recomputed."""
     model, (idx, targets) = gpt(), tokens(20)
-    damping = 0.01
-    solver = ConjugateGradients(model, "gn", 1, 300, damping, "none", curvature_frac=1.0)
+    solver = ConjugateGradients(model, "gn", 1, 300, 0.01, "none", curvature_frac=1.0)
     opt = GaussNewton(model, solver, scrambled(model) if layerwise else None, "grid", search_frac=0.4)
     theta = theta_of(model)
     dense = Dense(model, idx, targets)
-    record = opt.step(idx, targets, search)
+    d = copy.deepcopy(solver).solve(opt.parts, idx, targets).direction
+    ignored = torch.full_like(targets, -100)
+    record = opt.step(idx.repeat(3, 1), torch.cat([ignored, targets, ignored]), search)
     alpha = record["alpha"]
-    masks = [dense.mask(part) for part in opt.parts]
-    A = dense.G * sum(torch.outer(own, own) for own in masks) + damping * torch.eye(len(theta)).double()
-    d = torch.linalg.solve(A, -dense.g)
-    # how exactly floating point can solve that
-    tol = 1e3 * torch.finfo(A.dtype).eps * torch.linalg.cond(A).item()
-    assert close(solver.direction, alpha * d, tol)
-    assert 0 < alpha < 1 and close(theta_of(model) - theta, alpha * d, tol)
+    assert 0 < alpha < 1 and close(theta_of(model) - theta, alpha * d)
+    assert close(solver.direction, alpha * d)
     x, y = search or (idx[-8:], targets[-8:])
     lengths = [2 ** (-i / 2) for i in range(10)]
     start, *losses = (batch_loss(with_theta(model, theta + t * d), x, y) for t in [0, *lengths])
     slope = dense.g @ d
-    predicted = alpha * slope + alpha**2 * (-slope - damping * d @ d) / 2
     wanted = dict(
         alpha=lengths[np.argmin(losses)],
         loss=dense.loss,
-        predicted=predicted,
+        predicted=alpha * slope + alpha**2 * (-slope - 0.01 * d @ d) / 2,
         actual=min(losses) - start,
-        damping=damping,
+        damping=0.01,
         grad_norm=dense.g.norm(),
         work=2 + 4 / 3 * record["products"] + 4 / 3 + 11 / 3 * len(x) / 20,
     )
     if layerwise:
         del wanted["work"]
     for key, want in wanted.items():
-        assert isclose(record[key], float(want), rel_tol=1e-6), key
-    assert isclose(solver.damping, levenberg_marquardt(damping, record["rho"], alpha))
-    assert record["accepted"] and record["reason"] == ""
+        assert isclose(record[key], want, rel_tol=1e-6), key
+    assert isclose(solver.damping, levenberg_marquardt(0.01, record["rho"], alpha))
 
 
 @parametrize(
     "name, change, reason",
     [
-        ("cross_entropy_sum", lambda t, call: t * nan, "loss or gradient not finite"),
         ("matvec", lambda t, call: t * inf, "nonfinite"),
         ("matvec", lambda t, call: t * -1e6, "indefinite"),
         ("batch_loss", lambda t, call: t * 10 if call else t, "line search: no decrease"),
-        ("batch_loss", lambda t, call: t * nan if call else t, "line search: nonfinite"),
         ("batch_loss", lambda t, call: 2 - 1e-9 if call else 2, "the loss fell by 1.0e-09"),
     ],
 )
@@ -916,17 +867,16 @@ def test_rejected_step_changes_no_parameter(name, change, reason, monkeypatch):
     opt.step(*data)
     before = named(model)
     damping = opt.solver.damping
-    owner = {"matvec": GGN, "cross_entropy_sum": baselines}.get(name, gn)
+    owner = GGN if name == "matvec" else gn
     healthy = getattr(owner, name)
     with monkeypatch.context() as m:
-        for n in (1, 2):
-            calls = itertools.count()
-            m.setattr(owner, name, lambda *arguments: change(healthy(*arguments), next(calls)))
-            record = opt.step(*data)
-            assert not record["accepted"] and reason in record["reason"]
-            assert not moved(model, before)
-            assert isclose(opt.solver.damping, damping * 16**n)
-            assert opt.solver.direction is None and opt.rejections == n
+        calls = itertools.count()
+        m.setattr(owner, name, lambda *arguments: change(healthy(*arguments), next(calls)))
+        record = opt.step(*data)
+        assert not record["accepted"] and reason in record["reason"]
+        assert not moved(model, before)
+        assert isclose(opt.solver.damping, damping * 16)
+        assert opt.solver.direction is None and opt.rejections == 1
     assert opt.step(*data)["accepted"] and opt.rejections == 0
 
 
@@ -937,19 +887,18 @@ def test_interrupted_step_restores_the_parameters(where):
     model = gpt()
     data = tokens(8)
     seen = []
-    solver = InnerSolver(model, "adamw", rows=2, lr=0.05) if where == "inner" else None
 
     def progress(what, done=0, total=0):
         seen.append(what)
         if what == where and seen.count(what) == (1 if what in ("gradient", "linearise", "kfac") else 3):
             raise KeyboardInterrupt
 
-    opt = GaussNewton(model, solver, line_search="grid", progress=progress)
+    opt = either(model, where == "inner", line_search="grid", progress=progress)
     before = named(model)
     with raises(KeyboardInterrupt):
         opt.step(*data)
     assert not moved(model, before)
-    assert solver or opt.solver.damping < 10  # a rejection makes it 48
+    assert opt.solver.damping < 10  # a rejection makes it 48
     assert opt.step(*data)["accepted"]
 
 
@@ -983,12 +932,11 @@ def test_what_cannot_be_stepped_is_named():
         "cg_iters": 0,
         "newton_steps": -1,
     }
-    for name, value in settings.items():
-        with raises(ValueError, match=name):
-            GaussNewton(model, **{name: value})
-    for name, value in {"rows": 0, "passes": 0, "lr": inf, "damping": nan, "outer_steps": 0}.items():
-        with raises(ValueError, match=name):
-            InnerSolver(model, **{name: value})
+    of_inner = {"rows": 0, "passes": 0, "lr": inf, "damping": nan, "outer_steps": 0}
+    for build, wrong in ((GaussNewton, settings), (InnerSolver, of_inner)):
+        for name, value in wrong.items():
+            with raises(ValueError, match=name):
+                build(model, **{name: value})
     with raises(ValueError, match="kfac"):
         InnerSolver(model, "kfac")
     with raises(TypeError, match="damping"):
@@ -1001,22 +949,21 @@ def test_what_cannot_be_stepped_is_named():
         opt.step(*tokens())
 
 
-@parametrize("name", ["full_gn", "inner soap", *BASELINES])
+@parametrize("name", ["full_gn", "inner", *BASELINES])
 def test_step_inside_autocast(name):
     """Only the model works in bfloat16, in the closure and in K-FAC's observe too: the steps are those
     of a model whose own forward opens autocast. The GPT leaves that of others alone."""
-    x, y = vectors(16)
-    x = x.float()
     ends = []
     for outside in (False, True):
-        torch.manual_seed(0)
+        x, y = vectors(16)
+        x = x.float()
         model = Between(lambda h, m: h.tanh()).float()
         if not outside:
             model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
 
         def closure():
-            opt.zero_grad()
             loss = F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
+            opt.zero_grad()
             loss.backward()
             return loss
 
@@ -1028,8 +975,7 @@ def test_step_inside_autocast(name):
                         opt.observe(x, y)
                     opt.step(closure)
             else:
-                solver = InnerSolver(model, rows=4, lr=0.03) if name == "inner soap" else None
-                assert GaussNewton(model, solver).step(x, y)["accepted"]
+                assert either(model, name == "inner").step(x, y)["accepted"]
             assert torch.is_autocast_enabled("cpu") == outside
         ends.append(theta_of(model))
     assert torch.equal(*ends)
@@ -1102,7 +1048,6 @@ def test_newton_steps_are_the_dense_ones(prox, layerwise):
             ends.append(damping)
         assert close(found.direction, d, 1e-6)
         assert isclose(found.decrease, promised, rel_tol=1e-6)
-        assert isclose(found.loss, whole.loss) and isclose(found.slope, whole.g @ d, rel_tol=1e-6)
         start = math.prod(ends) ** (1 / len(ends))
         assert isclose(solver.damping, start, rel_tol=1e-9)
         solver.adapt(0.5, 0.5)
@@ -1145,20 +1090,18 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
     `forget` or by `reset`, at 0."""
     model, shift, (idx, targets) = gpt(), gpt(), tokens(33, 2)
     passes = 1 if prox else 2
-    settings = dict(name="adamw", rows=2, passes=passes, lr=0.05, betas=(0.7, 0.9), damping=0.4)
-    settings |= dict(local_model="prox_linear" if prox else "gn", schedule="global_cosine", warmup=9)
-    settings |= dict(outer_steps=3)
-    solver = InnerSolver(model, **settings)
+    local_model = "prox_linear" if prox else "gn"
+    settings = dict(local_model=local_model, schedule="global_cosine", warmup=9, outer_steps=3)
+    build = functools.partial(InnerSolver, model, "adamw", 2, passes, 0.05, (0.7, 0.9), **settings)
+    solver = build(damping=0.4)
     parts = GaussNewton(model, solver, scrambled(model) if layerwise else None).parts
     params = list(shift.parameters())  # v
     for outer in range(3):
         theta = theta_of(model)
-        loss = 0.0
-        slope = 0.0
-        fall = 0.0
+        loss = slope = fall = 0.0
         if outer == 1:
             state = solver.state_dict()
-            solver = InnerSolver(model, **{**settings, "damping": 0.0})
+            solver = build()
             solver.load_state_dict(state)
         else:
             with_theta(shift, 0 * theta)
@@ -1189,8 +1132,7 @@ def test_inner_solver_is_a_plain_loop(prox, layerwise):
         assert isclose(found.record["work"], passes * (1 / 3 + each))
         d = theta_of(shift)
         assert close(found.direction, d, 1e-6)
-        for got, want in ((found.loss, loss), (found.slope, slope)):
-            assert isclose(got, want, rel_tol=1e-6)
+        assert isclose(found.loss, loss, rel_tol=1e-6) and isclose(found.slope, slope, rel_tol=1e-6)
         # a difference of larger numbers, by a J v that is known to some √eps
         assert isclose(found.decrease, fall, rel_tol=1e-5, abs_tol=1e-7)
         with_theta(model, theta + 0.7 * d)
@@ -1263,8 +1205,7 @@ def test_local_models_are_the_authors(released, numbers):
     found = [ggn.loss]
     parts = GaussNewton(model).parts + GaussNewton(model, parts=model.layers()).parts
     for part, prox in itertools.product(parts, (False, True)):
-        d = gn.select(v, ggn.params, part)
-        _, change, gradient = ggn.expand_along(d, None, [0.0], 0.0, part, prox)
+        change, gradient = expand(ggn, gn.select(v, ggn.params, part), prox, part)
         found += [ggn.loss + change, gradient.norm()]
     assert np.allclose(found, np.fromstring(numbers, sep=" "), rtol=1e-11, atol=0)
 
@@ -1342,7 +1283,7 @@ def test_cg_trouble_is_a_reason():
     assert zero.reason == "zero" and not zero.x.any()
     assert not cg(A.matmul, b * nan).x.any()
     good = cg(A.matmul, b, max_iter=3)
-    for factor, reason in ((nan, "nonfinite"), (inf, "nonfinite"), (-1, "indefinite")):
+    for factor, reason in ((inf, "nonfinite"), (-1, "indefinite")):
         factors = iter([1, 1, 1, factor])
         result = cg(lambda v: next(factors) * (A @ v), b)
         assert result.reason == reason and torch.equal(result.x, good.x)
@@ -1367,11 +1308,9 @@ def test_cg_ends_at_the_precisions_limit():
     [
         ("armijo", [5, 0.9, 0.8, 0.8], 2, "armijo"),  # on while it falls
         ("armijo", [5, 2, 0.9, 1.5], 2, "armijo"),  # the first that is low enough
-        ("armijo", [0.9999, 0.9, inf], 1, "armijo"),  # too small a fall is none
-        ("armijo", [0.9999, 1.5, 0.9, inf], 2, "armijo"),  # nor does the search end with it
+        ("armijo", [0.9999, 1.5, 0.9, inf], 2, "armijo"),  # too small a fall is none
         ("armijo", [2] * 10, None, "no decrease"),
         ("grid", [0.9999, 2, nan, 0.8] + [0.9] * 6, 3, "grid"),
-        ("grid", [nan] * 10, None, "nonfinite"),
         ("grid5", [0.8] + [0.9] * 4, 0, "grid5"),
         ("none", [7], 0, "none"),
         ("none", [inf], None, "nonfinite"),
@@ -1410,15 +1349,15 @@ def test_levenberg_marquardt_moves_as_documented(rho, alpha, want):
 # ---- the linearised batch ----
 
 
-@parametrize("tie, micro_batch, kept", [(False, None, None), (True, 2, 0), (False, 2, 4), (False, 2, 5)])
+@parametrize("tie, micro_batch, kept", [(False, None, None), (True, 2, 0), (False, 2, 4)])
 def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
     """Loss, gradient, J v, G v and its diagonal blocks, tied weights counted once, whole or in pieces of 2,
-    2 and 1 rows of which none, two or all are kept; and the same after expand(v), the linearised network at
+    2 and 1 rows of which none or two are kept; and the same after expand(v), the linearised network at
     v, and after a search along a line; then G v again after the expansion to second order. (Expansions of
     blocks, and to second order, are in the solvers' tests.)"""
     model, (idx, targets) = gpt(tie), tokens()
     ggn = GGN(model, idx, targets, micro_batch, kept)
-    assert len(ggn.cache) == {None: 1, 0: 0, 4: 2, 5: 3}[kept]
+    assert len(ggn.cache) == {None: 1, 0: 0, 4: 2}[kept]
     dense = Dense(model, idx, targets)
     G = dense.G
     part = [6, 0, 3]
@@ -1493,7 +1432,7 @@ def test_foreign_modules(kind):
         dense = Dense(model, x, y)
         assert close(ggn.grad, dense.g)
         assert close(ggn.matvec(dense.g), dense.G @ dense.g)
-        opt = GaussNewton(model, InnerSolver(model, "adamw", rows=2, lr=0.02) if inner else None)
+        opt = either(model, inner)
         losses = [opt.step(x, y)["loss"] for _ in range(3)]
         assert losses[0] > losses[1] > losses[2]
         assert list(model.parameters()) == params  # the very objects
@@ -1503,71 +1442,54 @@ def test_foreign_modules(kind):
 
 @parametrize("causal", [False, True])
 @parametrize(
-    "queries, keys, batch, heads, width",
+    "queries, keys, heads, width",
     [
-        (150, 150, 2, 3, 4),  # several blocks of rows
-        (70, 90, 2, 3, 4),
-        (90, 70, 2, 3, 4),
-        (6, 6, 1, 3, 4),  # these are broadcast
-        (6, 6, 2, 1, 4),
-        (6, 6, 2, 3, 2),
+        (150, 150, 3, 4),  # several blocks of rows
+        (90, 70, 3, 2),
+        (6, 6, 1, 4),  # these are broadcast
     ],
 )
-def test_attention_has_the_derivatives_of_its_formula(queries, keys, batch, heads, width, causal):
+def test_attention_has_the_derivatives_of_its_formula(queries, keys, heads, width, causal):
     """Output, backward, and J by the backward's backward, against softmax written out, in every form that
     torch's own takes."""
+
+    def formula(q, k, v):
+        scores = 0.3 * q @ k.transpose(-1, -2)
+        future = torch.ones(scores.shape[-2:]).triu(1).bool() & causal
+        return scores.masked_fill(future, -inf).softmax(-1) @ v
+
     torch.manual_seed(0)
-    shapes = (2, 3, queries, 4), (batch, heads, keys, 4), (batch, heads, keys, width)
-    q, k, v = (torch.randn(shape).double().requires_grad_() for shape in shapes)
-    d = tuple(torch.randn_like(t) for t in (q, k, v))
-    formula = functools.partial(plain_attention, is_causal=causal, scale=0.3)
-    want, J = torch.func.jvp(formula, (q, k, v), d)
+    shapes = (2, 3, queries, 4), (2, heads, keys, 4), (2, heads, keys, width)
+    qkv = q, k, v = tuple(torch.randn(shape).double().requires_grad_() for shape in shapes)
+    d = tuple(map(torch.randn_like, qkv))
+    want, J = torch.func.jvp(formula, qkv, d)
     with differentiable_attention():
         out = F.scaled_dot_product_attention(query=q, key=k, value=v, is_causal=causal, scale=0.3)
     w = torch.randn_like(want).requires_grad_()
-    grads = torch.autograd.grad(out, (q, k, v), w, create_graph=True)
+    grads = torch.autograd.grad(out, qkv, w, create_graph=True)
     assert close(out, want)
-    assert all(map(close, grads, torch.autograd.grad(want, (q, k, v), w)))
+    assert all(map(close, grads, torch.autograd.grad(want, qkv, w)))
     assert close(torch.autograd.grad(grads, w, d)[0], J)
 
 
 def test_loss_and_linearisation_are_one_function():
-    """Our attention with derivatives and torch's without. And nn.TransformerEncoder with masked rows: in eval
-    mode and without gradients torch computes another function. The search's loss is the linearisation's, and
-    so are the logits whose difference is J v."""
-    model = gpt(n_embd=8)
-    assert isclose(batch_loss(model, *tokens()), GGN(model, *tokens()).loss)
+    """Our attention with derivatives and torch's fused one, in loss and gradient. And nn.TransformerEncoder
+    with masked rows: in eval mode and without gradients torch computes another function. The search's loss is
+    the linearisation's, and so are the logits whose difference is J v."""
+    model, data = gpt(n_embd=8), tokens()  # no fused kernel for heads of two
+    ggn = GGN(model, *data)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert isclose(batch_loss(model, *data), ggn.loss)
+        assert close(batch_grad(model, *data)[1], ggn.grad)
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    mask = torch.arange(5) > 2
     model = Between(
-        lambda h, m: m.inner[0](h, src_key_padding_mask=mask.expand(len(h), 5)),
+        lambda h, m: m.inner[0](h, src_key_padding_mask=(torch.arange(5) > 2).expand(len(h), 5)),
         nn.TransformerEncoder(layer, 2),
     ).eval()
     x, y = vectors()
     assert isclose(batch_loss(model, x, y), GGN(model, x, y).loss)
     with torch.no_grad():
         assert GaussNewton(model, InnerSolver(model, rows=2, lr=1e-3)).step(x, y)["rho"] > 0.5
-
-
-def slope_of_tanh(h, m):
-    with torch.enable_grad():
-        h = h if h.requires_grad else h.requires_grad_()
-        return torch.autograd.grad(h.tanh().sum(), h, create_graph=True)[0]
-
-
-@parametrize("inner", [False, True])
-def test_steps_of_a_model_that_differentiates(inner):
-    """A derivative within the model is a function like another, with gradients off, on rows beyond the Newton
-    steps' too: the step is the one with the derivative written out."""
-    ends = []
-    for function in (slope_of_tanh, lambda h, m: 1 - h.tanh() ** 2):
-        x, y = vectors(100)
-        model = Between(function)
-        solver = InnerSolver(model, rows=100, passes=1) if inner else None  # one micro-batch, passed twice
-        with torch.no_grad():
-            assert GaussNewton(model, solver).step(x, y)["accepted"]
-        ends.append(theta_of(model))
-    assert close(*ends, 1e-6)
 
 
 MEMORY = """
@@ -1628,10 +1550,9 @@ def test_memory_does_not_grow_with_the_batch():
     assert last - first < 30e3
 
 
-@parametrize("layerwise", [False, True])
-def test_one_newton_step_is_linearised_at_a_time(layerwise, monkeypatch):
-    """Of three, by two parts too; with half a gigabyte free as many of its rows keep their graphs as three eighths of
-    that hold, and with next to none the message names the flag."""
+def test_one_newton_step_is_linearised_at_a_time(monkeypatch):
+    """Of three, each by two parts. With little memory free as many of its rows keep their graphs as three
+    eighths of that hold; with next to none the message names the flag."""
     made = []
     healthy = GGN.__init__
 
@@ -1644,24 +1565,40 @@ def test_one_newton_step_is_linearised_at_a_time(layerwise, monkeypatch):
     model, data = gpt(), tokens(100)
     each = gn.row_bytes(model, *data)
     monkeypatch.setattr(gn, "free_memory", lambda device: 16 * each)
-    opt = GaussNewton(model, None, scrambled(model) if layerwise else None, newton_steps=3, micro_batch=2)
+    opt = GaussNewton(model, parts=scrambled(model), newton_steps=3, micro_batch=2)
     assert opt.step(*data)["accepted"] and len(made) == 3 and opt.solver.keep_rows == 6
-    assert isclose(gn.row_bytes(model, *tokens(9)), each)
     monkeypatch.setattr(gn, "free_memory", lambda device: each)
     with raises(MemoryError, match="--micro_batch"):
         GaussNewton(model, micro_batch=2).step(*data)
 
 
-@parametrize("line, tree", [
-    ("0::/job/step", {
-        "job/memory.max": "9000", "job/memory.current": "5000", "job/memory.stat": "anon 7\ninactive_file 500",
-        "job/step/memory.max": "max", "job/step/memory.current": "1", "job/step/memory.stat": "inactive_file 0"}),
-    ("4:memory:/job/step", {
-        "memory/job/memory.limit_in_bytes": "9000", "memory/job/memory.usage_in_bytes": "5000",
-        "memory/job/memory.stat": "cache 7\ntotal_inactive_file 500"})])
+@parametrize(
+    "line, tree",
+    [
+        (
+            "0::/job/step",
+            {
+                "job/memory.max": "9000",
+                "job/memory.current": "5000",
+                "job/memory.stat": "anon 7\ninactive_file 500",
+                "job/step/memory.max": "max",
+                "job/step/memory.current": "1",
+                "job/step/memory.stat": "inactive_file 0",
+            },
+        ),
+        (
+            "4:memory:/job/step",
+            {
+                "memory/job/memory.limit_in_bytes": "9000",
+                "memory/job/memory.usage_in_bytes": "5000",
+                "memory/job/memory.stat": "cache 7\ntotal_inactive_file 500",
+            },
+        ),
+    ],
+)
 def test_free_memory_is_the_control_groups(line, tree, tmp_path, monkeypatch):
-    """The limit of the group above, of either version, less what is used but for 500 bytes of files; shared by two
-    processes. Without a group the machine's."""
+    """The limit of the group above, of either version, less what is used but for 500 bytes of files; shared
+    by two processes. Without a group the machine's."""
     device = torch.device("cpu")
     monkeypatch.setattr(baselines, "Path", lambda path: tmp_path / path.strip("/"))
     assert baselines.free_memory(device) > 1e6
@@ -1702,42 +1639,8 @@ class Tanh(torch.autograd.Function):
         return g * (1 - ctx.saved_tensors[0] ** 2)
 
 
-def tanh_once(h, m):
-    return Tanh.apply(h)
-
-
 def checkpointed(h, m):
-    return checkpoint(lambda h: F.scaled_dot_product_attention(h, h, m.inner(h)), h, use_reentrant=False)
-
-
-@parametrize(
-    "function, modules, told",
-    [
-        (lambda h, m: m.inner(h.flatten(0, 1)).view_as(h), [nn.BatchNorm1d(4)], r"eval\(\)"),
-        (lambda h, m: h if m.training and random.random() < 0.5 else h.tanh(), [], r"eval\(\)"),
-        (lambda h, m: F.dropout(h, 0.02, m.training), [], r"eval\(\)"),
-        (lambda h, m: F.scaled_dot_product_attention(h, h, h, dropout_p=0.3 * m.training), [], r"eval\(\)"),
-        (lambda h, m: h + 1e-3 * torch.randn_like(h) * m.training, [], r"eval\(\)"),
-        (checkpointed, [nn.Linear(4, 4)], "activation checkpointing"),
-        (tanh_once, [], "second derivative"),
-    ],
-    ids=["batch norm", "skipped", "dropout", "attention", "noise", "checkpointing", "once differentiable"],
-)
-def test_randomness_and_single_derivatives_are_refused(function, modules, told):
-    """Random in training mode, whatever does it and however rarely: a ValueError, from every solver; welcome
-    in eval mode, and refused again after train(). Activation checkpointing and a function that has one
-    derivative: one that names it, from CG; the inner solver differentiates once, and goes with them."""
-    random.seed(0)
-    (x, y), model = vectors(), Between(function, *modules)
-    once = function in (checkpointed, tanh_once)
-    inner = InnerSolver(model, rows=2)
-    if once:
-        assert GaussNewton(model, inner).step(x, y)["accepted"]
-    for solver in [None] if once else [None, inner]:
-        with raises(ValueError, match=told):
-            GaussNewton(model.train(), solver).step(x, y)
-        if not once:
-            assert isfinite(GGN(model.eval(), x, y).loss)
+    return checkpoint(lambda h: F.scaled_dot_product_attention(h, h, m.head(h)), h, use_reentrant=False)
 
 
 def hooked(change):
@@ -1750,15 +1653,6 @@ def hooked(change):
     return function
 
 
-def clamped(h, m):
-    m.head.weight.data.clamp_(-5, 5)
-    return h
-
-
-def flex(h, m):
-    return flex_attention(h[:, None], h[:, None], h[:, None])[:, 0]
-
-
 OTHER = "in the derivative by inp.weight, among"
 
 
@@ -1769,68 +1663,98 @@ OTHER = "in the derivative by inp.weight, among"
         (hooked(lambda g: g / g.norm()), OTHER, OTHER),
         (hooked(lambda g: None), None, None),
         (lambda h, m: h + ((4 * h).round() / 4 - h).detach(), None, OTHER),
-        (lambda h, m: h * h.detach(), None, OTHER),
-        (lambda h, m: torch.cond(torch.tensor(True), torch.sin, torch.cos, (h,)), "CondAutogradOpBackward", None),
-        (flex, "FlexAttention", "FlexAttention"),
-        (clamped, None, None),
+        (lambda h, m: torch.cond(torch.tensor(True), torch.sin, torch.cos, (h,)), "CondAutogradOp", None),
+        (lambda h, m: torch.heaviside(h, h), "heaviside", "heaviside"),
+        (lambda h, m: Tanh.apply(h), "second derivative", None),
+        (checkpointed, "activation checkpointing", None),
     ],
-    ids="scaled normed seen straight stopped cond flex clamped".split(),
+    ids="scaled normed seen straight cond none once checkpointed".split(),
 )
 def test_what_is_differentiated_is_what_is_computed(function, by_cg, by_inner):
-    """A backward that is no derivative of the forward is refused by name: by conjugate gradients where it is not
-    linear, by an inner solver always; so is what torch cannot differentiate (twice). By all: a forward that writes a
-    parameter, at once or in a later step, and hooks on one. Parameters stay as they were."""
-    x, y = vectors()
+    """A backward that is no derivative of the forward is refused by name: by conjugate gradients where it is
+    not linear, by an inner solver always; so is what torch cannot differentiate, or, by conjugate gradients,
+    not twice. All else is welcome."""
+    data = vectors()
     for told, inner in ((by_cg, False), (by_inner, True)):
-        model = Between(function)
-        opt = GaussNewton(model, InnerSolver(model, rows=2) if inner else None)
+        opt = either(Between(function), inner)
         if told:
             with raises(ValueError, match=told):
-                opt.step(x, y)
-            continue
-        assert opt.step(x, y)["reason"] in ("", "line search: no decrease")
-        model.head.weight.data[0, 0] = 9
-        before = named(model)
-        if function is clamped:
-            for step in (opt.step, GaussNewton(copy.deepcopy(model)).step):
-                with raises(ValueError, match="writes its parameter head.weight"):
-                    step(x, y)
-        for hook in ("register_hook", "register_post_accumulate_grad_hook"):
-            handle = getattr(model.inp.weight, hook)(print)
-            with raises(ValueError, match="inp.weight has a hook"):
-                opt.step(x, y)
-            handle.remove()
-        assert not moved(model, before)
+                opt.step(*data)
+        else:
+            assert opt.step(*data)["reason"] in ("", "line search: no decrease")
+
+
+def clamped(h, m):
+    m.head.weight.data.clamp_(-5, 5)
+    return h
+
+
+def test_parameters_are_the_optimizers_alone():
+    """A forward that writes one, be it not in the first step, and hooks on one are refused by name;
+    parameters stay as they were."""
+    (x, y), model = vectors(), Between(clamped)
+    opt = GaussNewton(model)
+    assert opt.step(x, y)["accepted"]
+    model.head.weight.data[0, 0] = 9
+    before = named(model)
+    with raises(ValueError, match="writes its parameter head.weight"):
+        opt.step(x, y)
+    for hook in ("register_hook", "register_post_accumulate_grad_hook"):
+        handle = getattr(model.inp.weight, hook)(print)
+        with raises(ValueError, match="inp.weight has a hook"):
+            opt.step(x, y)
+        handle.remove()
+    assert not moved(model, before)
+
+
+@parametrize(
+    "function, modules",
+    [
+        (lambda h, m: m.inner(h.flatten(0, 1)).view_as(h), [nn.BatchNorm1d(4)]),
+        (lambda h, m: h if m.training and random.random() < 0.5 else h.tanh(), []),
+        (lambda h, m: F.dropout(h, 0.02, m.training), []),
+        (lambda h, m: h + 1e-3 * torch.randn_like(h) * m.training, []),
+    ],
+    ids=["batch norm", "skipped", "dropout", "noise"],
+)
+def test_randomness_is_refused(function, modules):
+    """Random in training mode, whatever does it and however rarely: a ValueError, from every solver; welcome
+    in eval mode, and refused again after train()."""
+    random.seed(0)
+    data, model = vectors(), Between(function, *modules)
+    for inner in (False, True):
+        opt = either(model, inner)
+        with raises(ValueError, match=r"eval\(\)"):
+            opt.step(*data)
+        model.eval()
+        opt.step(*data)
+        model.train()
 
 
 @parametrize("inner", [False, True])
 def test_a_step_inside_inference_mode(inner):
     """On tensors made there, by a solver made there: as outside. A model made there is refused for that."""
-    thetas = []
-    for mode in (False, True):
-        model = gpt()
-        with torch.inference_mode(mode):
-            opt = GaussNewton(model, InnerSolver(model, rows=2) if inner else None)
+    models = gpt(), gpt()
+    for inside, model in zip((False, True), models):
+        with torch.inference_mode(inside):
+            opt = either(model, inner)
             data = tokens()
             for _ in range(2):
                 assert opt.step(*data, data)["accepted"]
-        thetas.append(theta_of(model))
-    assert torch.equal(*thetas)
+    assert torch.equal(*map(theta_of, models))
     with torch.inference_mode():
         opt = GaussNewton(gpt())
     with raises(ValueError, match="made inside torch.inference_mode"):
         opt.step(*tokens())
 
 
-@parametrize("masked", [-1e9, -inf])
-@parametrize("bf16", [False, True])
-def test_randomness_is_seen_behind_large_and_short_numbers(masked, bf16):
+def test_randomness_is_seen_behind_large_and_short_numbers():
     """Dropout, where a class is masked and the model works in bfloat16."""
     x, y = vectors()
     dropping = Between(lambda h, m: F.dropout(h, 0.5, m.training))
-    model = nn.Sequential(dropping, nn.ConstantPad1d((0, 1), masked))
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), raises(ValueError, match=r"eval\(\)"):
-        GaussNewton(model.float()).step(x.float(), y)
+    model = nn.Sequential(dropping, nn.ConstantPad1d((0, 1), -1e9)).float()
+    with torch.autocast("cpu", torch.bfloat16), raises(ValueError, match=r"eval\(\)"):
+        GaussNewton(model).step(x.float(), y)
 
 
 def test_rows_stand_for_targets_that_count(monkeypatch):
@@ -1859,15 +1783,14 @@ def test_ignored_targets_are_left_out():
         ggn = GGN(model, x, y, micro_batch)
         v = ggn.grad
         change, slope = expand(ggn, v, prox_linear=True)
-        solved = InnerSolver(model, "adamw", rows=1).solve([range(6)], *gn.counted_rows(x, y))
-        losses = ggn.loss, batch_loss(model, x, y, micro_batch), change, solved.loss
-        by_difference = torch.cat([solved.direction, torch.tensor([solved.slope, solved.decrease])])
-        return [*losses, v, batch_grad(model, x, y, micro_batch)[1], slope, ggn.matvec(v)], by_difference
+        loss, *solved = InnerSolver(model, "adamw", rows=1).solve([range(6)], *gn.counted_rows(x, y))[:4]
+        exact = ggn.loss, batch_loss(model, x, y, micro_batch), change, loss, v, slope, ggn.matvec(v)
+        return [*exact, *batch_grad(model, x, y, micro_batch)], solved
 
-    without, d = found(x[y != -100].view(5, 3, 4), y[y != -100].view(5, 3))
-    left_out, d_left_out = found(x, y, 2)
-    torch.testing.assert_close(left_out, without, rtol=1e-9, atol=1e-11)
-    assert close(d_left_out, d, 1e-6)
+    exact, by_difference = found(x[y != -100].view(5, 3, 4), y[y != -100].view(5, 3))
+    left_out = found(x, y, 2)
+    torch.testing.assert_close(left_out[0], exact, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(left_out[1], by_difference, rtol=1e-5, atol=1e-8)
 
 
 def test_batches_that_cannot_be_learned_from_are_named():
@@ -1880,8 +1803,7 @@ def test_batches_that_cannot_be_learned_from_are_named():
         "-1": (x, 0 * y - 1),
         "soft targets": (x, y.double()),
         "4 rows and targets 6": (x[:4], y),
-        "empty": (x[:0], y[:0]),
-        "no target that counts": (x, 0 * y - 100),
+        "empty: .* no target that counts": (x, 0 * y - 100),
     }
     outputs = {
         "do not fit": lambda m, x, z: z.sum(-1),
@@ -1892,23 +1814,9 @@ def test_batches_that_cannot_be_learned_from_are_named():
         model = Between(lambda h, m: h)
         if named in outputs:
             model.register_forward_hook(outputs[named])
-        inner = GaussNewton(model, InnerSolver(model, rows=2))
-        for call in (GaussNewton(model).step, inner.step, KFAC(model).update):
+        for call in (either(model, False).step, either(model, True).step, KFAC(model).update):
             with raises(ValueError, match=named):
                 call(*batches.get(named, (x, y)))
-
-
-def test_rows_that_do_not_count_are_no_share_of_a_batch():
-    """Rows without a target that counts, first and last: the step is that of the batch without them, although
-    curvature, factors and line search are each on a share of the rows."""
-    (idx, targets), thetas = tokens(12), []
-    targets[:4] = targets[-3:] = -100
-    for rows in (slice(None), slice(4, -3)):
-        model = gpt()
-        opt = GaussNewton(model, curvature_frac=0.25, search_frac=0.25)
-        assert opt.step(idx[rows], targets[rows])["accepted"]
-        thetas.append(theta_of(model))
-    assert torch.equal(*thetas)
 
 
 # ---- compilation ----
@@ -1929,9 +1837,8 @@ def test_compiled_equals_eager(monkeypatch):
     eager = solve(model, data, False)
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graphs.append(graph) or graph)
     compiled = solve(model, data, True)
-    assert graphs and close(compiled.direction, eager.direction, 1e-6)
-    assert isclose(compiled.loss, eager.loss)
-    assert close(*(torch.tensor([s.slope, s.decrease + 1]) for s in (compiled, eager)))
+    assert graphs
+    torch.testing.assert_close(compiled[:4], eager[:4], rtol=1e-5, atol=1e-8)
     model = Between(lambda h, m: h * (1 + m.training))
     solver = InnerSolver(model, "adamw", rows=6, compile=True)
     for _ in range(2):
@@ -1971,9 +1878,9 @@ def go(data_dir):
 
 
 def log_of(out):
-    """The configuration line, and the rows without what a clock or a memory meter says."""
-    head, *rows = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
-    return head, [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+    """The configuration line, and then the rows, without what a clock or a memory meter says."""
+    lines = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
 def checkpoint_of(out, name="checkpoint.pt"):
@@ -1991,7 +1898,7 @@ def same_run(a, b):
     ends = [checkpoint_of(out) for out in (a, b)]
     for end in ends:
         del end["config"], end["progress"]  # other folders, and seconds
-    return log_of(a)[1] == log_of(b)[1] and same_state(*ends)
+    return log_of(a)[1:] == log_of(b)[1:] and same_state(*ends)
 
 
 @pytest.fixture
@@ -2003,9 +1910,7 @@ def refused(go, capsys):
         go(flags, 2)
         out, err = capsys.readouterr()
         assert out == ""
-        assert told in err
-        assert err.startswith("train.py: error: ")
-        assert err.count("\n") == 1
+        assert re.fullmatch(f"train.py: error: .*{re.escape(told)}.*\n", err)
 
     return check
 
@@ -2025,7 +1930,7 @@ def test_every_method_learns(go, flags, capsys):
     """Three steps lower the validation loss; the log has what it promises; the output tells steps, losses and
     a sample."""
     go(f"{SMALL} {flags} --steps 3 --out_dir run --sample 20")
-    head, rows = log_of("run")
+    head, *rows = log_of("run")
     out = capsys.readouterr().out
     assert head["config"]["steps"] == 3
     assert "commit" in head
@@ -2033,7 +1938,6 @@ def test_every_method_learns(go, flags, capsys):
     assert rows[3]["val_loss"] < rows[0]["val_loss"]
     for row in rows[1:]:
         assert row["accepted"]
-        assert "grid" not in flags or row["search_tries"] == 10
         assert row["tokens"] == (544 if "fresh" in flags else 512) * row["step"]
         assert train.STEP_FIELDS.keys() <= row.keys()
         work = row["grad_equivalents"] / row["step"]
@@ -2049,6 +1953,7 @@ def test_a_duration_can_be_of_any_length():
 
 
 def test_flags_reach_the_solver():
+    """Each of its settings, by the flag's name."""
     flags = {
         "cg": "--local_model gn --newton_steps 3 --cg_iters 5 --damping 0.7 --precond none "
         "--curvature_frac 0.3",
@@ -2057,15 +1962,14 @@ def test_flags_reach_the_solver():
         "--muon_scale original",
     }
     wanted = {
-        "cg": dict(prox_linear=False, newton_steps=3, cg_iters=5, damping=0.7, kfac=None, curvature_frac=0.3),
-        "muon": dict(rows=8, passes=3, lr=0.1, damping=0.7, prox_linear=False, schedule="global_cosine")
-        | dict(betas=[0.5, 0.6], warmup=4, outer_steps=9, reset=True, compile=True),
+        "cg": dict(newton_steps=3, cg_iters=5, kfac=None, curvature_frac=0.3),
+        "muon": dict(rows=8, passes=3, lr=0.1, schedule="global_cosine", betas=[0.5, 0.6], warmup=4)
+        | dict(outer_steps=9, reset=True, compile=True),
     }
     for name, want in wanted.items():
-        command = f"--solver {name} {flags[name]} --inner_tokens 128 --micro_batch 4"
-        args, _ = train.resolve(command.split())
+        args, _ = train.resolve(f"--solver {name} {flags[name]} --inner_tokens 128 --micro_batch 4".split())
         solver = train.make_stepper(gpt(block_size=16), args, None).solver
-        assert want.items() <= vars(solver).items()
+        assert want.items() <= vars(solver).items() and solver.damping == 0.7 and not solver.prox_linear
     assert solver.optimizer.param_groups[0]["adjust_lr_fn"] == "original"
 
 
@@ -2083,9 +1987,9 @@ def test_a_row_says_what_the_step_did(go, flags, data_dir, capsys):
     was promised, their ratio, lengths and the angle to the gradient, recomputed from the checkpoints before
     and after; the printed line says them."""
     go(f"{SMALL} {flags} --steps 2 --checkpoint_interval 1 --out_dir run")
-    before, after = (checkpoint_of("run", name) for name in ("checkpoint.previous.pt", "checkpoint.pt"))
+    before = checkpoint_of("run", "checkpoint.previous.pt")
     data = prepare(TEXT, cache_dir=data_dir, block_size=16)
-    first, last, row = log_of("run")[1]
+    _, first, last, row = log_of("run")
     torch.manual_seed(0)
     model = GPT(GPTConfig(**before["model_config"]))
     assert isclose(first["val_loss"], batch_loss(model, *val_batch(data.val, 16, 512)), rel_tol=1e-5)
@@ -2093,23 +1997,22 @@ def test_a_row_says_what_the_step_did(go, flags, data_dir, capsys):
     searched = [t[-2:] for t in whole] if "gn" in flags else whole
     if "fresh" in flags:
         searched = get_batch(data.train, 16, 2, 0, 1, stream=2)
-    model.load_state_dict(after["model"])
-    theta = theta_of(model)
-    end = batch_loss(model, *searched)
-    model.load_state_dict(before["model"])
-    start = batch_loss(model, *searched)
-    grad = batch_grad(model, *whole)[1]
-    d = theta - theta_of(model)
-    slope = (grad @ d).item()
-    cosine = -slope / (grad.norm() * d.norm()).item()
-    assert isclose(row["actual"], end - start, abs_tol=1e-5)
+    thetas = []
+    losses = []
+    for stored in (before, checkpoint_of("run")):
+        model.load_state_dict(stored["model"])
+        thetas.append(theta_of(model))
+        losses.append(batch_loss(model, *searched))
+    d = thetas[1] - thetas[0]
+    grad = batch_grad(with_theta(model, thetas[0]), *whole)[1]
+    slope = grad @ d
+    assert isclose(row["actual"], losses[1] - losses[0], abs_tol=1e-5)
     assert isclose(row["actual_fresh"], row["val_loss"] - last["val_loss"], abs_tol=1e-5)
-    assert row["predicted"] < 0
     assert "gn" in flags or isclose(row["predicted"], slope, rel_tol=1e-3)
     assert isclose(row["rho"], row["actual"] / row["predicted"], rel_tol=1e-3)
-    assert "sgd" not in flags or isclose(d.norm().item(), 0.3 * 0.5 * 0.1, rel_tol=1e-4)
-    assert isclose(row["cosine"], cosine, rel_tol=1e-3, abs_tol=1e-4)
-    assert isclose(math.hypot(*row["layer_norms"]), d.norm().item(), rel_tol=5e-5)
+    assert "sgd" not in flags or isclose(d.norm(), 0.3 * 0.5 * 0.1, rel_tol=1e-4)
+    assert isclose(row["cosine"], -slope / (grad.norm() * d.norm()), rel_tol=1e-3, abs_tol=1e-4)
+    assert isclose(math.hypot(*row["layer_norms"]), d.norm(), rel_tol=5e-5)
     line = capsys.readouterr().out.split("step 2/2")[1]
     assert f", model {row['predicted']:+.3f}" in line
     assert f"| rho {row['rho']:.2f} | alpha {row['alpha']:.2f} | cos {row['cosine']:.2f} | |d| " in line
@@ -2152,11 +2055,10 @@ def test_resume_goes_on_with_what_is_whole_of_the_log(go, capsys):
     flags = f"{SMALL} --opt adamw --checkpoint_interval 1 --out_dir"
     go(f"{flags} run --steps 2")
     go(f"{flags} whole --steps 4")
-    head, rows = log_of("whole")
+    head, *rows = log_of("whole")
     lines = Path("run/log.jsonl").read_bytes().splitlines(keepends=True)
     short = b"".join(lines[:-1])
     for left, kept in (
-        (None, 0),
         (b"", 0),
         (lines[0][:-9], 0),
         (b"".join(lines)[:-20], 2),
@@ -2166,43 +2068,43 @@ def test_resume_goes_on_with_what_is_whole_of_the_log(go, capsys):
     ):
         shutil.rmtree("again", ignore_errors=True)
         shutil.copytree("run", "again")
-        Path("again/log.jsonl").unlink() if left is None else Path("again/log.jsonl").write_bytes(left)
+        Path("again/log.jsonl").unlink()
+        if left:
+            write("again/log.jsonl", left)
         capsys.readouterr()
         go("--resume --steps 3 --out_dir again")
         assert capsys.readouterr().out.count("note: again/log.jsonl lacks rows") == 1
         shutil.copyfile("again/checkpoint.previous.pt", "again/checkpoint.pt")
         go("--resume --steps 4 --out_dir again")
-        again, found = log_of("again")
+        again, *found = log_of("again")
         assert found == [*rows[:kept], *rows[3:]]
         assert again["model"] == head["model"]
 
 
 def test_the_same_command_begins_and_goes_on(go, refused, capsys):
-    """--resume where no run is, and where one was killed before its first step: it begins, and says so; then it goes
-    on. A log with steps and no checkpoint is a loss, and an error."""
+    """--resume where no run is, and where one was killed before its first step: it begins, and says so; then
+    it goes on. A log with steps and no checkpoint is a loss, and an error."""
     command = f"{SMALL} --opt adamw --steps 2 --resume --out_dir job"
+    log = Path("job/log.jsonl")
     for _ in range(2):
-        go(command)
-        assert "no run to resume in job: it begins\n" in capsys.readouterr().out
-        head, rows = log_of("job")
-        assert [row["step"] for row in rows] == [0, 1, 2]
-        lines = Path("job/log.jsonl").read_text().splitlines(keepends=True)
-        go(command)
-        assert "resuming job after step 2" in capsys.readouterr().out
-        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-            Path("job", name).unlink()
+        for told in ("no run to resume in job: it begins\n", "resuming job after step 2"):
+            go(command)
+            assert told in capsys.readouterr().out
+            assert len(log_of("job")) == 4
+        for path in Path("job").glob("*.pt"):
+            path.unlink()
         refused(command, "job/checkpoint.pt is missing")
-        write("job/log.jsonl", "".join(lines[:2]))
+        write(log, "".join(log.read_text().splitlines(True)[:2]))
 
 
 def test_a_long_step_says_where_it_is(go, capsys, monkeypatch):
-    """Where the output is no terminal: every half minute, here at each stage by a clock of 40 seconds a look."""
-    clock = itertools.count(0, 40)
-    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock), strftime=time.strftime))
+    """Where the output is no terminal: every half minute, here at each stage by a clock of 40 seconds a
+    look."""
+    monkeypatch.setattr(time, "time", itertools.count(0, 40).__next__)
     go(f"{SMALL} {CG} --steps 1 --out_dir a")
-    lines = capsys.readouterr().out.splitlines()
-    assert any(re.match(r"0/1 steps \| cg \[#+\.+\] \d+/\d+ \| eta", line) for line in lines)
-    assert len({line.split("|")[1].split()[0] for line in lines if line.startswith("0/1 steps")}) >= 4
+    out = capsys.readouterr().out
+    assert re.search(r"^0/1 steps \| cg \[#+\.+\] \d+/\d+ \| eta", out, re.MULTILINE)
+    assert len(set(re.findall(r"^0/1 steps \| (\w+)", out, re.MULTILINE))) >= 4
 
 
 @parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -2214,11 +2116,11 @@ def test_signals(go, monkeypatch, capsys, number):
     for out in ("whole", "run --target_loss 99"):
         go(f"{SMALL} --opt sgd --steps 5 --out_dir {out}")
     for times, status, told in ((1, 0, "--resume --out_dir run"), (2, 130, "is whole")):
-        left = [times]
+        strokes = iter([number] * times)
 
         def struck(self, idx):
-            for _ in range(left.pop() if left else 0):
-                signal.raise_signal(number)
+            for stroke in strokes:
+                signal.raise_signal(stroke)
             return forward(self, idx)
 
         with monkeypatch.context() as m:
@@ -2235,10 +2137,10 @@ def test_target_loss_stops_the_run(go, capsys):
     """At the first evaluation at or below it; where it is not reached, a line says so."""
     flags = f"{SMALL} --opt adamw --steps 4"
     go(f"{flags} --out_dir a")
-    rows = log_of("a")[1]
+    _, *rows = log_of("a")
     target = rows[2]["val_loss"]
     go(f"{flags} --out_dir b --target_loss {target!r}")
-    assert log_of("b")[1] == rows[:3]
+    assert log_of("b")[1:] == rows[:3]
     assert f"target {target:g} reached" in capsys.readouterr().out
     go(f"{flags} --out_dir c --target_loss 0.5")
     assert "target 0.5 not reached" in capsys.readouterr().out
@@ -2251,12 +2153,12 @@ def test_init_from_and_out_dir(go, refused, monkeypatch):
     go(f"{SMALL} --opt adamw --steps 3 --out_dir a")
     for source in ("a", "a/checkpoint.pt"):
         go(f"{SMALL} --opt sgd --steps 1 --init_from {source} --out_dir b --overwrite")
-        assert log_of("b")[1][0]["val_loss"] == log_of("a")[1][-1]["val_loss"]
-        assert len(log_of("b")[1]) == 2
+        assert log_of("b")[1]["val_loss"] == log_of("a")[-1]["val_loss"]
+        assert len(log_of("b")) == 3
     refused(f"{SMALL} --n_embd 16 --init_from a --out_dir c", "another one: it has {'n_embd': 8}")
     refused(f"{SMALL} --out_dir a", "--resume to go on with its run or --overwrite")
     assert not Path("c").exists()
-    assert len(log_of("a")[1]) == 4
+    assert len(log_of("a")) == 5
     monkeypatch.setattr(time, "strftime", lambda *_: "0102-030405")
     for _ in range(2):
         go(f"{SMALL} --opt sgd --steps 1")
@@ -2273,10 +2175,10 @@ def test_damaged_or_differing_checkpoints_are_refused(go, refused):
     refused(f"{SMALL} --resume --out_dir a --lr 0.5", "--lr 0.5 differs from the stored run's")
     refused("--resume", "--out_dir")
     refused("--resume --out_dir .", "is missing")
-    Path("own.txt").write_text("abc " * 999)
+    write("own.txt", "abc " * 999)
     own = "--data own.txt --steps 2 --out_dir own"
     go(f"{SMALL} --opt sgd {own}")
-    Path("own.txt").write_text("abd " * 999)
+    write("own.txt", "abd " * 999)
     refused(f"--resume {own}", "no longer what this run began with")
     storage = max(zipfile.ZipFile("a/checkpoint.pt").infolist(), key=lambda record: record.file_size)
     flipped = bytearray(whole)
@@ -2321,7 +2223,7 @@ def test_a_step_gone_wrong(fault, flags, go, monkeypatch):
         go("--resume --steps 2 --out_dir run")
     after = checkpoint_of("run")
     go("--resume --steps 3 --out_dir run")
-    _, _, row, last = log_of("run")[1]
+    *_, row, last = log_of("run")
     still = same_state(after["model"], before["model"])
     assert row["accepted"] == (not still) == (not row["reason"])
     assert rejected in (None, still)
@@ -2330,50 +2232,45 @@ def test_a_step_gone_wrong(fault, flags, go, monkeypatch):
     assert all(t.isfinite().all() for t in checkpoint_of("run")["model"].values())
 
 
-def steep(z):
-    """z, with a derivative of 1e18."""
-    return z + 1e18 * (z - z.detach())
-
-
 def test_stops_after_rejections_in_a_row(go, capsys, monkeypatch):
     """Steps too long for a float: eight rows, rejected with the reason, status 1, and the parameters bitwise
     as they were."""
     forward = GPT.forward
+
+    def steep(self, idx):
+        z = forward(self, idx)
+        return z + 1e18 * (z - z.detach())
+
     with monkeypatch.context() as m:
-        m.setattr(GPT, "forward", lambda self, idx: steep(forward(self, idx)))
+        m.setattr(GPT, "forward", steep)
         go(f"{SMALL} --opt sgd --lr 1e18 --clip 0 --steps 20 --out_dir run", 1)
     told = capsys.readouterr().out
-    _, rows = log_of("run")
     assert "stopped: 8 steps in a row were rejected, the last because of: step not finite" in told
-    assert [row["accepted"] for row in rows[1:]] == [False] * 8
+    assert [row["accepted"] for row in log_of("run")[2:]] == [False] * 8
     ends = [checkpoint_of("run", name)["model"] for name in ("checkpoint.pt", "checkpoint.previous.pt")]
     assert same_state(*ends)
-    assert len({row["val_loss"] for row in rows}) == 1
     go(f"{SMALL} --opt sgd --lr 1e18 --clip 0 --steps 1 --sample 5 --out_dir far")  # no text of such weights
     go("--resume --out_dir run", 1)  # eight more: momentum has it
-    assert len(log_of("run")[1]) == 17
+    assert len(log_of("run")) == 18
 
 
 def test_random_flags_run_or_are_refused(go, capsys):
     """One step, or one line and status 2; one that had to stop says why, with status 1; never a traceback."""
     rng = random.Random(0)
-    ran = 0
+    ended = []
     skipped = "help steps data data_dir shards tokenizer model device compile out_dir resume init_from sample"
     actions = [a for a in train.build_parser()._actions if a.dest not in skipped.split()]
     for number in range(30):
-        flags = [SMALL]
+        command = f"{SMALL} --steps 1 --out_dir run{number}"
         for action in rng.sample(actions, 3):
-            values = list(action.choices or ["0", "1", "3", "8", "16", "0.5", "1e-8"])
+            values = action.choices or ["0", "1", "3", "8", "16", "0.5", "1e-8"]
             count = 1 if action.nargs is None else action.nargs
-            flags += [action.option_strings[0], *(rng.choice(values) for _ in range(count))]
-        command = " ".join(flags) + f" --steps 1 --out_dir run{number}"
-        status = go(command, None)
+            command += " ".join(["", action.option_strings[0], *rng.choices(list(values), k=count)])
+        ended.append(go(command, None))
         out, err = capsys.readouterr()
-        assert status in (0, 1, 2), command
-        assert status != 2 or err.startswith("train.py: error: ") and err.count("\n") == 1, command
-        assert status != 1 or "stopped: " in out or "error: " in err, command
-        ran += status == 0
-    assert ran >= 5
+        told = err.startswith("train.py: error: ") and err.count("\n") == 1
+        assert {0: True, 1: told or "stopped: " in out, 2: told}[ended[-1]], command
+    assert ended.count(0) >= 5
 
 
 @parametrize(
@@ -2388,7 +2285,7 @@ def test_random_flags_run_or_are_refused(go, capsys):
 )
 def test_bad_setting_is_one_line(refused, flags, data_dir):
     """Status 2, one line on stderr that says what is wrong, nothing on stdout, and nothing created."""
-    Path("taken").write_text("a file")
+    write("taken", "a file")
     before = left_in(data_dir)
     refused(f"--steps 1 --out_dir new {flags}", "")
     assert os.listdir() == ["taken"]
@@ -2406,17 +2303,13 @@ def test_flags_that_a_run_does_not_use_are_named(go, capsys):
     assert "note: full_gn (inner) does not use --damping, --momentum\n" in capsys.readouterr().out
 
 
-def test_help_explains_every_flag(capsys):
-    """Each flag is in --help, in a group, with a text of its own."""
-    with raises(SystemExit, match="0"):
-        train.main(["--help"])
-    out = capsys.readouterr().out
+def test_help_explains_every_flag():
+    """Each flag is in a group, with a text of its own; and --help can be told where there is no λ."""
     parser = train.build_parser()
     grouped = [a for group in parser._action_groups[2:] for a in group._group_actions]
     assert grouped == parser._actions[1:]
     assert len({a.help for a in grouped}) == len(grouped)
-    assert all(f"  {a.option_strings[0]}" in out for a in grouped)
-    assert python("train.py", "--help", PYTHONIOENCODING="cp1252").returncode == 0  # which has no λ
+    assert python("train.py", "--help", PYTHONIOENCODING="cp1252").returncode == 0
 
 
 def test_commands_of_the_papers_settings(go):
@@ -2430,25 +2323,20 @@ def test_commands_of_the_papers_settings(go):
         go(f"{string.Template(command).substitute(settings)} {small}")
     for name, tries in (("45m", 5), ("150m", 10)):
         [run] = Path("out").glob(f"full_gn-{name}-*")
-        row = log_of(run)[1][1]
+        row = log_of(run)[2]
         assert row["search_tries"] == tries
         assert row["tokens"] == 1024
 
 
 def test_want_of_memory_is_one_line(go, capsys, monkeypatch):
-    """What torch's allocator for CPUs says is a RuntimeError like any other; others are faults."""
-    for told, status in (("DefaultCPUAllocator: can't allocate memory: you tried", 1), ("a fault", None)):
+    """What torch's allocator for CPUs says is a RuntimeError like any other. (Others are faults.)"""
 
-        def build_model(*_):
-            raise RuntimeError(told)
+    def build_model(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
 
-        monkeypatch.setattr(train, "build_model", build_model)
-        if status:
-            go(f"{SMALL} --out_dir run", status)
-            assert capsys.readouterr().err.startswith(f"train.py: error: {told}")
-        else:
-            with raises(RuntimeError, match=told):
-                go(f"{SMALL} --out_dir run")
+    monkeypatch.setattr(train, "build_model", build_model)
+    go(f"{SMALL} --out_dir run", 1)
+    assert capsys.readouterr().err.startswith("train.py: error: DefaultCPUAllocator: can't")
 
 
 def in_children(*functions):
@@ -2500,7 +2388,7 @@ def test_killed_anywhere(flags):
     at random lines: what comes after, --resume or, before there is a checkpoint, the command again, ends with
     the parameters and rows of a run that was never killed."""
     rng = random.Random(flags)
-    Path("text.txt").write_text("".join(rng.choices("abc \n", k=9_000)))
+    write("text.txt", "".join(rng.choices("abc \n", k=9_000)))
 
     def start(out, **where):
         command = f"{SMALL} {flags} --data text.txt --threads 1 --sample 0 --steps 3 --overwrite"
@@ -2539,10 +2427,7 @@ def test_full_disk(limit, told, go):
             return go("--resume --out_dir run --steps 2", None)
 
     assert in_children(limited) == [1]
-    line = Path("told.txt").read_text()
-    assert line.startswith("train.py: error: ")
-    assert line.count("\n") == 1
-    assert told in line
+    assert re.fullmatch(f"train.py: error: .*{told}.*\n", Path("told.txt").read_text())
     assert same_state(checkpoint_of("run"), before)
     assert not Path("run/checkpoint.tmp").exists()
     go("--resume --out_dir run --steps 2")
@@ -2555,18 +2440,10 @@ def together(processes, function):
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def joined(rank):
-        job = dict(
-            RANK=rank,
-            LOCAL_RANK=rank,
-            WORLD_SIZE=processes,
-            LOCAL_WORLD_SIZE=processes,
-            MASTER_PORT=store.port,
-            MASTER_ADDR="127.0.0.1",
-            TORCHELASTIC_RUN_ID="test",
-            TORCHELASTIC_USE_AGENT_STORE=True,
-            TORCHELASTIC_RESTART_COUNT=0,
-        )
-        os.environ.update({key: str(value) for key, value in job.items()})
+        job = f"""RANK={rank} LOCAL_RANK={rank} WORLD_SIZE={processes} LOCAL_WORLD_SIZE={processes}
+            MASTER_ADDR=127.0.0.1 MASTER_PORT={store.port} TORCHELASTIC_RUN_ID=test
+            TORCHELASTIC_USE_AGENT_STORE=True TORCHELASTIC_RESTART_COUNT=0"""
+        os.environ.update(variable.split("=") for variable in job.split())
         return function(rank)
 
     return in_children(*(functools.partial(joined, rank) for rank in range(processes)))
@@ -2586,39 +2463,27 @@ def together(processes, function):
 def test_processes_make_the_step_of_one(flags, go, monkeypatch):
     """In float64, a step by two processes, and one by four from the two's checkpoint, give the losses,
     what the model promised, and the weights of one process from the same weights (that all have the same
-    bits the run itself sees to). How far rounding may grow in a step, the same step tells from weights
-    that are 1e-11 off: other orders of summation, some 1e-15 off, must stay below a hundred times that. A
-    sum that lacks a row is 1e-3 off. SOAP rotates only square sides here: of a longer one, rank-deficient
-    at first, it takes part of the basis from rounding."""
-    flags += " --batch_tokens 1024"
+    bits the run itself sees to). Other orders of summation are some 1e-14 off, a sum that lacks a row 1e-3,
+    one in float32 1e-7. SOAP rotates only square sides here: of a longer one, rank-deficient at first, it
+    takes part of the basis from rounding."""
     monkeypatch.setattr(SOAP, "__init__", functools.partialmethod(SOAP.__init__, max_precond_dim=8))
     monkeypatch.setattr(gn, "working_eps", lambda *_: 2.0**-23)  # a longer h, so that J v has less rounding
 
-    def run(n, step, out, source="", off=0.0):
+    def run(n, step, source):
+        out = f"{n}at{step}"
         if source:
             shutil.copytree(source, out)
-            checkpoint = checkpoint_of(out)
-            for t in checkpoint["model"].values():
-                t.mul_(1 + off * torch.randn_like(t).sign())
-            torch.save(checkpoint, f"{out}/checkpoint.pt")
-        start = "--resume --target_loss 0" if source else f"{SMALL} {flags}"
+        start = "--resume" if source else f"{SMALL} {flags} --batch_tokens 1120"
         command = f"{start} --steps {step} --out_dir {out}"
         assert not any(together(n, lambda rank: go(command)))
-        row = log_of(out)[1][-1]
+        row = log_of(out)[-1]
         weights = gn.flatten(checkpoint_of(out)["model"].values())
         return weights, torch.tensor([row["train_loss"], row["val_loss"], row["predicted"]])
 
     torch.set_default_dtype(torch.float64)
     try:
-        go(f"{SMALL} {flags} --target_loss 99 --out_dir start")
-        for step, n, source in ((1, 2, "start"), (2, 4, "2at1")):
-            want = run(1, step, f"one{step}", source)
-            off = run(1, step, f"off{step}", source, 1e-11)
-            got = run(n, step, f"{n}at{step}", source if step > 1 else "")
-            for a, b, c in zip(want, off, got):
-                tolerance = 100 * (a - b).norm()
-                assert tolerance < 1e-6 * a.norm()
-                assert (a - c).norm() < tolerance
+        for n, step, source in ((2, 1, None), (4, 2, "2at1")):
+            assert all(map(close, run(n, step, source), run(1, step, source)))
     finally:
         torch.set_default_dtype(torch.float32)
     assert log_of("2at1")[0]["device"].startswith("2 processes")
@@ -2649,12 +2514,10 @@ def test_processes_that_come_apart_stop(go, monkeypatch):
         assert together(2, lambda rank: run(rank, "--out_dir run --overwrite", fault)) == ends
         assert Path("told0.txt").read_text().startswith("train.py: error: process 0: ")
         assert checkpoint_of("run")["progress"]["step"] == 1
-        assert not Path("run/checkpoint.tmp").exists()
-    one_left = "--batch_tokens 400 --newton_steps 4 --curvature_frac 1"  # 25 sequences, 4 x 6 + 1
+    one_left = "--solver adamw --batch_tokens 400 --inner_tokens 64"  # 25 sequences, 6 x 4 + 1
     for n, few in ((3, "--batch_tokens 32"), (2, one_left)):
         assert together(n, lambda rank: run(rank, f"{few} --out_dir none")) == [2] * n
-        assert Path("told0.txt").read_text().count("\n") == 1
-        assert Path("told1.txt").read_text() == ""
+        assert "".join(Path(f"told{rank}.txt").read_text() for rank in range(n)).count("\n") == 1
         assert not Path("none").exists()
 
     def on_a_machine_each(rank):
@@ -2662,8 +2525,7 @@ def test_processes_that_come_apart_stop(go, monkeypatch):
         return run(rank, "--out_dir none --init_from missing")
 
     assert together(2, on_a_machine_each) == [2, 2]
-    assert "missing" in Path("told0.txt").read_text()
-    assert "missing" in Path("told1.txt").read_text()
+    assert all("missing" in Path(f"told{rank}.txt").read_text() for rank in (0, 1))
     go("--resume --out_dir run")
 
 
@@ -2677,9 +2539,8 @@ import train
 status = train.main({argv})
 print(status, *[name.read_text().strip() for name in train.Path("/proc/self/task").glob("*/comm")])"""
     job = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    ended, *threads = python("-c", script, TORCHELASTIC_RUN_ID="test", **job).stdout.splitlines()[-1].split()
-    assert int(ended) == status
-    assert not [name for name in threads if "gloo" in name]
+    last = python("-c", script, TORCHELASTIC_RUN_ID="test", **job).stdout.splitlines()[-1]
+    assert last.startswith(f"{status} ") and "gloo" not in last
 
 
 def test_kfac_refuses_processes_on_different_paths():
@@ -2704,8 +2565,8 @@ def test_nothing_is_left_of_a_step(flags, go, monkeypatch):
 
     def count(row, *args):
         gc.collect()
-        tensors = [o.numel() for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-        seen.append((len(tensors), sum(tensors), len(os.listdir("/dev/fd"))))
+        numbers = sum(o.numel() for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+        seen.append((numbers, len(os.listdir("/dev/fd"))))
         return step_line(row, *args)
 
     monkeypatch.setattr(train, "step_line", count)
@@ -2799,7 +2660,6 @@ def test_stdlib_is_source_without_tests(monkeypatch):
     files in sorted order, no tests, nothing installed; a Python without its source is said in one line."""
     stdlib = prepare("stdlib", cache_dir="cache")
     assert len(stdlib.train) > 5e6
-    assert stdlib.val.dtype == np.uint8
     assert not stdlib.val.flags.writeable
     monkeypatch.setattr(D, "VAL_FRACTION", 0.0)
     monkeypatch.setattr(D.sysconfig, "get_paths", lambda: {"stdlib": "lib"})
@@ -2887,17 +2747,16 @@ def test_unusable_sources_are_errors(monkeypatch):
     assert "a.xz cannot be read (import of lzma" in error_of(write("a.xz", "text"))
 
 
-@parametrize("n", [70, 400])
-def test_a_record_is_a_document(n):
+def test_a_record_is_a_document():
     """Its whole text, however few or long they are, goes where its hash says, odd characters included; blank
     lines, line ends and other fields change nothing, and an empty text is no document."""
-    texts = [f"{i}\nhas é, \x85, \ud800\n" + f"[{i}]" * (3 * i if i % 5 else 3000) for i in range(n)]
+    texts = [f"{i}\nhas é, \x85, \ud800\n" + f"[{i}]" * (3 * i if i % 5 else 3000) for i in range(70)]
     raw = '{"text": "日本 \u2028", "n": [1, {}]}'
     body = "\n \r\n" + raw + "\r\n" + jsonl(texts).replace("\n", "\r\n") + '{"text": ""}\n{"text": "end"}'
     d = prepare(write("t.json", body), cache_dir="cache", block_size=1)
     want = ["".join(text + "\n" for text in side) for side in split(["日本 \u2028", *texts, "end"])]
     assert text_of(d) == [side.replace("\ud800", "\ufffd") for side in want]
-    assert d.meta["documents"] == n + 2
+    assert d.meta["documents"] == 72
 
 
 def test_bad_record_is_named():
@@ -3027,8 +2886,7 @@ def test_downloads_come_once(web):
     for side, more in zip(one, c4(2)):
         assert side.splitlines() == [line for line in more.splitlines() if line.startswith(SHARDS[0])]
         assert more.count(SHARDS[1]) > 3
-    assert others == [one] * 2
-    assert c4(1) == one
+    assert [*others, c4(1)] == [one] * 3
     assert web.seen == SHARDS
     assert all("1024" in error_of("c4", shards=shards) for shards in (0, 1025))
 
@@ -3043,10 +2901,7 @@ def test_downloads_are_whole_or_not_there(tmp_path, web, monkeypatch, source, na
     body = web.files.pop(name)
     web.cut = 100
     found = hashlib.sha256(body).hexdigest()
-    message = error_of(source, tmp_path)
-    assert f"/{name} (" in message
-    assert "no route" in message
-    assert str(tmp_path / place) in message
+    assert re.search(rf"/{name} \(no route\): .* {tmp_path / place} ", error_of(source, tmp_path))
     web.files[name] = body
     assert f"100 of {len(body)} bytes" in error_of(source, tmp_path)
     (tmp_path / place).write_bytes(b"log in")
@@ -3061,10 +2916,10 @@ def test_downloads_are_whole_or_not_there(tmp_path, web, monkeypatch, source, na
 def test_batch_row_is_a_function_of_seed_stream_step_and_index():
     """Row i does not depend on batch_size; it does on seed, stream and step."""
     text = np.arange(1000, dtype=np.uint16)
-    rows = get_batch(text, 16, 64, seed=3, step=5)[0]
-    assert torch.equal(get_batch(text, 16, 7, 3, 5)[0], rows[:7])
-    for seed, step, stream in ((4, 5, 0), (3, 6, 0), (3, 5, 1)):
-        assert not torch.equal(get_batch(text, 16, 64, seed, step, stream)[0], rows)
+    keys = (3, 5, 0), (4, 5, 0), (3, 6, 0), (3, 5, 1)
+    rows, *others = (get_batch(text, 16, 64, *key)[0] for key in keys)
+    assert torch.equal(get_batch(text, 16, 7, *keys[0])[0], rows[:7])
+    assert not any(torch.equal(other, rows) for other in others)
 
 
 def test_batch_is_windows_of_the_text():
@@ -3072,8 +2927,6 @@ def test_batch_is_windows_of_the_text():
     text = np.arange(20, dtype=np.uint8)
     idx, targets = get_batch(text, 16, 400, seed=0, step=0)
     assert idx.dtype == targets.dtype == torch.int64
-    assert idx.is_contiguous()
-    assert targets.is_contiguous()
     assert torch.equal(idx, idx[:, :1] + torch.arange(16))
     assert torch.equal(targets, idx + 1)
     assert set(idx[:, 0].tolist()) == {0, 1, 2, 3}
@@ -3089,7 +2942,6 @@ def test_val_batch_is_spread_over_all_of_validation(n):
         starts = idx[:, 0]
         count = min(max(n_tokens // 16, 1), (n - 1) // 16)
         assert torch.equal(idx, starts[:, None] + torch.arange(16))
-        assert torch.equal(targets, idx + 1)
         ideal = torch.linspace(0, n - 17, count)
         assert len(idx) == count
         assert (starts - ideal).abs().max() < 1
@@ -3125,11 +2977,9 @@ def test_study_makes_what_is_missing_and_goes_on_where_it_was_killed(tmp_path):
     assert "2 lines, 0 runs" in study("records", "--only", "whole")[0].stdout
     [run] = (tmp_path / "out").glob("opt-adamw*seed-0")
     shutil.copyfile(run / "checkpoint.previous.pt", run / "checkpoint.pt")
-    rows = (run / "log.jsonl").read_text().splitlines(keepends=True)
-    (run / "log.jsonl").write_text("".join(rows[:-1]) + rows[-1][:20])
-    done, made_again = study("again", "--only", "whole")
+    os.truncate(run / "log.jsonl", os.path.getsize(run / "log.jsonl") - 99)
+    _, made_again = study("again", "--only", "whole")
     assert made_again[-1]["curve"] == made[-1]["curve"]
-    assert len((run / "log.jsonl").read_text().splitlines()) == len(rows)
 
 
 def test_tables_come_from_the_records():
@@ -3152,23 +3002,55 @@ def test_every_run_of_the_list_is_recorded_and_its_flags_are_known():
         assert all(args.kind in kinds for kinds in given.values())  # none that the run would not use
 
 
+LOG = """{"config": {"batch_tokens": 1000000}}
+{"step": 0, "tokens": 0, "grad_equivalents": 0, "seconds": 0, "val_loss": 3.0}
+{"step": 1, "tokens": 1e6, "grad_equivalents": 1, "seconds": 1, "val_loss": LOSS}
+{"step": 2, "val"""
+
+
 def test_plot_compares_runs_and_says_where_matplotlib_is_missing():
     """The last line of a log is cut off, as by a kill."""
-    for name, losses in (("a", [3.0, 2.0]), ("b", [3.0, 2.5])):
-        log = json.dumps({"config": {"batch_tokens": 1000000}}) + "\n"
-        for i, loss in enumerate(losses):
-            row = {"step": i, "tokens": 1e6 * i, "grad_equivalents": i, "seconds": i, "val_loss": loss}
-            log += json.dumps(row) + "\n"
-        write(f"{name}/log.jsonl", log + '{"step": 2, "val')
+    write("a/log.jsonl", LOG.replace("LOSS", "2.0"))
+    write("b/log.jsonl", LOG.replace("LOSS", "2.5"))
     write("matplotlib.py", "raise ImportError")
     done = python(HERE / "results/plot.py", "a", "b", cwd=".", PYTHONPATH=".")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    ends = ["1", "1.00", "1.00", "1"]
-    found = [line.split() for line in done.stdout.splitlines()[-2:]]
-    assert found == [["2.50", name, *ends] for name in "ab"]
+    found = [" ".join(line.split()) for line in done.stdout.splitlines()[-2:]]
+    assert found == ["2.50 a 1 1.00 1.00 1", "2.50 b 1 1.00 1.00 1"]
 
 
-def test_recipes_of_the_readme_apply():
-    for diff in re.findall(r"```diff\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL):
-        done = subprocess.run(["git", "apply", "--check", "--unidiff-zero"], cwd=HERE, input=diff, text=True)
-        assert done.returncode == 0, diff
+README = (HERE / "README.md").read_text()
+
+
+def test_what_the_readme_found_is_in_the_records():
+    """Every figure of that section is in results/README.md or in the tables, and the rows of its table are theirs."""
+    found = README[README.index("## What was found") : README.index("## The step")]
+    main, *others = [(HERE / "results" / name).read_text() for name in ("README.md", "tables.md")]
+    for method, *numbers in re.findall(r"^\| (.*?)(?: \(`.*`\))? \| ([\d.]+) \| ([\d.]+) \|$", found, re.M):
+        [row] = [line.split(" | ") for line in main.splitlines() if line.startswith(f"| {method} ")]
+        assert [row[1], row[4]] == numbers
+    figures = [set(re.findall(r"\d[\d,]*(?:\.\d+)?", text)) for text in (found, "".join([main, *others]))]
+    assert figures[0] <= figures[1]
+
+
+def test_the_defaults_are_as_the_readme_says():
+    """Steps, tokens and parameters of the default run, and the loss at the end of its record."""
+    args, _ = train.resolve([])
+    *_, last = map(json.loads, (HERE / "results/default_run/cg/log.jsonl").read_text().splitlines())
+    size = sum(p.numel() for p in GPT(GPTConfig(256, **PRESETS["tiny"])).parameters())
+    for told in (f"{args.steps} steps of {args.batch_tokens:,}", f"{size:,} parameters", f"{last['val_loss']:.2f}"):
+        assert told in README.replace("\n", " ")
+    assert last["step"] == args.steps
+
+
+def test_code_of_the_readme_runs():
+    """Martens' step, a loop, and a solver of one's own, whose steps lower the loss."""
+    model, (x, y) = gpt(), tokens(40)
+    names = {**vars(gn), "model": model, "x": x, "y": y, "params": list(model.parameters())}
+    names |= {"damping": 1.0, "batches": [(x, y)]}
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(code, names)
+    assert 0 < names["alpha"] <= 1 and names["rho"] > 0.5 and names["record"]["accepted"]
+    opt = GaussNewton(model, names["OneSystem"](model))
+    first, *_, last = [opt.step(x, y)["loss"] for _ in range(3)]
+    assert last < first

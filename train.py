@@ -277,12 +277,13 @@ def check_shares(args, rows, block_size, val_rows):
     shared = [rows, val_rows]
     if args.opt == "kfac":
         shared.append(rows * KFACOptimizer.CURVATURE_FRAC)
+    if args.kind == "cg":
+        shared.append(some(args.curvature_frac / args.newton_steps))
+    if args.kind == "inner":
+        piece = args.inner_tokens // block_size
+        shared += [piece, rows % piece or piece]
     if args.kind != "baseline":
-        piece, pieces = args.inner_tokens // block_size, rows
-        if args.kind == "cg":
-            piece, pieces = some(args.curvature_frac / args.newton_steps), args.newton_steps
-        rest = rows - piece * min(pieces, rows // piece)
-        shared += [piece, rest or piece, some(SEARCH_FRAC)]
+        shared.append(some(SEARCH_FRAC))
     share(range(math.ceil(min(shared))))
 
 
@@ -655,7 +656,7 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------------------
 # The log and checkpoints
 
-FORMAT = 7   # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
+FORMAT = 8   # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
 
 
 def lines_until(path, step):

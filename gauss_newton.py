@@ -84,8 +84,8 @@ class GaussNewton:
     solver         what minimises the local model; None: ConjugateGradients(model, **settings)
     parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
                    is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    one of LINE_SEARCHES, on the last search_frac of the batch's rows, unless step() is given
-                   others (in a large batch no Newton step has any of them, at the default share)
+    line_search    one of LINE_SEARCHES, on the last rows of the batch, a share SEARCH_FRAC of them, unless
+                   step() is given others (in a large batch no Newton step has any of them)
     micro_batch    rows worked on at a time; None: all at once
     progress       called as progress(what) or progress("cg", done, total) inside long steps
     """
@@ -96,22 +96,18 @@ class GaussNewton:
         solver=None,
         parts=None,
         line_search="armijo",
-        search_frac=SEARCH_FRAC,
         micro_batch=None,
         progress=None,
         **settings,
     ):
-        if not 0 < search_frac <= 1:
-            raise ValueError(f"search_frac must be in (0, 1], got {search_frac}")
         check_choice("line_search", line_search, LINE_SEARCHES)
         if solver and settings:
             raise TypeError(f"{', '.join(settings)}: the settings of a solver that is given are its own")
         self.model = model
-        self.params = trainable(model)
         self.solver = solver or ConjugateGradients(model, micro_batch=micro_batch, **settings)
+        self.params = self.solver.params
         self.parts = self._indices(parts or [self.params])
         self.line_search = line_search
-        self.search_frac = search_frac
         self.micro_batch = micro_batch
         self.progress = self.solver.progress = progress or no_progress
         self.rejections = 0  # in a row
@@ -133,7 +129,7 @@ class GaussNewton:
         targets, n = check_targets(idx, targets)
         idx, targets = counted_rows(idx, targets)
         theta = [p.detach().clone() for p in self.params]
-        rows = some_rows(len(idx), n, self.search_frac)
+        rows = some_rows(len(idx), n, SEARCH_FRAC)
         x, y = search or (idx[-rows:], targets[-rows:])
         accepted = False
         try:
@@ -190,22 +186,22 @@ class GaussNewton:
         return ""
 
     def _indices(self, parts):
-        index = {id(p): i for i, p in enumerate(self.params)}
-        parts = [[index.get(id(p), -1) for p in part] for part in parts]
-        if sorted(i for part in parts for i in part) != list(range(len(self.params))) or [] in parts:
-            raise ValueError("parts, none empty, must hold every trainable parameter exactly once")
+        index = {p: i for i, p in enumerate(self.params)}
+        parts = [[index.get(p, -1) for p in part] for part in parts]
+        if sorted(sum(parts, [])) != list(range(len(self.params))) or [] in parts:
+            raise ValueError(
+                "parts, none empty, must hold every parameter that the solver moves exactly once"
+            )
         return parts
 
     def _check_parameters(self):
         if any(p.is_inference() for p in self.params):
             raise ValueError("no step can change a model that was made inside torch.inference_mode")
-        now = [id(p) for p in trainable(self.model)]
-        for user in (self, self.solver):
-            if now != [id(p) for p in user.params]:
-                raise ValueError(
-                    f"this {type(user).__name__} was made for other trainable parameters than the model has "
-                    "(frozen or unfrozen since, or another model?): make a new one"
-                )
+        if list(map(id, self.params)) != list(map(id, trainable(self.model))):
+            raise ValueError(
+                f"this {type(self.solver).__name__} was made for other trainable parameters than the model "
+                "has (frozen or unfrozen since, or another model?): make a new one, and a new GaussNewton"
+            )
 
     def state_dict(self):
         """Everything that the next step depends on beside the parameters, in tensors and plain types."""

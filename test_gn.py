@@ -855,14 +855,15 @@ def test_kfac_of_odd_parameters():
 
 @parametrize("layerwise", [False, True])
 @parametrize("search", [None, tokens(3, seed=3)], ids=["rows", "other"])
-def test_step_is_the_dense_one(layerwise, search):
+def test_step_is_the_dense_one(layerwise, search, monkeypatch):
     """One Newton step of GN on the whole batch: d = −(G + λI)⁻¹ g, G whole or its parts' blocks. The last 8
     of 20 rows (40 %), or other data, decide α by their least loss; θ moves by αd, and the record and the next
     λ are their definitions, recomputed."""
     model, (idx, targets) = gpt(), tokens(20)
     damping = 0.01
     solver = ConjugateGradients(model, "gn", 1, 300, damping, "none", curvature_frac=1.0)
-    opt = GaussNewton(model, solver, scrambled(model) if layerwise else None, "grid", search_frac=0.4)
+    monkeypatch.setattr(gn, "SEARCH_FRAC", 0.4)
+    opt = GaussNewton(model, solver, scrambled(model) if layerwise else None, "grid")
     theta = theta_of(model)
     dense = Dense(model, idx, targets)
     record = opt.step(idx, targets, search)
@@ -912,7 +913,8 @@ def test_rejected_step_changes_no_parameter(name, change, reason, monkeypatch):
     forgotten, the reason recorded; and once it is over the next step is taken."""
     model = gpt()
     data = tokens(8)
-    opt = GaussNewton(model, newton_steps=1, search_frac=1.0, line_search="grid")
+    monkeypatch.setattr(gn, "SEARCH_FRAC", 1.0)
+    opt = GaussNewton(model, newton_steps=1, line_search="grid")
     opt.step(*data)
     before = named(model)
     damping = opt.solver.damping
@@ -978,7 +980,6 @@ def test_what_cannot_be_stepped_is_named():
         "local_model": "full",
         "line_search": "grit",
         "curvature_frac": 0,
-        "search_frac": 1.1,
         "damping": nan,
         "cg_iters": 0,
         "newton_steps": -1,
@@ -1898,14 +1899,15 @@ def test_batches_that_cannot_be_learned_from_are_named():
                 call(*batches.get(named, (x, y)))
 
 
-def test_rows_that_do_not_count_are_no_share_of_a_batch():
+def test_rows_that_do_not_count_are_no_share_of_a_batch(monkeypatch):
     """Rows without a target that counts, first and last: the step is that of the batch without them, although
     curvature, factors and line search are each on a share of the rows."""
     (idx, targets), thetas = tokens(12), []
+    monkeypatch.setattr(gn, "SEARCH_FRAC", 0.25)
     targets[:4] = targets[-3:] = -100
     for rows in (slice(None), slice(4, -3)):
         model = gpt()
-        opt = GaussNewton(model, curvature_frac=0.25, search_frac=0.25)
+        opt = GaussNewton(model, curvature_frac=0.25)
         assert opt.step(idx[rows], targets[rows])["accepted"]
         thetas.append(theta_of(model))
     assert torch.equal(*thetas)

@@ -313,7 +313,7 @@ def make_stepper(model, args, progress):
                              args.muon_scale, args.inner_damping, args.local_model, args.inner_schedule,
                              args.inner_warmup, args.steps, args.inner_reset, args.compile)
     parts = model.layers() if args.opt == "layerwise_gn" else None
-    return GaussNewton(model, solver, parts, args.line_search, SEARCH_FRAC, args.micro_batch, progress)
+    return GaussNewton(model, solver, parts, args.line_search, args.micro_batch, progress)
 
 
 class FirstOrder:

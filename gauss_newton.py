@@ -297,8 +297,7 @@ class ConjugateGradients:
         self.direction = None  # of the last outer step, at the length that was taken
 
     def solve(self, parts, idx, targets):
-        refuse_randomness(self.model, idx, targets)
-        refuse_single_derivatives(self.model, idx, targets)
+        check_model(self.model, idx, targets, twice=True)
         n = (targets != IGNORED).sum().item()
         self.progress("gradient")
         loss, grad = batch_grad(self.model, idx, targets, self.micro_batch)
@@ -492,8 +491,7 @@ class InnerSolver:
         self.forget()
 
     def solve(self, parts, idx, targets):
-        refuse_randomness(self.model, idx, targets)
-        refuse_other_derivatives(self.model, idx, targets)
+        check_model(self.model, idx, targets, twice=False)
         self.eps = working_eps(self.model, idx, targets)
         batches = pieces(idx, targets, self.rows)
         passes = max(self.passes, 3 - len(batches))  # the first inner step, where v is 0, has no slope
@@ -754,8 +752,7 @@ class GGN:
         self.work = 1.0
         self.loss = 0.0
         self.grad = 0.0
-        refuse_randomness(model, *self.data[0])
-        refuse_single_derivatives(model, *self.data[0])
+        check_model(model, *self.data[0], twice=True)
         rows = 0
         for x, y in self.data:
             piece = Piece(model, self.params, x, y, self.n)
@@ -1045,20 +1042,20 @@ def working_eps(model, x, y):
     return max([torch.finfo(t).eps for t in dtypes] + [products] * (torch.float32 in dtypes))
 
 
-def once(check):
-    """A check that is made once for a model and its modes (train or eval), on the first rows of a batch."""
-    passed = weakref.WeakKeyDictionary()
-
-    def checked(model, x, y):
-        modes = tuple(m.training for m in model.modules())
-        if passed.get(model) != modes:
-            check(model, x[:8], y[:8])
-            passed[model] = modes
-
-    return checked
+CHECKED = weakref.WeakKeyDictionary()  # a model: how it has been checked, and in which modes
 
 
-@once
+def check_model(model, x, y, twice):
+    """Raises ValueError for a model that cannot be worked with, seen on the first rows of a batch. Made once
+    for a model and its modes (train or eval); twice: see refuse_derivatives."""
+    done = CHECKED.setdefault(model, set())
+    modes = twice, *(m.training for m in model.modules())
+    if modes not in done:
+        refuse_randomness(model, x[:8], y[:8])
+        refuse_derivatives(model, x[:8], y[:8], twice)
+        done.add(modes)
+
+
 def refuse_randomness(model, x, y):
     """A derivative of a function that changes between calls means nothing: raises ValueError for a model that
     gives the same rows other logits when it is called again, or whose batch norm makes them depend on other
@@ -1096,74 +1093,66 @@ def trainable_names(model):
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-@contextmanager
-def derivatives_named(needs, advice):
-    """A derivative that torch does not have is a ValueError that says which, and what to do."""
+def refuse_derivatives(model, x, y, twice):
+    """Raises ValueError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter, where Jᵀ is the model's backward, c is
+    H ∂L/∂z, and v is Jᵀc, or a wave that meets all entries. J v is
+
+    twice        the derivative of that backward, as in GGN: refused are a model without one, and a hook that
+                 is not linear
+    not twice    a difference of logits, as in an InnerSolver: refused is a backward that is not the
+                 derivative of the forward. J v errs by √eps, and by eps / h of z
+    """
+    needs, advice = DERIVATIVES[twice]
+    params = trainable(model)
+    theta = [p.detach() for p in params]
+    where = ""
     try:
-        yield
+        if twice:
+            piece = Piece(model, params, x, y, 1.0)
+            z = piece.z
+            eps = 0.0
+        else:
+            eps = working_eps(model, x, y)
+            with torch.enable_grad():
+                z = logits(model, x)
+        z0 = z.detach()
+        n = per_token(y, 1.0)
+        probs = torch.softmax(z0, dim=-1)
+        c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, n), n)
+        gradient = derivative(z, params, c, retain_graph=twice)
+        own = {t.name() for t in graph_of(z) if isinstance(t, torch.autograd.function.BackwardCFunction)}
+        for i, (name, g) in enumerate(zip(trainable_names(model), gradient)):
+            where = f" in the derivative by {name}, among {', '.join(sorted(own)) or 'operations'} and hooks"
+            wave = torch.arange(g.numel()).to(g).cos().view_as(g)
+            for v in (g, wave) if g.any() else ():
+                if twice:
+                    Jv, h = piece.jvp(v.flatten(), [i]), 1.0
+                else:
+                    Jv, h = difference(model, x, z0, theta, {i: v}, [i], eps)
+                wanted = (g * v).sum()
+                scale = wanted.abs() + (g * v).norm() + (c * Jv).norm()
+                allowed = max(0.1, 10 * eps**0.5) * scale + 5 * eps / h * (c * z0).norm()
+                if ((c * Jv).sum() - wanted).abs() > allowed:
+                    raise RuntimeError(
+                        "a second derivative is missing, or the gradient is changed (by a straight-through "
+                        "estimator, a stopped gradient, a hook or a jump),"
+                    )
     except RuntimeError as e:
         if "nference" in str(e):
             advice = "make what the model keeps outside of torch.inference_mode"
-        raise ValueError(f"{needs}: {first_line(e)}; {advice}") from e
+        raise ValueError(f"{needs}: {first_line(e)}{where}; {advice}") from e
 
 
-@once
-def refuse_single_derivatives(model, x, y):
-    """ConjugateGradients take J from the gradient's derivative: raises ValueError for a model without one, or
-    with a hook that is not linear."""
-    with derivatives_named(
+DERIVATIVES = {  # by `twice`: what is needed, and what to do without it
+    True: (
         "GGN differentiates the model twice",
         "switch off what is in the way (activation checkpointing, compilation), or take an InnerSolver",
-    ):
-        params = trainable(model)
-        piece = Piece(model, params, x, y, 1.0)
-        check_transpose(model, params, piece.z, y, lambda i, v: (piece.jvp(v.flatten(), [i]), math.inf))
-
-
-@once
-def refuse_other_derivatives(model, x, y):
-    """An InnerSolver takes J v from a difference of logits: raises ValueError for a model without a gradient,
-    or whose backward is not the derivative of its forward."""
-    with derivatives_named(
+    ),
+    False: (
         "an InnerSolver needs a gradient that is the derivative of the model's forward",
         "replace what is named, or take ConjugateGradients",
-    ):
-        eps = working_eps(model, x, y)
-        theta = [p.detach() for p in trainable(model)]
-        leaves = [p.clone().requires_grad_() for p in theta]
-        with torch.enable_grad(), placed(model, leaves):
-            z = logits(model, x, y)
-        z0 = z.detach()
-        check_transpose(
-            model, leaves, z, y, lambda i, v: difference(model, x, z0, theta, {i: v}, [i], eps), eps
-        )
-
-
-def check_transpose(model, params, z, y, jvp, eps=0.0):
-    """Raises RuntimeError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter: J v, h = jvp(i, v), where J v errs by
-    √eps and by eps / h of z; Jᵀ by the backward of z; c = H ∂L/∂z; v = Jᵀc, or a wave that meets all
-    entries."""
-    probs = torch.softmax(z.detach(), dim=-1)
-    n = per_token(y, 1.0)
-    c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, n), n)
-    gradient = derivative(z, params, c, retain_graph=not eps)
-    own = {node.name() for node in graph_of(z) if isinstance(node, torch.autograd.function.BackwardCFunction)}
-    for i, (name, g) in enumerate(zip(trainable_names(model), gradient)):
-        where = f"in the derivative by {name}, among {', '.join(sorted(own)) or 'operations'} and hooks"
-        wave = torch.arange(g.numel()).to(g).cos().view_as(g)
-        for v in (g, wave) if g.any() else ():
-            try:
-                Jv, h = jvp(i, v)
-            except RuntimeError as e:
-                raise RuntimeError(f"{first_line(e)} {where}") from e
-            wanted = (g * v).sum()
-            scale = wanted.abs() + (g * v).norm() + (c * Jv).norm()
-            allowed = max(0.1, 10 * eps**0.5) * scale + 5 * eps / h * (c * z.detach()).norm()
-            if ((c * Jv).sum() - wanted).abs() > allowed:
-                raise RuntimeError(
-                    "a second derivative is missing, or the gradient is changed (by a straight-through "
-                    f"estimator, a stopped gradient, a hook or a jump), {where}"
-                )
+    ),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------

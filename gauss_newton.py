@@ -227,17 +227,16 @@ def no_progress(what, done=0, total=0):
 # Solvers
 
 
+@dataclass
 class Newton:
     """Where Newton's method stands that minimises one part's local model."""
 
-    def __init__(self, part, g, d, damping):
-        self.part = part  # indices of its parameters
-        self.g = g  # the whole batch's slope at d = 0
-        self.d = d
-        self.delta = torch.zeros_like(d)  # δ, the last Newton step: judged, then taken, by the next one
-        self.damping = damping  # λ
-        self.solves = []  # a CGResult for each Newton step
-        self.decrease = 0.0  # m(0) − m(d + δ)
+    part: list  # indices of its parameters
+    g: torch.Tensor  # the whole batch's slope at d = 0
+    d: torch.Tensor
+    damping: float  # λ
+    delta: torch.Tensor = None  # δ, the last Newton step: judged, then taken, by the next one
+    decrease: float = 0.0  # m(0) − m(d + δ)
 
 
 @dataclass(eq=False)
@@ -305,8 +304,9 @@ class ConjugateGradients:
         if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
-            self._precondition(idx, targets, n, record)
+            self._precondition(idx, targets, n, torch.ones_like(grad), record)
         states = [self._start(part, grad) for part in parts]
+        solves = []  # (iterations, reason) of each Newton step of each part
         rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps)
         steps = min(self.newton_steps, len(idx) // rows)
         if self.keep_rows is None:
@@ -316,21 +316,24 @@ class ConjugateGradients:
             self.progress("linearise", k, steps)
             ggn = GGN(self.model, x, y, self.micro_batch, self.keep_rows)
             for s in states:
-                self._newton_step(s, ggn, k * products, steps * products)
+                solves.append(self._newton_step(s, ggn, k * products, steps * products))
             record["products"] += ggn.products
             record["work"] += ggn.work * rows / len(idx)
             del ggn  # before the next one is made: the memory is one Newton step's
-        d = self.direction = join([s.d + s.delta for s in states], self.params, parts)
+        d = self.direction = torch.zeros_like(grad)  # of all parts together
+        views = unflatten(d, self.params)
+        for s in states:
+            own = [views[i] for i in s.part]
+            assign(own, unflatten(s.d + s.delta, own))
         self.damping = geometric_mean(s.damping for s in states)
-        solves = sum((s.solves for s in states), [])
-        reasons = {r.reason for r in solves}
-        bad = sorted(reasons & {"nonfinite", "indefinite"})
+        iterations, reasons = zip(*solves)
+        bad = sorted({"nonfinite", "indefinite"}.intersection(reasons))
         slope = grad.dot(d).item()
         record.update(
             damping=self.damping,
             cosine=-slope / (record["grad_norm"] * d.norm().item() + 1e-30),
-            cg_iterations=sum(r.iterations for r in solves),
-            cg_reason="+".join(bad or sorted(reasons)),
+            cg_iterations=sum(iterations),
+            cg_reason="+".join(bad or sorted(set(reasons))),
         )
         trouble = f"no descent direction ({bad[0]})" if bad else ""
         return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
@@ -357,9 +360,10 @@ class ConjugateGradients:
         return Newton(part, g, d, self.damping)
 
     def _newton_step(self, s, ggn, done, total):
-        """One Newton step of a part on rows of its own: they judge the last one, and make the next."""
+        """One Newton step of a part on rows of its own: they judge the last one, and make the next. Returns
+        how many iterations CG made, and its reason."""
         correction = s.g - select(ggn.grad, self.params, s.part)
-        if s.solves:
+        if s.delta is not None:
             slope = correction.dot(s.delta).item()
             t = ggn.best_length(s.d, s.delta, self.LENGTHS, slope, s.part, self.prox_linear)
             s.d = s.d + t * s.delta
@@ -372,20 +376,19 @@ class ConjugateGradients:
 
         precond = self._preconditioner(s.damping, s.part)
         found = cg(matvec, -(gradient + correction), precond, self.cg_iters)
-        s.solves.append(found)
         s.delta = found.x
         # m(0) − m(d + δ): what m is at d, and what the system promises, its damping left out
         damped = 0.5 * s.damping * s.delta.dot(self._damp(s.delta, s.part)).item()
         s.decrease = damped - found.values[-1] - change - correction.dot(s.d).item()
+        return found.iterations, found.reason
 
-    def _precondition(self, idx, targets, n, record):
+    def _precondition(self, idx, targets, n, ones, record):
         """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
         self.progress("kfac")
         rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
         signs = torch.Generator(device=idx.device).manual_seed(0)
         self.kfac.update(idx[:rows], targets[:rows], self.micro_batch, signs)
         self.kfac.decompose()
-        ones = flatten([torch.ones_like(p) for p in self.params])
         self.scale = self.kfac.apply(ones, lambda S: S.mean().expand_as(S)).mean().item() + 1e-30
         record["repaired"] = self.kfac.repaired or None
         record["work"] += 2 / 3 * rows / len(idx)  # a forward, and a backward for the activations alone
@@ -514,7 +517,7 @@ class InnerSolver:
                 slope += gv * (counts[k] / n_late)
             self._inner_step(parts, gradient, k, len(batches))
         self.outer += 1
-        loss, change, slope = float(loss), float(change), float(slope)
+        loss, change, slope = map(float, (loss, change, slope))
         trouble = "" if math.isfinite(loss + change + slope) else "loss or local model not finite"
         # A forward, a J v for each part, and their backward passes: by expand_once
         work = (1 + len(parts)) / 3 + sum(backward_work(self.params, part) for part in parts)
@@ -725,7 +728,8 @@ class GGN:
     idx, targets   inputs (B, ...) and int64 classes (B, ...), as the model takes them; logits are (B, ..., V)
     micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
     keep_rows      of so many rows (None: of all) pieces keep their graphs, so that a product repeats no
-                   forward; the others are linearised anew at each product, in memory that does not grow with the batch
+                   forward; the others are linearised anew at each product, in memory that does not grow with
+                   the batch
 
     loss           mean cross-entropy in nats per token, a float; targets of -100 are left out
     grad           its gradient (P,), parameters flattened in the order of model.parameters(), tied ones once
@@ -744,24 +748,22 @@ class GGN:
         targets, self.n = check_targets(idx, targets)
         self.model = model
         self.params = trainable(model)
-        self.rows = len(idx)
         self.data = pieces(*share(idx, targets), micro_batch)
         self.cache = []
-        self.offset = None
+        self.offset = None  # (d, part): where H is, if not at z
+        self.shifts = []  # J d of the kept pieces, where it is known already
         self.products = 0
-        self.work = 1.0
+        self.work = 0.0
         self.loss = 0.0
         self.grad = 0.0
         check_model(model, *self.data[0], twice=True)
         rows = 0
-        for x, y in self.data:
-            piece = Piece(model, self.params, x, y, self.n)
-            self.loss += cross_entropy_sum(piece.z.detach(), y).item() / self.n
+        for piece in self._pieces():
+            self.loss += cross_entropy_sum(piece.z.detach(), piece.y).item() / self.n
             self.grad += piece.grad()
-            rows += len(x)
+            rows += len(piece.y)
             if keep_rows is None or rows <= keep_rows:
                 self.cache.append(piece)
-            del piece
         self.loss, self.grad = reduce_number(self.loss), reduce(self.grad)[0]
 
     def matvec(self, v, part=None):
@@ -769,21 +771,19 @@ class GGN:
         parameters alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
         part = part or range(len(self.params))
         out = 0.0
-        for piece in self._pieces():
+        for piece in self._pieces(self.offset):
             HJv = cross_entropy_hvp(piece.probs, piece.jvp(v, part), piece.divisor)
             out += piece.vjp(HJv, part)
         self.products += 1
-        self.work += self._product_work(part)
+        self.work += 2 * backward_work(self.params, part)
         return reduce(out)[0]
 
-    def best_length(self, d, delta, lengths, extra_slope, part=None, prox_linear=False):
+    def best_length(self, d, delta, lengths, extra_slope, part, prox_linear):
         """The t of `lengths` with the least m(d + tδ) + t extra_slope, m the local model (see local_change);
         d and δ move the parameters in `part` alone."""
-        part = part or range(len(self.params))
-        self.offset = None
-        self.work += self._product_work(part)  # J d and J δ
+        self.work += 2 * backward_work(self.params, part)  # J d and J δ
         totals = [0.0] * len(lengths)  # of m
-        along = []
+        along = []  # of the pieces that are kept
         for piece in self._pieces():
             Jd = piece.jvp(d, part)
             Jdelta = piece.jvp(delta, part)
@@ -793,23 +793,19 @@ class GGN:
             if len(along) < len(self.cache):
                 along.append((Jd, Jdelta))
         _, t = min((reduce_number(m.item()) + t * extra_slope, t) for m, t in zip(totals, lengths))
-        for piece, (Jd, Jdelta) in zip(self.cache, along):
-            piece.shift = Jd + t * Jdelta
+        self.shifts = [Jd + t * Jdelta for Jd, Jdelta in along]
         return t
 
-    def move_to(self, d, part=None, prox_linear=False):
+    def move_to(self, d, part, prox_linear):
         """(m(d) − m(0), ∇m(d)), the gradient by the parameters in `part`, which alone d moves; after
         best_length d is the one that was best. From now on matvec's H is the one at z + J d, for GN at z; J
         stays."""
-        part = part or range(len(self.params))
-        self.offset = None
-        known = sum(piece.shift is not None for piece in self.cache) / len(self.data)
-        self.work += self._product_work(part) - known * backward_work(self.params, part)
+        known = len(self.shifts) / len(self.data)
+        self.work += (2 - known) * backward_work(self.params, part)
         change = 0.0
         gradient = 0.0
         for piece in self._pieces():
-            s = piece.jvp(d, part) if piece.shift is None else piece.shift
-            piece.shift = None
+            s = self.shifts.pop(0) if self.shifts else piece.jvp(d, part)
             m, w = local_change(piece.z.detach(), s, piece.y, self.n, prox_linear)
             piece.set_hessian_at(s if prox_linear else 0.0)
             change += m.item()
@@ -817,18 +813,16 @@ class GGN:
         self.offset = (d, part) if prox_linear else None
         return reduce_number(change), reduce(gradient)[0]
 
-    def _pieces(self):
-        """The linearised pieces: first those that were kept, then the others one by one."""
+    def _pieces(self, offset=None):
+        """The linearised pieces: first those that were kept, then the others, linearised one by one, and
+        moved by the offset."""
         yield from self.cache
         for x, y in self.data[len(self.cache) :]:
             piece = Piece(self.model, self.params, x, y, self.n)
-            if self.offset is not None:
-                piece.set_hessian_at(piece.jvp(*self.offset))
+            if offset:
+                piece.set_hessian_at(piece.jvp(*offset))
+            self.work += (5 / 3 if offset else 1) / len(self.data)
             yield piece
-
-    def _product_work(self, part):
-        again = 1 - len(self.cache) / len(self.data)  # that are linearised, and moved, once more
-        return 2 * backward_work(self.params, part) + again * (5 / 3 if self.offset else 1)
 
 
 class Piece:
@@ -842,7 +836,6 @@ class Piece:
         self.params = params
         self.y = y
         self.divisor = per_token(y, n)
-        self.shift = None  # J d, where it is known already
         with differentiable_attention(), torch.enable_grad():
             self.z = logits(model, x, y)
             self.probs = torch.softmax(self.z.detach(), dim=-1)
@@ -886,6 +879,7 @@ def graph_bytes(model, x, y):
     return sum(storages.values()) + 3 * piece.z.nbytes
 
 
+@torch.no_grad()
 def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
     """The local model of a micro-batch that is used once, at v, each of the parts with the others at rest.
     theta, v: lists of tensors; sums over tokens are divided by n; eps: see working_eps.
@@ -898,7 +892,6 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
 
     Returns [L(θ), m(v) − L(θ), gᵀv = ⟨u, J v⟩, *∇m(v)].
     """
-    theta = [p.detach() for p in theta]
     leaves = [p.detach().requires_grad_() for p in theta]
     with torch.enable_grad(), placed(model, leaves):
         z = logits(model, x)
@@ -944,8 +937,9 @@ def backward_work(params, part):
 
 def derivative(outputs, inputs, cotangents, retain_graph=True, create_graph=False):
     """torch.autograd.grad, where an input that plays no part has derivative 0."""
-    settings = dict(retain_graph=retain_graph, create_graph=create_graph, materialize_grads=True)
-    return torch.autograd.grad(outputs, inputs, cotangents, **settings)
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, retain_graph, create_graph, materialize_grads=True
+    )
 
 
 def local_change(z, s, y, n, prox_linear, differentiate=True):
@@ -989,31 +983,23 @@ def select(vector, like, part):
     return flatten([tensors[i] for i in part])
 
 
-def join(vectors, like, parts):
-    """The inverse of `select`: one vector per part, parts together all indices -> the vector over all
-    tensors."""
-    tensors = [None] * len(like)
-    for vector, part in zip(vectors, parts):
-        for i, t in zip(part, unflatten(vector, [like[i] for i in part])):
-            tensors[i] = t
-    return flatten(tensors)
-
-
 @contextmanager
 def placed(model, tensors):
     """While open, the model has other tensors in place of its trainable parameters; whatever happens, it gets
     back the very objects it had. (torch.func.functional_call leaves tensors behind where a module stands in
     several places.)
     """
-    new = {id(p): t for p, t in zip(trainable(model), tensors)}
-    places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if id(p) in new]
+    new = dict(zip(trainable(model), tensors))
+    places = [
+        (m._parameters, name, p) for m in model.modules() for name, p in m._parameters.items() if p in new
+    ]
     try:
-        for m, name, p in places:
-            m._parameters[name] = new[id(p)]
+        for held, name, p in places:
+            held[name] = new[p]
         yield
     finally:
-        for m, name, p in places:
-            m._parameters[name] = p
+        for held, name, p in places:
+            held[name] = p
         for m in model.modules():
             if isinstance(m, nn.RNNBase):  # keeps a second list of them
                 m._init_flat_weights()

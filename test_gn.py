@@ -164,7 +164,7 @@ def child(script):
 
 def expand(ggn, d, prox_linear=False):
     """(m(d) − m(0), ∇m(d)), where matvec is expanded from now on."""
-    return ggn.move_to(d, None, prox_linear)
+    return ggn.move_to(d, range(len(ggn.params)), prox_linear)
 
 
 class Dense:
@@ -1265,7 +1265,7 @@ def test_local_models_are_the_authors(released, numbers):
     parts = GaussNewton(model).parts + GaussNewton(model, parts=model.layers()).parts
     for part, prox in itertools.product(parts, (False, True)):
         d = gn.select(v, ggn.params, part)
-        _, change, gradient = ggn.expand_along(d, None, [0.0], 0.0, part, prox)
+        change, gradient = ggn.move_to(d, part, prox)
         found += [ggn.loss + change, gradient.norm()]
     assert np.allclose(found, np.fromstring(numbers, sep=" "), rtol=1e-11, atol=0)
 
@@ -1423,6 +1423,7 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
     dense = Dense(model, idx, targets)
     G = dense.G
     part = [6, 0, 3]
+    everything = range(len(ggn.params))
     at = gn.select(torch.arange(len(G)), ggn.params, part)
     assert isclose(ggn.loss, dense.loss) and close(ggn.grad, dense.g)
     for v in torch.randn(3, len(dense.g)).double():
@@ -1433,7 +1434,7 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
         assert isclose(change, want) and close(slope, g)
     ends = [dense.local(v - 2 * t * v, True)[0] for t in (0, 1)]
     for tilt in (0, ends[0] - ends[1] - 0.1, ends[0] - ends[1] + 0.1):
-        t = ggn.best_length(v, -2 * v, [0.0, 1.0], tilt, prox_linear=True)
+        t = ggn.best_length(v, -2 * v, [0.0, 1.0], tilt, everything, True)
         change, slope = expand(ggn, v - 2 * t * v, prox_linear=True)
         want, g, G = dense.local(v - 2 * t * v, True)
         assert t == (ends[1] + tilt < ends[0]) and isclose(change, want)
@@ -1470,7 +1471,7 @@ def test_work_and_products_are_counted():
         ggn.matvec(g)
         ggn.matvec(g[:28], [0])
         expand(ggn, g)
-        ggn.best_length(g, g, [0.0, 1.0], 0.0)
+        ggn.best_length(g, g, [0.0, 1.0], 0.0, range(len(ggn.params)), False)
         expand(ggn, g)
         expand(ggn, g, prox_linear=True)
         ggn.matvec(g)  # pieces that were not kept are moved to z + J d once more
@@ -1902,8 +1903,8 @@ def test_batches_that_cannot_be_learned_from_are_named():
 def test_rows_that_do_not_count_are_no_share_of_a_batch(monkeypatch):
     """Rows without a target that counts, first and last: the step is that of the batch without them, although
     curvature, factors and line search are each on a share of the rows."""
-    (idx, targets), thetas = tokens(12), []
     monkeypatch.setattr(gn, "SEARCH_FRAC", 0.25)
+    (idx, targets), thetas = tokens(12), []
     targets[:4] = targets[-3:] = -100
     for rows in (slice(None), slice(4, -3)):
         model = gpt()

@@ -795,7 +795,7 @@ class KFAC:
 def apply_to_one(V, function, sides):
     """function(K) V for one parameter, its sides [(eigenvalues, eigenvectors), ...]:
 
-        K = Q S Qᵀ,   function(K) V = Q_L [ function(S) ∘ (Q_Lᵀ V Q_R) ] Q_Rᵀ
+    K = Q S Qᵀ,   function(K) V = Q_L [ function(S) ∘ (Q_Lᵀ V Q_R) ] Q_Rᵀ
     """
     values, bases = zip(*sides)
     if len(sides) == 1:

@@ -25,6 +25,7 @@ Reuse. Prepared data is taken again if its meta.json has the fingerprint wanted 
 format, and path, size and mtime of every file) and tokens.bin has its full length. Otherwise it is made
 anew, in a temporary folder renamed at the end, by one process at a time.
 """
+
 import codecs
 import contextlib
 import hashlib
@@ -50,16 +51,16 @@ import torch
 
 try:
     import fcntl
-except ImportError:      # Windows
+except ImportError:  # Windows
     fcntl = None
 
-FORMAT = 4               # of the prepared folder; raise it whenever the same files would give other data
+FORMAT = 4  # of the prepared folder; raise it whenever the same files would give other data
 VAL_FRACTION = 0.05
-FEW_DOCUMENTS = 100      # if there are fewer text files, the unit of the split is a piece of one
-PIECE = (256, 4096)      # characters, least and most; in between 1 % of the text
-COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}      # and the module of Python's that reads it
-RECORDS = (".jsonl", ".json")               # have one document per line
-UNREADABLE = {           # what is not text, by the end of its name, in words that follow a count
+FEW_DOCUMENTS = 100  # if there are fewer text files, the unit of the split is a piece of one
+PIECE = (256, 4096)  # characters, least and most; in between 1 % of the text
+COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}  # and the module of Python's that reads it
+RECORDS = (".jsonl", ".json")  # have one document per line
+UNREADABLE = {  # what is not text, by the end of its name, in words that follow a count
     ".zst .zstd": "packed by zstd (unpack first: zstd -d)",
     ".zip .7z .rar .tar .tgz .tbz .tbz2 .txz .lz4 .lzma .lz .z .br": "packed (unpack first)",
     ".parquet .arrow .feather .orc .avro": "with tables (convert to .jsonl first, with pandas or datasets)",
@@ -68,8 +69,12 @@ UNREADABLE = {           # what is not text, by the end of its name, in words th
 }
 # What `prepare` and a run write, two files or more in a folder.
 OWN = "tokens.bin val.bin meta.json log.jsonl checkpoint.pt checkpoint.previous.pt checkpoint.tmp".split()
-BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
-                    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+BYTE_ORDER_MARKS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
 TOKENIZERS = ("bytes", "gpt2")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -85,11 +90,11 @@ class DataError(ValueError):
 
 @dataclass
 class Data:
-    train: np.memmap                # (train_tokens,) read-only, uint8 or uint16
-    val: np.memmap                  # (val_tokens,)
+    train: np.memmap  # (train_tokens,) read-only, uint8 or uint16
+    val: np.memmap  # (val_tokens,)
     vocab_size: int
     encoding: tiktoken.Encoding
-    meta: dict                      # meta.json: what the tokens were made from, and how many there are
+    meta: dict  # meta.json: what the tokens were made from, and how many there are
 
 
 def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress=None, shards=1):
@@ -103,21 +108,27 @@ def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress
     encoding = get_encoding(tokenizer)
     try:
         root, files = find_source(source, cache, progress, shards)
-        listing = [(str(path.relative_to(root)), s.st_size, s.st_mtime_ns)
-                   for path in files for s in [path.stat()]]
+        listing = [
+            (str(path.relative_to(root)), s.st_size, s.st_mtime_ns) for path in files for s in [path.stat()]
+        ]
         identity = json.dumps([FORMAT, tokenizer, str(root.resolve()), listing])
-        meta = {"source": source, "tokenizer": tokenizer, "format": FORMAT,
-                "python_version": platform.python_version(),
-                "fingerprint": hashlib.sha256(identity.encode()).hexdigest()}
+        meta = {
+            "source": source,
+            "tokenizer": tokenizer,
+            "format": FORMAT,
+            "python_version": platform.python_version(),
+            "fingerprint": hashlib.sha256(identity.encode()).hexdigest(),
+        }
         stem = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', Path(source).name)[:40] or 'text'}-{tokenizer}"
         folder = cache / f"{stem}-{meta['fingerprint'][:8]}"
         ready = read_meta(folder, meta)
         if ready is None:
             with locked(cache / f".{stem}.lock"):
-                for stale in cache.glob(f"{stem}-????????.tmp"):    # of a run that was killed
+                for stale in cache.glob(f"{stem}-????????.tmp"):  # of a run that was killed
                     shutil.rmtree(stale)
-                ready = read_meta(folder, meta) or build(folder, root, files, meta, encoding, block_size,
-                                                         progress)
+                ready = read_meta(folder, meta) or build(
+                    folder, root, files, meta, encoding, block_size, progress
+                )
         cut = find_cut(ready, block_size)
         tokens = np.memmap(folder / "tokens.bin", dtype=ready["dtype"], mode="r")
     except OSError as e:
@@ -141,11 +152,11 @@ def build(folder, root, files, meta, encoding, block_size, progress):
     left_out = defaultdict(list)
     for path in files:
         left_out[why_unreadable(path)].append(path)
-    files = left_out.pop("", [])                       # for no reason: they are read
+    files = left_out.pop("", [])  # for no reason: they are read
     # 2.4 is a guess, C4's ratio
     total = int(sum(path.stat().st_size * (2.4 if path.suffix in COMPRESSED else 1) for path in files))
     few = sum(kind_of(path) not in RECORDS for path in files) < FEW_DOCUMENTS
-    piece = min(max(total // 100, PIECE[0]), PIECE[1]) if few else -1       # -1 is the whole file
+    piece = min(max(total // 100, PIECE[0]), PIECE[1]) if few else -1  # -1 is the whole file
     dtype, content, n_documents, n_bytes = np.min_scalar_type(encoding.n_vocab - 1), hashlib.sha256(), 0, 0
     temp = folder.with_name(folder.name + ".tmp")
     try:
@@ -156,13 +167,13 @@ def build(folder, root, files, meta, encoding, block_size, progress):
                 for text in document:
                     raw = text.encode(errors="surrogatepass")
                     content.update(raw)
-                    hashed = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64     # in [0, 1)
+                    hashed = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64  # in [0, 1)
                     side = val if hashed < VAL_FRACTION else train
                     side.write(np.array(encoding.encode_ordinary(text), dtype).tobytes())
                     n_bytes += len(raw)
                     if n_bytes >> 20 > n_bytes - len(raw) >> 20:
                         progress(n_bytes, total)
-                if text:                               # what ends a document goes where its last unit went
+                if text:  # what ends a document goes where its last unit went
                     n_documents += 1
                     newline = [10] * (not text.endswith("\n"))
                     end = [encoding.eot_token] if meta["tokenizer"] == "gpt2" else newline
@@ -172,12 +183,19 @@ def build(folder, root, files, meta, encoding, block_size, progress):
             val.seek(0)
             shutil.copyfileobj(val, train)
         (temp / "val.bin").unlink()
-        meta = {**meta, "sha256": content.hexdigest(), "documents": n_documents, "bytes": n_bytes,
-                "dtype": dtype.name, "train_tokens": n_train, "val_tokens": n_val,
-                "left_out": in_words(root, left_out)}
-        find_cut(meta, block_size)                     # too short: say so before anything is kept
+        meta = {
+            **meta,
+            "sha256": content.hexdigest(),
+            "documents": n_documents,
+            "bytes": n_bytes,
+            "dtype": dtype.name,
+            "train_tokens": n_train,
+            "val_tokens": n_val,
+            "left_out": in_words(root, left_out),
+        }
+        find_cut(meta, block_size)  # too short: say so before anything is kept
         (temp / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)      # if it is there, it is damaged
+        shutil.rmtree(folder, ignore_errors=True)  # if it is there, it is damaged
         os.replace(temp, folder)
         return meta
     finally:
@@ -204,10 +222,11 @@ def records(path):
         for number, line in enumerate(f, 1):
             try:
                 if not line.isspace():
-                    yield ["" + json.loads(line)["text"]]       # "" + raises a TypeError unless it is one
+                    yield ["" + json.loads(line)["text"]]  # "" + raises a TypeError unless it is one
             except (ValueError, TypeError, KeyError, RecursionError):
-                raise DataError(f"{path}, line {number} is no JSON object with a string called "
-                                '"text"') from None
+                raise DataError(
+                    f'{path}, line {number} is no JSON object with a string called "text"'
+                ) from None
 
 
 @contextlib.contextmanager
@@ -224,8 +243,9 @@ def open_text(path):
             with io.TextIOWrapper(raw, encoding, "replace and count", newline="") as f:
                 yield f
     except (ImportError, OSError, EOFError, getattr(module, "LZMAError", zlib.error)) as e:
-        raise DataError(f"{path} cannot be read ({e}): if it is damaged, get it again; "
-                        "or unpack it first") from e
+        raise DataError(
+            f"{path} cannot be read ({e}): if it is damaged, get it again; or unpack it first"
+        ) from e
 
 
 def replace_bytes(error):
@@ -252,7 +272,7 @@ def why_unreadable(path):
             return why
     with open_text(path) as f:
         head = f.read(8192)
-    if "\0" in head or head.count("\ufffd") > len(head) / 10:     # French in Latin-1: 1/25
+    if "\0" in head or head.count("\ufffd") > len(head) / 10:  # French in Latin-1: 1/25
         return "binary or not UTF-8, with NUL or invalid bytes (convert text first, with iconv)"
     return ""
 
@@ -280,11 +300,15 @@ def find_cut(meta, block_size):
     need, total = block_size + 1, meta["train_tokens"] + meta["val_tokens"]
     note = meta["left_out"] and f"; left out: {meta['left_out']}"
     if not meta["documents"]:
-        raise DataError(f"{meta['source']!r} holds no text (besides hidden files, and those of runs and of "
-                        f"prepared data){note}")
+        raise DataError(
+            f"{meta['source']!r} holds no text (besides hidden files, and those of runs and of "
+            f"prepared data){note}"
+        )
     if total < 2 * need:
-        raise DataError(f"{meta['source']!r} is too short: block_size {block_size} needs {need} tokens for "
-                        f"training and {need} for validation, and there are {total} in all{note}")
+        raise DataError(
+            f"{meta['source']!r} is too short: block_size {block_size} needs {need} tokens for "
+            f"training and {need} for validation, and there are {total} in all{note}"
+        )
     return min(max(meta["train_tokens"], need), total - need)
 
 
@@ -296,8 +320,10 @@ def find_source(source, cache, progress, shards):
         files = find_files(root, skip) if root.is_dir() else []
         files = [path for path in files if re.fullmatch(r"(?!test_).*(?<!_test)\.py", path.name)]
         if not files:
-            raise DataError(f"no .py files of the Python standard library in {root}: use shakespeare or "
-                            "the path of a text")
+            raise DataError(
+                f"no .py files of the Python standard library in {root}: use shakespeare or "
+                "the path of a text"
+            )
         return root, files
     if source == "c4":
         return cache, fetch_c4(cache, shards, progress)
@@ -312,22 +338,24 @@ def find_source(source, cache, progress, shards):
         return path, find_files(path)
     if path.is_file():
         return path.parent, [path]
-    raise DataError(f"no data called {source!r}: use stdlib, shakespeare, c4 or the path of a text file or "
-                    "folder")
+    raise DataError(
+        f"no data called {source!r}: use stdlib, shakespeare, c4 or the path of a text file or folder"
+    )
 
 
 def find_files(root, skip=()):
     """What lies below root, sorted: files and, told apart later, what cannot be read. But nothing hidden, and
     no files that a run or `prepare` wrote. A folder that cannot be read is an error."""
+
     def fail(e):
         raise e
 
     found = []
     for folder, dirs, names in os.walk(root, onerror=fail):
-        if len(set(names).intersection(OWN)) > 1:               # one may be anybody's
+        if len(set(names).intersection(OWN)) > 1:  # one may be anybody's
             names = set(names).difference(OWN)
         dirs[:] = [d for d in dirs if not d.startswith(".") and d not in skip]
-        links = [d for d in dirs if Path(folder, d).is_symlink()]       # os.walk does not go into them
+        links = [d for d in dirs if Path(folder, d).is_symlink()]  # os.walk does not go into them
         found += [Path(folder, name) for name in [*names, *links] if not name.startswith(".")]
     return sorted(found, key=Path.as_posix)
 
@@ -347,7 +375,7 @@ def fetch(url, path, progress):
     temp = path.with_name(f".{path.name}.tmp")
     try:
         with locked(path.with_name(f".{path.name}.lock")):
-            if not path.exists():            # nor has another process made it while this one waited
+            if not path.exists():  # nor has another process made it while this one waited
                 download(url, temp, progress)
                 os.replace(temp, path)
             return path
@@ -358,7 +386,7 @@ def fetch(url, path, progress):
 
 def download(url, path, progress):
     with urllib.request.urlopen(url, timeout=20) as response, open(path, "wb") as f:
-        total = int(response.headers["Content-Length"] or 0)                # 0: the server does not say
+        total = int(response.headers["Content-Length"] or 0)  # 0: the server does not say
         while block := response.read(1 << 20):
             f.write(block)
             progress(f.tell(), total)
@@ -367,14 +395,14 @@ def download(url, path, progress):
 
 
 def get_encoding(name):
-    if name == "bytes":   # the pattern only keeps tiktoken quick: short pieces, and no merges to look for
+    if name == "bytes":  # the pattern only keeps tiktoken quick: short pieces, and no merges to look for
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks, special_tokens={})
     if name != "gpt2":
         raise DataError(f"no tokenizer called {name!r}: use one of {', '.join(TOKENIZERS)}")
     result = ["no answer in 60 s"]
 
-    def fetch():    # in a thread: tiktoken sets no timeout, and a silent firewall would keep it for minutes
+    def fetch():  # in a thread: tiktoken sets no timeout, and a silent firewall would keep it for minutes
         try:
             result[0] = tiktoken.get_encoding(name)
         except Exception as e:  # requests' errors, a wrong hash, a cache that cannot be written
@@ -384,9 +412,11 @@ def get_encoding(name):
     thread.start()
     thread.join(60)
     if isinstance(result[0], str):
-        raise DataError(f"cannot get the files of the gpt2 tokenizer ({result[0]}): set TIKTOKEN_CACHE_DIR "
-                        "to a folder that a run with network has filled, or use the bytes tokenizer, which "
-                        "needs none")
+        raise DataError(
+            f"cannot get the files of the gpt2 tokenizer ({result[0]}): set TIKTOKEN_CACHE_DIR "
+            "to a folder that a run with network has filled, or use the bytes tokenizer, which "
+            "needs none"
+        )
     return result[0]
 
 
@@ -415,5 +445,5 @@ def all_windows(tokens, block_size):
 
 
 def split_windows(rows):
-    rows = torch.from_numpy(rows.astype(np.int64))                                      # (B, T + 1)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()                          # (B, T) each
+    rows = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (B, T) each

@@ -84,8 +84,8 @@ class GaussNewton:
     solver         what minimises the local model; None: ConjugateGradients(model, **settings)
     parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
                    is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    one of LINE_SEARCHES, on the last search_frac of the batch's rows, unless step() is given
-                   others (in a large batch no Newton step has any of them, at the default share)
+    line_search    one of LINE_SEARCHES, on the last rows of the batch, a share SEARCH_FRAC of them, unless
+                   step() is given others (in a large batch no Newton step has any of them)
     micro_batch    rows worked on at a time; None: all at once
     progress       called as progress(what) or progress("cg", done, total) inside long steps
     """
@@ -96,22 +96,18 @@ class GaussNewton:
         solver=None,
         parts=None,
         line_search="armijo",
-        search_frac=SEARCH_FRAC,
         micro_batch=None,
         progress=None,
         **settings,
     ):
-        if not 0 < search_frac <= 1:
-            raise ValueError(f"search_frac must be in (0, 1], got {search_frac}")
         check_choice("line_search", line_search, LINE_SEARCHES)
         if solver and settings:
             raise TypeError(f"{', '.join(settings)}: the settings of a solver that is given are its own")
         self.model = model
-        self.params = trainable(model)
         self.solver = solver or ConjugateGradients(model, micro_batch=micro_batch, **settings)
+        self.params = self.solver.params
         self.parts = self._indices(parts or [self.params])
         self.line_search = line_search
-        self.search_frac = search_frac
         self.micro_batch = micro_batch
         self.progress = self.solver.progress = progress or no_progress
         self.rejections = 0  # in a row
@@ -133,7 +129,7 @@ class GaussNewton:
         targets, n = check_targets(idx, targets)
         idx, targets = counted_rows(idx, targets)
         theta = [p.detach().clone() for p in self.params]
-        rows = some_rows(len(idx), n, self.search_frac)
+        rows = some_rows(len(idx), n, SEARCH_FRAC)
         x, y = search or (idx[-rows:], targets[-rows:])
         accepted = False
         try:
@@ -190,22 +186,22 @@ class GaussNewton:
         return ""
 
     def _indices(self, parts):
-        index = {id(p): i for i, p in enumerate(self.params)}
-        parts = [[index.get(id(p), -1) for p in part] for part in parts]
-        if sorted(i for part in parts for i in part) != list(range(len(self.params))) or [] in parts:
-            raise ValueError("parts, none empty, must hold every trainable parameter exactly once")
+        index = {p: i for i, p in enumerate(self.params)}
+        parts = [[index.get(p, -1) for p in part] for part in parts]
+        if sorted(sum(parts, [])) != list(range(len(self.params))) or [] in parts:
+            raise ValueError(
+                "parts, none empty, must hold every parameter that the solver moves exactly once"
+            )
         return parts
 
     def _check_parameters(self):
         if any(p.is_inference() for p in self.params):
             raise ValueError("no step can change a model that was made inside torch.inference_mode")
-        now = [id(p) for p in trainable(self.model)]
-        for user in (self, self.solver):
-            if now != [id(p) for p in user.params]:
-                raise ValueError(
-                    f"this {type(user).__name__} was made for other trainable parameters than the model has "
-                    "(frozen or unfrozen since, or another model?): make a new one"
-                )
+        if list(map(id, self.params)) != list(map(id, trainable(self.model))):
+            raise ValueError(
+                f"this {type(self.solver).__name__} was made for other trainable parameters than the model "
+                "has (frozen or unfrozen since, or another model?): make a new one, and a new GaussNewton"
+            )
 
     def state_dict(self):
         """Everything that the next step depends on beside the parameters, in tensors and plain types."""
@@ -231,17 +227,16 @@ def no_progress(what, done=0, total=0):
 # Solvers
 
 
+@dataclass
 class Newton:
     """Where Newton's method stands that minimises one part's local model."""
 
-    def __init__(self, part, g, d, damping):
-        self.part = part  # indices of its parameters
-        self.g = g  # the whole batch's slope at d = 0
-        self.d = d
-        self.delta = torch.zeros_like(d)  # δ, the last Newton step: judged, then taken, by the next one
-        self.damping = damping  # λ
-        self.solves = []  # a CGResult for each Newton step
-        self.decrease = 0.0  # m(0) − m(d + δ)
+    part: list  # indices of its parameters
+    g: torch.Tensor  # the whole batch's slope at d = 0
+    d: torch.Tensor
+    damping: float  # λ
+    delta: torch.Tensor = None  # δ, the last Newton step: judged, then taken, by the next one
+    decrease: float = 0.0  # m(0) − m(d + δ)
 
 
 @dataclass(eq=False)
@@ -301,8 +296,7 @@ class ConjugateGradients:
         self.direction = None  # of the last outer step, at the length that was taken
 
     def solve(self, parts, idx, targets):
-        refuse_randomness(self.model, idx, targets)
-        refuse_single_derivatives(self.model, idx, targets)
+        check_model(self.model, idx, targets, twice=True)
         n = (targets != IGNORED).sum().item()
         self.progress("gradient")
         loss, grad = batch_grad(self.model, idx, targets, self.micro_batch)
@@ -310,8 +304,9 @@ class ConjugateGradients:
         if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
-            self._precondition(idx, targets, n, record)
+            self._precondition(idx, targets, n, torch.ones_like(grad), record)
         states = [self._start(part, grad) for part in parts]
+        solves = []  # (iterations, reason) of each Newton step of each part
         rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps)
         steps = min(self.newton_steps, len(idx) // rows)
         if self.keep_rows is None:
@@ -321,21 +316,24 @@ class ConjugateGradients:
             self.progress("linearise", k, steps)
             ggn = GGN(self.model, x, y, self.micro_batch, self.keep_rows)
             for s in states:
-                self._newton_step(s, ggn, k * products, steps * products)
+                solves.append(self._newton_step(s, ggn, k * products, steps * products))
             record["products"] += ggn.products
             record["work"] += ggn.work * rows / len(idx)
             del ggn  # before the next one is made: the memory is one Newton step's
-        d = self.direction = join([s.d + s.delta for s in states], self.params, parts)
+        d = self.direction = torch.zeros_like(grad)  # of all parts together
+        views = unflatten(d, self.params)
+        for s in states:
+            own = [views[i] for i in s.part]
+            assign(own, unflatten(s.d + s.delta, own))
         self.damping = geometric_mean(s.damping for s in states)
-        solves = sum((s.solves for s in states), [])
-        reasons = {r.reason for r in solves}
-        bad = sorted(reasons & {"nonfinite", "indefinite"})
+        iterations, reasons = zip(*solves)
+        bad = sorted({"nonfinite", "indefinite"}.intersection(reasons))
         slope = grad.dot(d).item()
         record.update(
             damping=self.damping,
             cosine=-slope / (record["grad_norm"] * d.norm().item() + 1e-30),
-            cg_iterations=sum(r.iterations for r in solves),
-            cg_reason="+".join(bad or sorted(reasons)),
+            cg_iterations=sum(iterations),
+            cg_reason="+".join(bad or sorted(set(reasons))),
         )
         trouble = f"no descent direction ({bad[0]})" if bad else ""
         return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
@@ -362,9 +360,10 @@ class ConjugateGradients:
         return Newton(part, g, d, self.damping)
 
     def _newton_step(self, s, ggn, done, total):
-        """One Newton step of a part on rows of its own: they judge the last one, and make the next."""
+        """One Newton step of a part on rows of its own: they judge the last one, and make the next. Returns
+        how many iterations CG made, and its reason."""
         correction = s.g - select(ggn.grad, self.params, s.part)
-        if s.solves:
+        if s.delta is not None:
             slope = correction.dot(s.delta).item()
             t = ggn.best_length(s.d, s.delta, self.LENGTHS, slope, s.part, self.prox_linear)
             s.d = s.d + t * s.delta
@@ -377,20 +376,19 @@ class ConjugateGradients:
 
         precond = self._preconditioner(s.damping, s.part)
         found = cg(matvec, -(gradient + correction), precond, self.cg_iters)
-        s.solves.append(found)
         s.delta = found.x
         # m(0) − m(d + δ): what m is at d, and what the system promises, its damping left out
         damped = 0.5 * s.damping * s.delta.dot(self._damp(s.delta, s.part)).item()
         s.decrease = damped - found.values[-1] - change - correction.dot(s.d).item()
+        return found.iterations, found.reason
 
-    def _precondition(self, idx, targets, n, record):
+    def _precondition(self, idx, targets, n, ones, record):
         """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
         self.progress("kfac")
         rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
         signs = torch.Generator(device=idx.device).manual_seed(0)
         self.kfac.update(idx[:rows], targets[:rows], self.micro_batch, signs)
         self.kfac.decompose()
-        ones = flatten([torch.ones_like(p) for p in self.params])
         self.scale = self.kfac.apply(ones, lambda S: S.mean().expand_as(S)).mean().item() + 1e-30
         record["repaired"] = self.kfac.repaired or None
         record["work"] += 2 / 3 * rows / len(idx)  # a forward, and a backward for the activations alone
@@ -496,8 +494,7 @@ class InnerSolver:
         self.forget()
 
     def solve(self, parts, idx, targets):
-        refuse_randomness(self.model, idx, targets)
-        refuse_other_derivatives(self.model, idx, targets)
+        check_model(self.model, idx, targets, twice=False)
         self.eps = working_eps(self.model, idx, targets)
         batches = pieces(idx, targets, self.rows)
         passes = max(self.passes, 3 - len(batches))  # the first inner step, where v is 0, has no slope
@@ -520,7 +517,7 @@ class InnerSolver:
                 slope += gv * (counts[k] / n_late)
             self._inner_step(parts, gradient, k, len(batches))
         self.outer += 1
-        loss, change, slope = float(loss), float(change), float(slope)
+        loss, change, slope = map(float, (loss, change, slope))
         trouble = "" if math.isfinite(loss + change + slope) else "loss or local model not finite"
         # A forward, a J v for each part, and their backward passes: by expand_once
         work = (1 + len(parts)) / 3 + sum(backward_work(self.params, part) for part in parts)
@@ -731,7 +728,8 @@ class GGN:
     idx, targets   inputs (B, ...) and int64 classes (B, ...), as the model takes them; logits are (B, ..., V)
     micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
     keep_rows      of so many rows (None: of all) pieces keep their graphs, so that a product repeats no
-                   forward; the others are linearised anew at each product, in memory that does not grow with the batch
+                   forward; the others are linearised anew at each product, in memory that does not grow with
+                   the batch
 
     loss           mean cross-entropy in nats per token, a float; targets of -100 are left out
     grad           its gradient (P,), parameters flattened in the order of model.parameters(), tied ones once
@@ -750,25 +748,22 @@ class GGN:
         targets, self.n = check_targets(idx, targets)
         self.model = model
         self.params = trainable(model)
-        self.rows = len(idx)
         self.data = pieces(*share(idx, targets), micro_batch)
         self.cache = []
-        self.offset = None
+        self.offset = None  # (d, part): where H is, if not at z
+        self.shifts = []  # J d of the kept pieces, where it is known already
         self.products = 0
-        self.work = 1.0
+        self.work = 0.0
         self.loss = 0.0
         self.grad = 0.0
-        refuse_randomness(model, *self.data[0])
-        refuse_single_derivatives(model, *self.data[0])
+        check_model(model, *self.data[0], twice=True)
         rows = 0
-        for x, y in self.data:
-            piece = Piece(model, self.params, x, y, self.n)
-            self.loss += cross_entropy_sum(piece.z.detach(), y).item() / self.n
+        for piece in self._pieces():
+            self.loss += cross_entropy_sum(piece.z.detach(), piece.y).item() / self.n
             self.grad += piece.grad()
-            rows += len(x)
+            rows += len(piece.y)
             if keep_rows is None or rows <= keep_rows:
                 self.cache.append(piece)
-            del piece
         self.loss, self.grad = reduce_number(self.loss), reduce(self.grad)[0]
 
     def matvec(self, v, part=None):
@@ -776,21 +771,19 @@ class GGN:
         parameters alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
         part = part or range(len(self.params))
         out = 0.0
-        for piece in self._pieces():
+        for piece in self._pieces(self.offset):
             HJv = cross_entropy_hvp(piece.probs, piece.jvp(v, part), piece.divisor)
             out += piece.vjp(HJv, part)
         self.products += 1
-        self.work += self._product_work(part)
+        self.work += 2 * backward_work(self.params, part)
         return reduce(out)[0]
 
-    def best_length(self, d, delta, lengths, extra_slope, part=None, prox_linear=False):
+    def best_length(self, d, delta, lengths, extra_slope, part, prox_linear):
         """The t of `lengths` with the least m(d + tδ) + t extra_slope, m the local model (see local_change);
         d and δ move the parameters in `part` alone."""
-        part = part or range(len(self.params))
-        self.offset = None
-        self.work += self._product_work(part)  # J d and J δ
+        self.work += 2 * backward_work(self.params, part)  # J d and J δ
         totals = [0.0] * len(lengths)  # of m
-        along = []
+        along = []  # of the pieces that are kept
         for piece in self._pieces():
             Jd = piece.jvp(d, part)
             Jdelta = piece.jvp(delta, part)
@@ -800,23 +793,19 @@ class GGN:
             if len(along) < len(self.cache):
                 along.append((Jd, Jdelta))
         _, t = min((reduce_number(m.item()) + t * extra_slope, t) for m, t in zip(totals, lengths))
-        for piece, (Jd, Jdelta) in zip(self.cache, along):
-            piece.shift = Jd + t * Jdelta
+        self.shifts = [Jd + t * Jdelta for Jd, Jdelta in along]
         return t
 
-    def move_to(self, d, part=None, prox_linear=False):
+    def move_to(self, d, part, prox_linear):
         """(m(d) − m(0), ∇m(d)), the gradient by the parameters in `part`, which alone d moves; after
         best_length d is the one that was best. From now on matvec's H is the one at z + J d, for GN at z; J
         stays."""
-        part = part or range(len(self.params))
-        self.offset = None
-        known = sum(piece.shift is not None for piece in self.cache) / len(self.data)
-        self.work += self._product_work(part) - known * backward_work(self.params, part)
+        known = len(self.shifts) / len(self.data)
+        self.work += (2 - known) * backward_work(self.params, part)
         change = 0.0
         gradient = 0.0
         for piece in self._pieces():
-            s = piece.jvp(d, part) if piece.shift is None else piece.shift
-            piece.shift = None
+            s = self.shifts.pop(0) if self.shifts else piece.jvp(d, part)
             m, w = local_change(piece.z.detach(), s, piece.y, self.n, prox_linear)
             piece.set_hessian_at(s if prox_linear else 0.0)
             change += m.item()
@@ -824,18 +813,16 @@ class GGN:
         self.offset = (d, part) if prox_linear else None
         return reduce_number(change), reduce(gradient)[0]
 
-    def _pieces(self):
-        """The linearised pieces: first those that were kept, then the others one by one."""
+    def _pieces(self, offset=None):
+        """The linearised pieces: first those that were kept, then the others, linearised one by one, and
+        moved by the offset."""
         yield from self.cache
         for x, y in self.data[len(self.cache) :]:
             piece = Piece(self.model, self.params, x, y, self.n)
-            if self.offset is not None:
-                piece.set_hessian_at(piece.jvp(*self.offset))
+            if offset:
+                piece.set_hessian_at(piece.jvp(*offset))
+            self.work += (5 / 3 if offset else 1) / len(self.data)
             yield piece
-
-    def _product_work(self, part):
-        again = 1 - len(self.cache) / len(self.data)  # that are linearised, and moved, once more
-        return 2 * backward_work(self.params, part) + again * (5 / 3 if self.offset else 1)
 
 
 class Piece:
@@ -849,7 +836,6 @@ class Piece:
         self.params = params
         self.y = y
         self.divisor = per_token(y, n)
-        self.shift = None  # J d, where it is known already
         with differentiable_attention(), torch.enable_grad():
             self.z = logits(model, x, y)
             self.probs = torch.softmax(self.z.detach(), dim=-1)
@@ -893,6 +879,7 @@ def graph_bytes(model, x, y):
     return sum(storages.values()) + 3 * piece.z.nbytes
 
 
+@torch.no_grad()
 def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
     """The local model of a micro-batch that is used once, at v, each of the parts with the others at rest.
     theta, v: lists of tensors; sums over tokens are divided by n; eps: see working_eps.
@@ -905,7 +892,6 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
 
     Returns [L(θ), m(v) − L(θ), gᵀv = ⟨u, J v⟩, *∇m(v)].
     """
-    theta = [p.detach() for p in theta]
     leaves = [p.detach().requires_grad_() for p in theta]
     with torch.enable_grad(), placed(model, leaves):
         z = logits(model, x)
@@ -951,8 +937,9 @@ def backward_work(params, part):
 
 def derivative(outputs, inputs, cotangents, retain_graph=True, create_graph=False):
     """torch.autograd.grad, where an input that plays no part has derivative 0."""
-    settings = dict(retain_graph=retain_graph, create_graph=create_graph, materialize_grads=True)
-    return torch.autograd.grad(outputs, inputs, cotangents, **settings)
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, retain_graph, create_graph, materialize_grads=True
+    )
 
 
 def local_change(z, s, y, n, prox_linear, differentiate=True):
@@ -996,31 +983,23 @@ def select(vector, like, part):
     return flatten([tensors[i] for i in part])
 
 
-def join(vectors, like, parts):
-    """The inverse of `select`: one vector per part, parts together all indices -> the vector over all
-    tensors."""
-    tensors = [None] * len(like)
-    for vector, part in zip(vectors, parts):
-        for i, t in zip(part, unflatten(vector, [like[i] for i in part])):
-            tensors[i] = t
-    return flatten(tensors)
-
-
 @contextmanager
 def placed(model, tensors):
     """While open, the model has other tensors in place of its trainable parameters; whatever happens, it gets
     back the very objects it had. (torch.func.functional_call leaves tensors behind where a module stands in
     several places.)
     """
-    new = {id(p): t for p, t in zip(trainable(model), tensors)}
-    places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if id(p) in new]
+    new = dict(zip(trainable(model), tensors))
+    places = [
+        (m._parameters, name, p) for m in model.modules() for name, p in m._parameters.items() if p in new
+    ]
     try:
-        for m, name, p in places:
-            m._parameters[name] = new[id(p)]
+        for held, name, p in places:
+            held[name] = new[p]
         yield
     finally:
-        for m, name, p in places:
-            m._parameters[name] = p
+        for held, name, p in places:
+            held[name] = p
         for m in model.modules():
             if isinstance(m, nn.RNNBase):  # keeps a second list of them
                 m._init_flat_weights()
@@ -1049,20 +1028,20 @@ def working_eps(model, x, y):
     return max([torch.finfo(t).eps for t in dtypes] + [products] * (torch.float32 in dtypes))
 
 
-def once(check):
-    """A check that is made once for a model and its modes (train or eval), on the first rows of a batch."""
-    passed = weakref.WeakKeyDictionary()
-
-    def checked(model, x, y):
-        modes = tuple(m.training for m in model.modules())
-        if passed.get(model) != modes:
-            check(model, x[:8], y[:8])
-            passed[model] = modes
-
-    return checked
+CHECKED = weakref.WeakKeyDictionary()  # a model: how it has been checked, and in which modes
 
 
-@once
+def check_model(model, x, y, twice):
+    """Raises ValueError for a model that cannot be worked with, seen on the first rows of a batch. Made once
+    for a model and its modes (train or eval); twice: see refuse_derivatives."""
+    done = CHECKED.setdefault(model, set())
+    modes = twice, *(m.training for m in model.modules())
+    if modes not in done:
+        refuse_randomness(model, x[:8], y[:8])
+        refuse_derivatives(model, x[:8], y[:8], twice)
+        done.add(modes)
+
+
 def refuse_randomness(model, x, y):
     """A derivative of a function that changes between calls means nothing: raises ValueError for a model that
     gives the same rows other logits when it is called again, or whose batch norm makes them depend on other
@@ -1100,74 +1079,66 @@ def trainable_names(model):
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-@contextmanager
-def derivatives_named(needs, advice):
-    """A derivative that torch does not have is a ValueError that says which, and what to do."""
+def refuse_derivatives(model, x, y, twice):
+    """Raises ValueError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter, where Jᵀ is the model's backward, c is
+    H ∂L/∂z, and v is Jᵀc, or a wave that meets all entries. J v is
+
+    twice        the derivative of that backward, as in GGN: refused are a model without one, and a hook that
+                 is not linear
+    not twice    a difference of logits, as in an InnerSolver: refused is a backward that is not the
+                 derivative of the forward. J v errs by √eps, and by eps / h of z
+    """
+    needs, advice = DERIVATIVES[twice]
+    params = trainable(model)
+    theta = [p.detach() for p in params]
+    where = ""
     try:
-        yield
+        if twice:
+            piece = Piece(model, params, x, y, 1.0)
+            z = piece.z
+            eps = 0.0
+        else:
+            eps = working_eps(model, x, y)
+            with torch.enable_grad():
+                z = logits(model, x)
+        z0 = z.detach()
+        n = per_token(y, 1.0)
+        probs = torch.softmax(z0, dim=-1)
+        c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, n), n)
+        gradient = derivative(z, params, c, retain_graph=twice)
+        own = {t.name() for t in graph_of(z) if isinstance(t, torch.autograd.function.BackwardCFunction)}
+        for i, (name, g) in enumerate(zip(trainable_names(model), gradient)):
+            where = f" in the derivative by {name}, among {', '.join(sorted(own)) or 'operations'} and hooks"
+            wave = torch.arange(g.numel()).to(g).cos().view_as(g)
+            for v in (g, wave) if g.any() else ():
+                if twice:
+                    Jv, h = piece.jvp(v.flatten(), [i]), 1.0
+                else:
+                    Jv, h = difference(model, x, z0, theta, {i: v}, [i], eps)
+                wanted = (g * v).sum()
+                scale = wanted.abs() + (g * v).norm() + (c * Jv).norm()
+                allowed = max(0.1, 10 * eps**0.5) * scale + 5 * eps / h * (c * z0).norm()
+                if ((c * Jv).sum() - wanted).abs() > allowed:
+                    raise RuntimeError(
+                        "a second derivative is missing, or the gradient is changed (by a straight-through "
+                        "estimator, a stopped gradient, a hook or a jump),"
+                    )
     except RuntimeError as e:
         if "nference" in str(e):
             advice = "make what the model keeps outside of torch.inference_mode"
-        raise ValueError(f"{needs}: {first_line(e)}; {advice}") from e
+        raise ValueError(f"{needs}: {first_line(e)}{where}; {advice}") from e
 
 
-@once
-def refuse_single_derivatives(model, x, y):
-    """ConjugateGradients take J from the gradient's derivative: raises ValueError for a model without one, or
-    with a hook that is not linear."""
-    with derivatives_named(
+DERIVATIVES = {  # by `twice`: what is needed, and what to do without it
+    True: (
         "GGN differentiates the model twice",
         "switch off what is in the way (activation checkpointing, compilation), or take an InnerSolver",
-    ):
-        params = trainable(model)
-        piece = Piece(model, params, x, y, 1.0)
-        check_transpose(model, params, piece.z, y, lambda i, v: (piece.jvp(v.flatten(), [i]), math.inf))
-
-
-@once
-def refuse_other_derivatives(model, x, y):
-    """An InnerSolver takes J v from a difference of logits: raises ValueError for a model without a gradient,
-    or whose backward is not the derivative of its forward."""
-    with derivatives_named(
+    ),
+    False: (
         "an InnerSolver needs a gradient that is the derivative of the model's forward",
         "replace what is named, or take ConjugateGradients",
-    ):
-        eps = working_eps(model, x, y)
-        theta = [p.detach() for p in trainable(model)]
-        leaves = [p.clone().requires_grad_() for p in theta]
-        with torch.enable_grad(), placed(model, leaves):
-            z = logits(model, x, y)
-        z0 = z.detach()
-        check_transpose(
-            model, leaves, z, y, lambda i, v: difference(model, x, z0, theta, {i: v}, [i], eps), eps
-        )
-
-
-def check_transpose(model, params, z, y, jvp, eps=0.0):
-    """Raises RuntimeError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter: J v, h = jvp(i, v), where J v errs by
-    √eps and by eps / h of z; Jᵀ by the backward of z; c = H ∂L/∂z; v = Jᵀc, or a wave that meets all
-    entries."""
-    probs = torch.softmax(z.detach(), dim=-1)
-    n = per_token(y, 1.0)
-    c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, n), n)
-    gradient = derivative(z, params, c, retain_graph=not eps)
-    own = {node.name() for node in graph_of(z) if isinstance(node, torch.autograd.function.BackwardCFunction)}
-    for i, (name, g) in enumerate(zip(trainable_names(model), gradient)):
-        where = f"in the derivative by {name}, among {', '.join(sorted(own)) or 'operations'} and hooks"
-        wave = torch.arange(g.numel()).to(g).cos().view_as(g)
-        for v in (g, wave) if g.any() else ():
-            try:
-                Jv, h = jvp(i, v)
-            except RuntimeError as e:
-                raise RuntimeError(f"{first_line(e)} {where}") from e
-            wanted = (g * v).sum()
-            scale = wanted.abs() + (g * v).norm() + (c * Jv).norm()
-            allowed = max(0.1, 10 * eps**0.5) * scale + 5 * eps / h * (c * z.detach()).norm()
-            if ((c * Jv).sum() - wanted).abs() > allowed:
-                raise RuntimeError(
-                    "a second derivative is missing, or the gradient is changed (by a straight-through "
-                    f"estimator, a stopped gradient, a hook or a jump), {where}"
-                )
+    ),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def child(script):
 
 def expand(ggn, d, prox_linear=False, part=None):
     """(m(d) − m(0), ∇m(d)), where matvec is expanded from now on."""
-    return ggn.move_to(d, part, prox_linear)
+    return ggn.move_to(d, part or range(len(ggn.params)), prox_linear)
 
 
 class Dense:
@@ -814,13 +814,14 @@ def test_kfac_of_odd_parameters():
 
 @parametrize("layerwise", [False, True])
 @parametrize("search", [None, tokens(3, seed=3)], ids=["rows", "other"])
-def test_a_step_is_its_solvers_along_its_search(layerwise, search):
+def test_a_step_is_its_solvers_along_its_search(layerwise, search, monkeypatch):
     """The solver is given the parts, and of the batch the 20 rows that have targets (that it gives
     −(G + λI)⁻¹ g is shown below). The last 8 of them (40 %), or other data, decide α by their least loss;
     θ moves by αd, and the record and the next λ are their definitions, recomputed."""
     model, (idx, targets) = gpt(), tokens(20)
     solver = ConjugateGradients(model, "gn", 1, 300, 0.01, "none", curvature_frac=1.0)
-    opt = GaussNewton(model, solver, scrambled(model) if layerwise else None, "grid", search_frac=0.4)
+    monkeypatch.setattr(gn, "SEARCH_FRAC", 0.4)
+    opt = GaussNewton(model, solver, scrambled(model) if layerwise else None, "grid")
     theta = theta_of(model)
     dense = Dense(model, idx, targets)
     d = copy.deepcopy(solver).solve(opt.parts, idx, targets).direction
@@ -863,7 +864,8 @@ def test_rejected_step_changes_no_parameter(name, change, reason, monkeypatch):
     forgotten, the reason recorded; and once it is over the next step is taken."""
     model = gpt()
     data = tokens(8)
-    opt = GaussNewton(model, newton_steps=1, search_frac=1.0, line_search="grid")
+    monkeypatch.setattr(gn, "SEARCH_FRAC", 1.0)
+    opt = GaussNewton(model, newton_steps=1, line_search="grid")
     opt.step(*data)
     before = named(model)
     damping = opt.solver.damping
@@ -927,7 +929,6 @@ def test_what_cannot_be_stepped_is_named():
         "local_model": "full",
         "line_search": "grit",
         "curvature_frac": 0,
-        "search_frac": 1.1,
         "damping": nan,
         "cg_iters": 0,
         "newton_steps": -1,
@@ -1361,6 +1362,7 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
     dense = Dense(model, idx, targets)
     G = dense.G
     part = [6, 0, 3]
+    everything = range(len(ggn.params))
     at = gn.select(torch.arange(len(G)), ggn.params, part)
     assert isclose(ggn.loss, dense.loss) and close(ggn.grad, dense.g)
     for v in torch.randn(3, len(dense.g)).double():
@@ -1371,7 +1373,7 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
         assert isclose(change, want) and close(slope, g)
     ends = [dense.local(v - 2 * t * v, True)[0] for t in (0, 1)]
     for tilt in (0, ends[0] - ends[1] - 0.1, ends[0] - ends[1] + 0.1):
-        t = ggn.best_length(v, -2 * v, [0.0, 1.0], tilt, prox_linear=True)
+        t = ggn.best_length(v, -2 * v, [0.0, 1.0], tilt, everything, True)
         change, slope = expand(ggn, v - 2 * t * v, prox_linear=True)
         want, g, G = dense.local(v - 2 * t * v, True)
         assert t == (ends[1] + tilt < ends[0]) and isclose(change, want)
@@ -1408,7 +1410,7 @@ def test_work_and_products_are_counted():
         ggn.matvec(g)
         ggn.matvec(g[:28], [0])
         expand(ggn, g)
-        ggn.best_length(g, g, [0.0, 1.0], 0.0)
+        ggn.best_length(g, g, [0.0, 1.0], 0.0, range(len(ggn.params)), False)
         expand(ggn, g)
         expand(ggn, g, prox_linear=True)
         ggn.matvec(g)  # pieces that were not kept are moved to z + J d once more
@@ -1501,7 +1503,9 @@ from model import GPT, GPTConfig, PRESETS
 def kilobytes(name):                                    # ru_maxrss begins at the parent's
     return int(next(line.split()[1] for line in open('/proc/self/status') if line.startswith(name)))
 """
-GROWTH = MEMORY + """
+GROWTH = (
+    MEMORY
+    + """
 class Model(GPT):                                   # with a parameter of 1 MB that has no Kronecker factors
     def __init__(self):
         super().__init__(GPTConfig(vocab_size=64, n_layer=1, n_head=2, n_embd=32))
@@ -1516,7 +1520,10 @@ for rows, kept in ((16, 0), (128, 0), (128, None)):
     ggn.matvec(ggn.grad)
     print(kilobytes('VmHWM'))
 """
-LEFT = MEMORY + """
+)
+LEFT = (
+    MEMORY
+    + """
 model, (x, y) = GPT(GPTConfig(vocab_size=256, **PRESETS["tiny"])), torch.randint(0, 256, (2, 16, 64))
 for i in range(12):
     ggn = GGN(model, x, y, micro_batch=8)
@@ -1524,19 +1531,26 @@ for i in range(12):
     if i in (1, 11):
         print(kilobytes('VmRSS'))
 """
-KEPT = MEMORY + """
+)
+KEPT = (
+    MEMORY
+    + """
 wide = torch.nn.Sequential(torch.nn.Linear(999, 1000), torch.nn.Tanh(), torch.nn.Linear(1000, 4))
 for rows in (4, 64):
     ggn = GGN(wide, torch.randn(rows, 999), torch.arange(rows) % 4, micro_batch=1)
     print(kilobytes('VmRSS'), len(ggn.cache))
 """
-VOCABULARY = MEMORY + """
+)
+VOCABULARY = (
+    MEMORY
+    + """
 model = GPT(GPTConfig(vocab_size=50257, block_size=256, n_layer=1, n_head=2, n_embd=32))
 data = torch.randint(0, 50257, (2, 8, 256))
 before, ggn = kilobytes('VmRSS'), GGN(model, *data)
 ggn.matvec(ggn.grad)
 print(kilobytes('VmHWM') - before)
 """
+)
 
 
 @linux
@@ -2805,8 +2819,7 @@ def test_texts_are_split_in_pieces_at_line_ends():
     write("text/r.jsonl", jsonl(f"record {i}" for i in range(1000)))
     for source in ("text/t.txt", "text"):
         train_side, val_side = (
-            [line for line in side.splitlines(True) if line.startswith("line")]
-            for side in sides(source)
+            [line for line in side.splitlines(True) if line.startswith("line")] for side in sides(source)
         )
         assert sorted(train_side + val_side) == sorted(lines)
         assert 0.02 < len(val_side) / len(lines) < 0.09
@@ -3038,7 +3051,11 @@ def test_the_defaults_are_as_the_readme_says():
     args, _ = train.resolve([])
     *_, last = map(json.loads, (HERE / "results/default_run/cg/log.jsonl").read_text().splitlines())
     size = sum(p.numel() for p in GPT(GPTConfig(256, **PRESETS["tiny"])).parameters())
-    for told in (f"{args.steps} steps of {args.batch_tokens:,}", f"{size:,} parameters", f"{last['val_loss']:.2f}"):
+    for told in (
+        f"{args.steps} steps of {args.batch_tokens:,}",
+        f"{size:,} parameters",
+        f"{last['val_loss']:.2f}",
+    ):
         assert told in README.replace("\n", " ")
     assert last["step"] == args.steps
 

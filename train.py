@@ -14,6 +14,7 @@
 Each run owns a folder: log.jsonl (first line the configuration, then one line a step) and checkpoint.pt.
 Ctrl-C ends the step, saves, and says how to go on.
 """
+
 import argparse
 import ctypes
 import json
@@ -36,12 +37,36 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401 (else torch imports it in a step, and then it never frees the group)
 
-from baselines import (BASELINES, DEFAULT_LR, DEFAULTS, KFACOptimizer, assign, batch_grad, batch_loss,
-                       flatten, free_memory, lr_schedule, make_optimizer, ranks, reduce_number, share,
-                       trainable, unflatten)
+from baselines import (
+    BASELINES,
+    DEFAULT_LR,
+    DEFAULTS,
+    KFACOptimizer,
+    assign,
+    batch_grad,
+    batch_loss,
+    flatten,
+    free_memory,
+    lr_schedule,
+    make_optimizer,
+    ranks,
+    reduce_number,
+    share,
+    trainable,
+    unflatten,
+)
 from data import TOKENIZERS, get_batch, prepare, val_batch
-from gauss_newton import (LINE_SEARCHES, SCHEDULES, SEARCH_FRAC, ConjugateGradients, GaussNewton, InnerSolver,
-                          first_line, row_bytes, some_rows)
+from gauss_newton import (
+    LINE_SEARCHES,
+    SCHEDULES,
+    SEARCH_FRAC,
+    ConjugateGradients,
+    GaussNewton,
+    InnerSolver,
+    first_line,
+    row_bytes,
+    some_rows,
+)
 from model import GPT, PRESETS, GPTConfig
 
 # By kind of run: Gauss-Newton (by CG or by an inner optimizer) takes few, large steps, all else many.
@@ -50,7 +75,7 @@ RUN_DEFAULTS = {
     "inner": {"steps": 15, "batch_tokens": 262144, "eval_interval": 1, "checkpoint_interval": 1},
     "baseline": {"steps": 300, "batch_tokens": 16384, "eval_interval": 10, "checkpoint_interval": 50},
 }
-MAX_REJECTIONS = 8       # in a row, before a run gives up
+MAX_REJECTIONS = 8  # in a row, before a run gives up
 # What --resume may change; every other setting is the stored run's.
 RESUMABLE = "resume out_dir data_dir steps target_loss sample threads device checkpoint_interval".split()
 
@@ -84,14 +109,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists all flags)")
 
 
-def number(low, high=9e18, kind=float):     # below 2^63
+def number(low, high=9e18, kind=float):  # below 2^63
     """A type for argparse: numbers from low to high."""
+
     def convert(text):
         value = kind(text)
-        if not low <= value <= high:        # NaN too
+        if not low <= value <= high:  # NaN too
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
         return value
-    convert.__name__ = kind.__name__        # argparse tells it where text is no number
+
+    convert.__name__ = kind.__name__  # argparse tells it where text is no number
     return convert
 
 
@@ -107,8 +134,12 @@ def device(text):
 
 
 def build_parser():
-    p = Parser(usage="python train.py [flags]", description=__doc__,
-               formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(
+        usage="python train.py [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     p.used_by = {}
     count = number(1, kind=int)
     natural = number(0, kind=int)
@@ -118,80 +149,169 @@ def build_parser():
 
     flag = p.heading("what to run")
     flag("--opt", "optimizer", ("full_gn", "layerwise_gn", *BASELINES), "full_gn")
-    flag("--muon_scale", "size of muon's steps, as --opt or --solver: like adamw's, or, as in the paper, "
-         "sqrt(max(1, out / in))", ("match_rms_adamw", "original"), "match_rms_adamw")
-    flag("--steps", "optimizer steps; for Gauss-Newton, outer steps (default 30 for CG, 15 for other "
-         "solvers, 300 for baselines)", count)
-    flag("--batch_tokens", "tokens per step, a multiple of the block size (default 131072 for CG, 262144 for "
-         "other solvers, 16384 for baselines)", count)
-    flag("--micro_batch", "sequences worked on at a time; changes memory and speed, not results (default: "
-         "about 8192 tokens, more on a GPU)", count)
+    flag(
+        "--muon_scale",
+        "size of muon's steps, as --opt or --solver: like adamw's, or, as in the paper, "
+        "sqrt(max(1, out / in))",
+        ("match_rms_adamw", "original"),
+        "match_rms_adamw",
+    )
+    flag(
+        "--steps",
+        "optimizer steps; for Gauss-Newton, outer steps (default 30 for CG, 15 for other "
+        "solvers, 300 for baselines)",
+        count,
+    )
+    flag(
+        "--batch_tokens",
+        "tokens per step, a multiple of the block size (default 131072 for CG, 262144 for "
+        "other solvers, 16384 for baselines)",
+        count,
+    )
+    flag(
+        "--micro_batch",
+        "sequences worked on at a time; changes memory and speed, not results (default: "
+        "about 8192 tokens, more on a GPU)",
+        count,
+    )
     flag("--seed", "of initialisation and batches", natural, 0)
-    flag("--target_loss", "stop at the first evaluation at or below this validation loss, in nats per "
-         "token; 0 = never", not_negative, 0.0)
+    flag(
+        "--target_loss",
+        "stop at the first evaluation at or below this validation loss, in nats per token; 0 = never",
+        not_negative,
+        0.0,
+    )
     flag("--init_from", "checkpoint (or its run's folder) whose weights to start from", str)
     flag("--device", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, mps, ...", device, "auto")
-    flag("--dtype", "tf32: shorter mantissas in matrix products on GPUs; bf16: those products in bfloat16 "
-         "(autocast); solver vectors, sums and losses stay fp32", ("fp32", "tf32", "bf16"), "fp32")
+    flag(
+        "--dtype",
+        "tf32: shorter mantissas in matrix products on GPUs; bf16: those products in bfloat16 "
+        "(autocast); solver vectors, sums and losses stay fp32",
+        ("fp32", "tf32", "bf16"),
+        "fp32",
+    )
     flag("--threads", "CPU threads (default: all cores, one under torchrun)", number(1, 1024, int))
 
     flag = p.heading("model")
-    flag("--model", "size: layers, heads, width and block size; 45m and 150m: the paper's, with LayerNorm of "
-         "q and k and an MLP of two matrices", PRESETS, "tiny")
+    flag(
+        "--model",
+        "size: layers, heads, width and block size; 45m and 150m: the paper's, with LayerNorm of "
+        "q and k and an MLP of two matrices",
+        PRESETS,
+        "tiny",
+    )
     for name in PRESETS["tiny"]:
         flag(f"--{name}", f"override the preset's {name}", count)
     flag("--tie_weights", "one matrix for embedding and head", bool)
 
     flag = p.heading("data")
-    flag("--data", "stdlib (Python's own library, no download), shakespeare (1 MB), c4 (English web pages, "
-         "319 MB a shard), or a file or folder: text (UTF-8, or UTF-16 with its mark), or .jsonl and .json "
-         "with a document per line in \"text\", each also as .gz, .xz or .bz2; a folder's other files, but "
-         "for hidden ones, are named and left out", str, "stdlib")
+    flag(
+        "--data",
+        "stdlib (Python's own library, no download), shakespeare (1 MB), c4 (English web pages, "
+        "319 MB a shard), or a file or folder: text (UTF-8, or UTF-16 with its mark), or .jsonl and .json "
+        'with a document per line in "text", each also as .gz, .xz or .bz2; a folder\'s other files, but '
+        "for hidden ones, are named and left out",
+        str,
+        "stdlib",
+    )
     flag("--shards", "C4 files to download and use", count, 1)
     flag("--tokenizer", "bytes (256 tokens) or gpt2 (50257)", TOKENIZERS, "bytes")
     flag("--data_dir", "where prepared data is kept", str, "data")
 
     flag = p.heading("Gauss-Newton (full_gn, layerwise_gn)", "cg", "inner")
-    flag("--local_model", "the loss to second order in the logits, or the loss itself on the linearised "
-         "network", ("gn", "prox_linear"), "prox_linear")
-    flag("--solver", "what minimises the local model: conjugate gradients, or, as in the paper, an optimizer "
-         "that streams over the batch", ("cg", "muon", "soap", "adamw"), "cg")
-    flag("--line_search", "along each step: backtracking, the best of ten or five candidates, or none",
-         LINE_SEARCHES, "armijo")
-    flag("--line_search_data", "search on the last sixteenth of the batch, on as many fresh tokens, which no "
-         "solver has fitted (safer with small batches), or on as many fresh tokens as the batch has",
-         ("same", "fresh", "fresh_batch"), "same")
+    flag(
+        "--local_model",
+        "the loss to second order in the logits, or the loss itself on the linearised network",
+        ("gn", "prox_linear"),
+        "prox_linear",
+    )
+    flag(
+        "--solver",
+        "what minimises the local model: conjugate gradients, or, as in the paper, an optimizer "
+        "that streams over the batch",
+        ("cg", "muon", "soap", "adamw"),
+        "cg",
+    )
+    flag(
+        "--line_search",
+        "along each step: backtracking, the best of ten or five candidates, or none",
+        LINE_SEARCHES,
+        "armijo",
+    )
+    flag(
+        "--line_search_data",
+        "search on the last sixteenth of the batch, on as many fresh tokens, which no "
+        "solver has fitted (safer with small batches), or on as many fresh tokens as the batch has",
+        ("same", "fresh", "fresh_batch"),
+        "same",
+    )
 
     flag = p.heading("Gauss-Newton with --solver cg", "cg")
     flag("--damping", "λ at the start; each Newton step adapts it", positive, 3.0)
     flag("--newton_steps", "Newton steps per outer step, each on rows of its own", count, 8)
     flag("--cg_iters", "conjugate-gradient iterations per Newton step, at most", count, 4)
-    flag("--precond", "preconditioner, and what λ multiplies: K-FAC and a power of its curvature, or the "
-         "identity for both", ("kfac", "none"), "kfac")
-    flag("--curvature_frac", "share of the batch that the Newton steps divide among them; the gradient uses "
-         "all of it", number(1e-6, 1), 0.25)
+    flag(
+        "--precond",
+        "preconditioner, and what λ multiplies: K-FAC and a power of its curvature, or the identity for both",
+        ("kfac", "none"),
+        "kfac",
+    )
+    flag(
+        "--curvature_frac",
+        "share of the batch that the Newton steps divide among them; the gradient uses all of it",
+        number(1e-6, 1),
+        0.25,
+    )
 
     flag = p.heading("Gauss-Newton with --solver muon, soap or adamw", "inner")
-    flag("--inner_tokens", "tokens per inner step, of which a pass over the batch has batch_tokens / "
-         "inner_tokens", count, 2048)
+    flag(
+        "--inner_tokens",
+        "tokens per inner step, of which a pass over the batch has batch_tokens / inner_tokens",
+        count,
+        2048,
+    )
     flag("--inner_passes", "passes over the batch in an outer step (the paper: 1)", count, 2)
     flag("--inner_lr", "inner learning rate", positive, 8e-3)
-    flag("--inner_betas", "averaging constants of the inner optimizer (of muon: of its adamw)", decay,
-         (0.8, 0.99), nargs=2)
-    flag("--inner_damping", "how strongly inner steps are drawn to the outer parameters; 0.3 suits a million "
-         "tokens a step", not_negative, 0.0)
-    flag("--inner_schedule", "inner rate over an outer step and the run",
-         SCHEDULES, "constant_with_inner_cosine")
+    flag(
+        "--inner_betas",
+        "averaging constants of the inner optimizer (of muon: of its adamw)",
+        decay,
+        (0.8, 0.99),
+        nargs=2,
+    )
+    flag(
+        "--inner_damping",
+        "how strongly inner steps are drawn to the outer parameters; 0.3 suits a million tokens a step",
+        not_negative,
+        0.0,
+    )
+    flag(
+        "--inner_schedule",
+        "inner rate over an outer step and the run",
+        SCHEDULES,
+        "constant_with_inner_cosine",
+    )
     flag("--inner_warmup", "inner steps of linear warmup", natural, 0)
-    flag("--inner_reset", "start each inner solve at the parameters with fresh moments, not where the last "
-         "one ended", bool)
-    flag("--compile", "compile inner steps: half a minute to some minutes at the start, for long "
-         "runs (needs a C++ compiler)", bool)
+    flag(
+        "--inner_reset",
+        "start each inner solve at the parameters with fresh moments, not where the last one ended",
+        bool,
+    )
+    flag(
+        "--compile",
+        "compile inner steps: half a minute to some minutes at the start, for long "
+        "runs (needs a C++ compiler)",
+        bool,
+    )
 
     flag = p.heading("baselines", "baseline")
     flag("--lr", f"peak learning rate (default {DEFAULT_LR})", positive)
-    flag("--schedule", "after warmup; wsd decays over the last fifth",
-         ("constant", "cosine", "wsd"), "constant")
+    flag(
+        "--schedule",
+        "after warmup; wsd decays over the last fifth",
+        ("constant", "cosine", "wsd"),
+        "constant",
+    )
     flag("--warmup_steps", "steps of linear warmup", natural, 0)
     flag("--clip", "clip the gradient's norm; 0 = off", not_negative, 1.0)
     flag("--weight_decay", "on matrices only (default: the optimizer's own)", not_negative)
@@ -201,8 +321,12 @@ def build_parser():
 
     flag = p.heading("records")
     flag("--out_dir", "the run's folder (default: a fresh one under out/)", str)
-    flag("--resume", "go on from the checkpoint in --out_dir, with its settings; where there is none yet, "
-         "begin, so that one command can be given again and again", bool)
+    flag(
+        "--resume",
+        "go on from the checkpoint in --out_dir, with its settings; where there is none yet, "
+        "begin, so that one command can be given again and again",
+        bool,
+    )
     flag("--overwrite", "replace an earlier run in --out_dir", bool)
     flag("--eval_interval", "steps between evaluations (default 1 for GN, 10 for baselines)", count)
     flag("--eval_tokens", "validation tokens, the same ones for every optimizer and seed", count, 65536)
@@ -238,8 +362,10 @@ def stored_settings(args, given):
         new = getattr(args, key)
         old = getattr(stored, key)
         if new != old and key not in RESUMABLE:
-            raise UsageError(f"--{key} {new} differs from the stored run's {old}; --resume may change only "
-                             f"{', '.join(RESUMABLE)}")
+            raise UsageError(
+                f"--{key} {new} differs from the stored run's {old}; --resume may change only "
+                f"{', '.join(RESUMABLE)}"
+            )
         setattr(stored, key, new)
     return stored, checkpoint
 
@@ -257,7 +383,7 @@ def build_model(args, vocab_size):
 
 
 def load_weights(model, checkpoint):
-    stored = vars(GPTConfig(1)) | checkpoint["model_config"]    # an older one's, with defaults for the rest
+    stored = vars(GPTConfig(1)) | checkpoint["model_config"]  # an older one's, with defaults for the rest
     differ = dict(stored.items() - vars(model.config).items())
     if differ:
         raise UsageError(f"the checkpoint's model is another one: it has {differ}")
@@ -291,9 +417,9 @@ def default_micro_batch(model, x, y):
     """Sequences: 8,192 tokens fit a CPU's caches, a GPU wants more. Their logits stay under 256 MB, and what
     is kept of them to be differentiated under an eighth of the memory that is free."""
     c = model.config
-    tokens = max(8192, 2 ** 23 // (c.n_layer * c.n_embd)) if on_gpu(x.device) else 8192
+    tokens = max(8192, 2**23 // (c.n_layer * c.n_embd)) if on_gpu(x.device) else 8192
     fit = int(free_memory(x.device) / 8 / row_bytes(model, x, y))
-    return max(1, min(min(tokens, 2 ** 26 // c.vocab_size) // c.block_size, fit))
+    return max(1, min(min(tokens, 2**26 // c.vocab_size) // c.block_size, fit))
 
 
 def make_stepper(model, args, progress):
@@ -301,15 +427,25 @@ def make_stepper(model, args, progress):
     if args.kind == "baseline":
         return FirstOrder(model, args)
     if args.kind == "cg":
-        solver = ConjugateGradients(model, **settings(
-            args, "local_model newton_steps cg_iters damping precond curvature_frac micro_batch"))
+        solver = ConjugateGradients(
+            model,
+            **settings(args, "local_model newton_steps cg_iters damping precond curvature_frac micro_batch"),
+        )
     else:
         rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
-        solver = InnerSolver(model, args.solver, rows, outer_steps=args.steps, **settings(
-            args, "local_model muon_scale compile inner_passes inner_lr inner_betas inner_damping "
-            "inner_schedule inner_warmup inner_reset"))
+        solver = InnerSolver(
+            model,
+            args.solver,
+            rows,
+            outer_steps=args.steps,
+            **settings(
+                args,
+                "local_model muon_scale compile inner_passes inner_lr inner_betas inner_damping "
+                "inner_schedule inner_warmup inner_reset",
+            ),
+        )
     parts = model.layers() if args.opt == "layerwise_gn" else None
-    return GaussNewton(model, solver, parts, args.line_search, SEARCH_FRAC, args.micro_batch, progress)
+    return GaussNewton(model, solver, parts, args.line_search, args.micro_batch, progress)
 
 
 def settings(args, names):
@@ -323,8 +459,11 @@ class FirstOrder:
     def __init__(self, model, args):
         self.model = model
         self.args = args
-        self.optimizer = make_optimizer(args.opt, model, **settings(
-            args, "lr weight_decay betas momentum precondition_frequency muon_scale"))
+        self.optimizer = make_optimizer(
+            args.opt,
+            model,
+            **settings(args, "lr weight_decay betas momentum precondition_frequency muon_scale"),
+        )
         self.lr = args.lr or DEFAULT_LR[args.opt]
         self.steps = 0
         self.rejections = 0
@@ -337,14 +476,21 @@ class FirstOrder:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.steps += 1
-        self.rejections += 1                            # until it is accepted
+        self.rejections += 1  # until it is accepted
         loss, grad = batch_grad(self.model, idx, targets, args.micro_batch)
         norm = grad.norm().item()
-        record = {"accepted": False, "reason": "loss or gradient not finite", "loss": loss, "grad_norm": norm,
-                  "lr": lr, "alpha": 0.0, "work": 1.0}
+        record = {
+            "accepted": False,
+            "reason": "loss or gradient not finite",
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "alpha": 0.0,
+            "work": 1.0,
+        }
         if not math.isfinite(loss + norm):
             return record
-        if args.opt == "kfac":                          # curvature from this batch
+        if args.opt == "kfac":  # curvature from this batch
             record["work"] += self.optimizer.observe(idx, targets, args.micro_batch)
             record["repaired"] = self.optimizer.kfac.repaired or None
         clipped = grad * (args.clip / norm) if 0 < args.clip < norm else grad
@@ -358,9 +504,15 @@ class FirstOrder:
             assign(params, unflatten(before, params))
             return {**record, "reason": "step not finite"}
         self.rejections = 0
-        slope = grad.dot(d).item()                      # what a first-order method promises
-        return {**record, "accepted": True, "reason": "", "alpha": 1.0, "predicted": slope,
-                "cosine": -slope / (norm * length + 1e-30)}
+        slope = grad.dot(d).item()  # what a first-order method promises
+        return {
+            **record,
+            "accepted": True,
+            "reason": "",
+            "alpha": 1.0,
+            "predicted": slope,
+            "cosine": -slope / (norm * length + 1e-30),
+        }
 
     def state_dict(self):
         return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "rejections": self.rejections}
@@ -377,9 +529,10 @@ def open_out_dir(args):
     while args.out_dir is None and out.exists():
         out = out.with_name(f"{out.name}-2")
     if out.exists() and any(out.iterdir()) and not (args.resume or args.overwrite):
-        raise UsageError(f"--out_dir {out} is not empty; give --resume to go on with its run "
-                         "or --overwrite to replace it")
-    reduce_number(0)                                    # every process has looked
+        raise UsageError(
+            f"--out_dir {out} is not empty; give --resume to go on with its run or --overwrite to replace it"
+        )
+    reduce_number(0)  # every process has looked
     if is_first():
         out.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
@@ -398,8 +551,13 @@ def device_name(device):
 def git_commit():
     """Of the folder that this file is in; None without a repository or without git."""
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                                       stderr=subprocess.DEVNULL, timeout=10).strip()
+        return subprocess.check_output(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            text=True,
+            stderr=subprocess.DEVNULL,
+            timeout=10,
+        ).strip()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -407,7 +565,8 @@ def git_commit():
 
 STEP_FIELDS = dict.fromkeys(  # in every row of every method, null where it has no such thing
     "predicted actual actual_fresh rho alpha damping cosine layer_norms products cg_iterations "
-    "cg_reason repaired".split())
+    "cg_reason repaired".split()
+)
 
 
 class Run:
@@ -417,17 +576,19 @@ class Run:
         """checkpoint: from where to go on. ValueError for what cannot be used, before there is a folder."""
         self.args = args
         self.progress = {"step": 0, "tokens": 0, "seconds": 0.0, "grad_equivalents": 0.0}
-        self.losses = {}                                # step: validation loss, where it was evaluated
-        self.began = self.told = time.time()            # the step; the last line about one that is long
-        self.asked = False                              # to stop, by a signal
-        self.stopped = False                            # once all processes know
+        self.losses = {}  # step: validation loss, where it was evaluated
+        self.began = self.told = time.time()  # the step; the last line about one that is long
+        self.asked = False  # to stop, by a signal
+        self.stopped = False  # once all processes know
         block_size = args.block_size or PRESETS[args.model]["block_size"]
-        self.data = prepare(args.data, args.tokenizer, args.data_dir, block_size, partial(self.bar, "data"),
-                            args.shards)                # by one process at a time
+        self.data = prepare(
+            args.data, args.tokenizer, args.data_dir, block_size, partial(self.bar, "data"), args.shards
+        )  # by one process at a time
         found = self.data.meta["sha256"]
         if vars(args).setdefault("data_sha256", found) != found:
-            raise ValueError(f"--data {args.data} is no longer what this run began with (other files? "
-                             "another Python?)")
+            raise ValueError(
+                f"--data {args.data} is no longer what this run began with (other files? another Python?)"
+            )
         self.val = [t.to(args.device) for t in val_batch(self.data.val, block_size, args.eval_tokens)]
         self.model = build_model(args, self.data.vocab_size)
         if checkpoint or args.init_from:
@@ -442,7 +603,7 @@ class Run:
         check_shares(args, self.rows, block_size, len(self.val[0]))
         if checkpoint:
             self.stepper.load_state_dict(checkpoint["optimizer"])
-            self.stepper.rejections %= MAX_REJECTIONS   # a run that gave up has all its tries again
+            self.stepper.rejections %= MAX_REJECTIONS  # a run that gave up has all its tries again
             self.progress = checkpoint["progress"]
             self.losses = checkpoint["losses"]
         self.out = open_out_dir(args)
@@ -450,12 +611,14 @@ class Run:
     def introduce(self, given):
         args = self.args
         meta = self.data.meta
-        say(f"{args.opt} | {args.model} GPT, {self.size:,} parameters | {device_name(args.device)}, "
+        say(
+            f"{args.opt} | {args.model} GPT, {self.size:,} parameters | {device_name(args.device)}, "
             f"torch {torch.__version__} | seed {args.seed}\n"
             f"data: {args.data}, {meta['documents']:,} documents, {meta['train_tokens']:,} training and "
             f"{meta['val_tokens']:,} validation tokens ({args.tokenizer}), sha256 {meta['sha256'][:12]}\n"
             f"batch: {args.batch_tokens:,} tokens = {self.rows:,} x {self.model.config.block_size} | "
-            f"guessing evenly is a loss of {math.log(self.data.vocab_size):.3f} nats per token")
+            f"guessing evenly is a loss of {math.log(self.data.vocab_size):.3f} nats per token"
+        )
         if meta["left_out"]:
             say(f"note: left out of --data {args.data}: {meta['left_out']}")
         # settings that only other optimizers have
@@ -466,10 +629,17 @@ class Run:
 
     def header(self, command):
         """The log's first line: all that it takes to make the run again."""
-        return {"config": vars(self.args), "parameters": self.size,
-                "torch": torch.__version__, "python": platform.python_version(), "commit": git_commit(),
-                "device": device_name(self.args.device),
-                "model": vars(self.model.config), "data": self.data.meta, "command": command}
+        return {
+            "config": vars(self.args),
+            "parameters": self.size,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "commit": git_commit(),
+            "device": device_name(self.args.device),
+            "model": vars(self.model.config),
+            "data": self.data.meta,
+            "command": command,
+        }
 
     def train(self, log):
         """Steps until the run is over; returns the exit status."""
@@ -481,14 +651,20 @@ class Run:
                 self.save()
         if self.stepper.rejections < MAX_REJECTIONS:
             return 0
-        say(f"stopped: {MAX_REJECTIONS} steps in a row were rejected, the last because of: {row['reason']}; "
-            f"{self.out}/checkpoint.pt holds the parameters before them")
+        say(
+            f"stopped: {MAX_REJECTIONS} steps in a row were rejected, the last because of: {row['reason']}; "
+            f"{self.out}/checkpoint.pt holds the parameters before them"
+        )
         return 1
 
     def over(self):
         """After the last step, at the target, by a signal, or for too many rejections in a row."""
-        return (self.last_loss() <= self.args.target_loss or self.stepper.rejections >= MAX_REJECTIONS
-                or self.stopped or self.progress["step"] >= self.args.steps)
+        return (
+            self.last_loss() <= self.args.target_loss
+            or self.stepper.rejections >= MAX_REJECTIONS
+            or self.stopped
+            or self.progress["step"] >= self.args.steps
+        )
 
     def step(self):
         """One step and, where it is due, an evaluation; returns its row of the log."""
@@ -509,21 +685,37 @@ class Run:
         last = self.losses.get(progress["step"] - 1)
         val_loss = self.evaluate() if due else None
         if record["accepted"]:
-            record["layer_norms"] = [(flatten(layer).detach() - old).norm().item()
-                                     for layer, old in zip(self.model.layers(), before)]
-            if None not in (last, val_loss):            # on tokens that the step has not seen
+            record["layer_norms"] = [
+                (flatten(layer).detach() - old).norm().item()
+                for layer, old in zip(self.model.layers(), before)
+            ]
+            if None not in (last, val_loss):  # on tokens that the step has not seen
                 record["actual_fresh"] = val_loss - last
-            if val_loss is not None and record["actual"] is None:       # a baseline: on its batch
+            if val_loss is not None and record["actual"] is None:  # a baseline: on its batch
                 record["actual"] = batch_loss(self.model, *batch, args.micro_batch) - record["loss"]
                 record["rho"] = record["actual"] / record["predicted"] if record["predicted"] < 0 else 0.0
-        return {**progress, "train_loss": record.pop("loss"), "val_loss": val_loss, "step_seconds": seconds,
-                **record, "peak_memory_mb": peak_memory_mb(args.device)}
+        return {
+            **progress,
+            "train_loss": record.pop("loss"),
+            "val_loss": val_loss,
+            "step_seconds": seconds,
+            **record,
+            "peak_memory_mb": peak_memory_mb(args.device),
+        }
 
     def batch(self, stream, rows):
         """Random sequences and their targets, (rows, block size) each: a function of step and stream."""
-        return [t.to(self.args.device)
-                for t in get_batch(self.data.train, self.model.config.block_size, rows, self.args.seed,
-                                   self.progress["step"], stream)]
+        return [
+            t.to(self.args.device)
+            for t in get_batch(
+                self.data.train,
+                self.model.config.block_size,
+                rows,
+                self.args.seed,
+                self.progress["step"],
+                stream,
+            )
+        ]
 
     def evaluate(self):
         """Validation loss."""
@@ -548,12 +740,20 @@ class Run:
         if world > 1:
             checksum = zlib.crc32(flatten(self.model.parameters()).detach().cpu().numpy())
             if reduce_number(checksum) != world * checksum:
-                raise RuntimeError(f"after step {self.progress['step']} the processes' parameters are not "
-                                   "the same; the last checkpoint is whole")
+                raise RuntimeError(
+                    f"after step {self.progress['step']} the processes' parameters are not "
+                    "the same; the last checkpoint is whole"
+                )
         if is_first():
-            save_checkpoint(self.out / "checkpoint.pt", config=vars(self.args),
-                            model_config=vars(self.model.config), model=self.model.state_dict(),
-                            optimizer=self.stepper.state_dict(), progress=self.progress, losses=self.losses)
+            save_checkpoint(
+                self.out / "checkpoint.pt",
+                config=vars(self.args),
+                model_config=vars(self.model.config),
+                model=self.model.state_dict(),
+                optimizer=self.stepper.state_dict(),
+                progress=self.progress,
+                losses=self.losses,
+            )
 
     def finish(self):
         """The closing lines: what was reached, at what cost, where it lies, and text of the model's own."""
@@ -561,10 +761,12 @@ class Run:
         reached = "reached" if self.last_loss() <= args.target_loss else "not reached"
         target = f"target {args.target_loss:g} {reached}: " if args.target_loss else ""
         how = f"; go on with: python train.py --resume --out_dir {self.out}" if self.stopped else ""
-        say(f"{target}val {self.last_loss():.4f} after {self.progress['step']} steps, "
+        say(
+            f"{target}val {self.last_loss():.4f} after {self.progress['step']} steps, "
             f"{self.progress['tokens']:,} tokens, {self.progress['grad_equivalents']:.0f} "
             f"gradient-equivalents, {duration(self.progress['seconds'])}\n"
-            f"records: {self.out}/log.jsonl and checkpoint.pt{how}")
+            f"records: {self.out}/log.jsonl and checkpoint.pt{how}"
+        )
         if args.sample and not self.stopped and math.isfinite(self.last_loss()) and is_first():
             encoding = self.data.encoding
             torch.manual_seed(args.seed)
@@ -580,7 +782,7 @@ class Run:
             left = (time.time() - self.began) * (total - done) / done
             text += f" [{'#' * (20 * done // total):.<20}] {done}/{total} | eta {duration(left)}"
         if sys.stdout.isatty():
-            say(text, end="\r")                         # go back to the line's start
+            say(text, end="\r")  # go back to the line's start
         elif time.time() > self.told + 30:
             self.told = time.time()
             say(text)
@@ -594,7 +796,7 @@ def start(args, given, checkpoint, command):
     tune_allocator()
     try:
         run = Run(args, checkpoint)
-    except (ValueError, OSError) as e:                  # of settings that do not fit, say
+    except (ValueError, OSError) as e:  # of settings that do not fit, say
         raise UsageError(first_line(e)) from e
     run.introduce(given)
     path = run.out / "log.jsonl" if is_first() else Path(os.devnull)
@@ -622,27 +824,44 @@ def start(args, given, checkpoint, command):
 # What a person sees
 
 LINE = {  # what a step's line shows of its row, each where the row has it
-    "train_loss": " | loss {:.3f}", "val_loss": " | val {:.3f}",
-    "actual": " | change {:+.3f}", "actual_fresh": ", fresh {:+.3f}", "predicted": ", model {:+.3f}",
-    "cg_iterations": " | cg {}", "cg_reason": " ({})",
-    "damping": " | damping {:.1e}", "inner_steps": " | inner {}", "lr": " | lr {:.1e}",
-    "rho": " | rho {:.2f}", "alpha": " | alpha {:.2f}", "cosine": " | cos {:.2f}", "layer_norms": " | |d| {}",
-    "repaired": " | repaired: {}", "reason": " | REJECTED: {}", "grad_equivalents": " | work {:.4g}",
-    "step_seconds": " | {:.1f} s", "rate": " | {:,.0f} tok/s", "eta": " | eta {}"}
+    "train_loss": " | loss {:.3f}",
+    "val_loss": " | val {:.3f}",
+    "actual": " | change {:+.3f}",
+    "actual_fresh": ", fresh {:+.3f}",
+    "predicted": ", model {:+.3f}",
+    "cg_iterations": " | cg {}",
+    "cg_reason": " ({})",
+    "damping": " | damping {:.1e}",
+    "inner_steps": " | inner {}",
+    "lr": " | lr {:.1e}",
+    "rho": " | rho {:.2f}",
+    "alpha": " | alpha {:.2f}",
+    "cosine": " | cos {:.2f}",
+    "layer_norms": " | |d| {}",
+    "repaired": " | repaired: {}",
+    "reason": " | REJECTED: {}",
+    "grad_equivalents": " | work {:.4g}",
+    "step_seconds": " | {:.1f} s",
+    "rate": " | {:,.0f} tok/s",
+    "eta": " | eta {}",
+}
 
 
 def step_line(row, args):
     step = row["step"]
-    shown = {**row, "layer_norms": " ".join(f"{norm:.2g}" for norm in row["layer_norms"] or []),
-             "rate": args.batch_tokens / row["step_seconds"],
-             "eta": duration(row["seconds"] / step * (args.steps - step))}
+    shown = {
+        **row,
+        "layer_norms": " ".join(f"{norm:.2g}" for norm in row["layer_norms"] or []),
+        "rate": args.batch_tokens / row["step_seconds"],
+        "eta": duration(row["seconds"] / step * (args.steps - step)),
+    }
     found = [text.format(shown[key]) for key, text in LINE.items() if shown.get(key) not in (None, "")]
     return f"step {step}/{args.steps}" + "".join(found)
 
 
 def say(text, end="\n"):
     if is_first():
-        clear = "\033[K" if sys.stdout.isatty() else ""          # what is left of a longer bar
+        clear = "\033[K" if sys.stdout.isatty() else ""  # what is left of a longer bar
         print(f"{text}{clear}", end=end, flush=True)
 
 
@@ -656,14 +875,14 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------------------
 # The log and checkpoints
 
-FORMAT = 8   # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
+FORMAT = 8  # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
 
 
 def lines_until(path, step):
     """How many bytes of a log are whole lines up to this step's, and the step of the last of them."""
     size = 0
     last = None
-    with suppress(FileNotFoundError, ValueError, AttributeError):   # cut off, or no row
+    with suppress(FileNotFoundError, ValueError, AttributeError):  # cut off, or no row
         for line in path.read_bytes().splitlines(keepends=True):
             row = json.loads(line)
             if row.get("step", 0) > step or not line.endswith(b"\n"):
@@ -685,15 +904,17 @@ def load_checkpoint(path):
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
-        with zipfile.ZipFile(path) as archive:          # torch.load does not compare the checksums in it
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums in it
             if archive.testzip():
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"it has format {checkpoint['format']}")
     except Exception as e:
-        raise UsageError(f"{path} is missing, damaged or no checkpoint of format {FORMAT} ({type(e).__name__}"
-                         f": {first_line(e)}); a run keeps the one before as checkpoint.previous.pt") from e
+        raise UsageError(
+            f"{path} is missing, damaged or no checkpoint of format {FORMAT} ({type(e).__name__}"
+            f": {first_line(e)}); a run keeps the one before as checkpoint.previous.pt"
+        ) from e
     return checkpoint
 
 
@@ -707,14 +928,14 @@ def save_checkpoint(path, **content):
             torch.save({"format": FORMAT, **content}, f)
             f.flush()
             os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:                # torch's writer turns the one into the other
+    except (OSError, RuntimeError) as e:  # torch's writer turns the one into the other
         temp.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({first_line(e)})") from e
     if path.exists():
         previous.unlink(missing_ok=True)
         try:
             os.link(path, previous)
-        except OSError:                                 # a file system without links
+        except OSError:  # a file system without links
             shutil.copyfile(path, previous)
     os.replace(temp, path)
 
@@ -740,7 +961,7 @@ def is_first():
 def signals(handler):
     """Ctrl-C and SIGTERM go to handler, in the main thread."""
     old = {}
-    with suppress(ValueError):                          # not in the main thread
+    with suppress(ValueError):  # not in the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
             old[number] = signal.signal(number, handler)
     try:
@@ -759,15 +980,16 @@ def tune_allocator():
     takes the page faults again at the next: a fifth of a gradient's time at the tiny size."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)                                 # M_TRIM_THRESHOLD: never
-        mallopt(-3, 1 << 30)                            # M_MMAP_THRESHOLD
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
 
 
 def peak_memory_mb(device):
     if on_gpu(device):
         return torch.cuda.max_memory_allocated(device) / 1e6
-    with suppress(ImportError):                         # Windows
+    with suppress(ImportError):  # Windows
         import resource
+
         unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -778,8 +1000,8 @@ def peak_memory_mb(device):
 def main(argv):
     """Flags as typed -> the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot
     be used, 130 where Ctrl-C ended it at once."""
-    with suppress(AttributeError):                      # no file
-        sys.stdout.reconfigure(errors="replace")        # for terminals that do not have λ
+    with suppress(AttributeError):  # no file
+        sys.stdout.reconfigure(errors="replace")  # for terminals that do not have λ
     process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
     try:
         args, given = resolve(argv)
@@ -790,10 +1012,10 @@ def main(argv):
             join_group(args)
         status = start(args, given, checkpoint, shlex.join(["python", "train.py", *argv]))
     except UsageError as e:
-        if not process or os.environ["LOCAL_RANK"] == "0":      # all of a machine's processes found it
+        if not process or os.environ["LOCAL_RANK"] == "0":  # all of a machine's processes found it
             complain(e)
         status = 2
-    except (OSError, MemoryError, RuntimeError) as e:   # a full disk, too large a batch, another process gone
+    except (OSError, MemoryError, RuntimeError) as e:  # a full disk, too large a batch, another process gone
         if isinstance(e, RuntimeError) and not process and "allocate" not in str(e):
             raise
         who = f"process {process}: " if process else ""
@@ -802,7 +1024,7 @@ def main(argv):
     except KeyboardInterrupt:
         complain("interrupted; the last checkpoint, if there is one, is whole")
         return 130
-    if process and dist.is_initialized():               # threads that outlive the interpreter abort it
+    if process and dist.is_initialized():  # threads that outlive the interpreter abort it
         dist.destroy_process_group()
     return status
 

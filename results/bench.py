@@ -8,6 +8,7 @@ A gradient is forward, loss and backward, with fused attention. All ways are tim
 slow moment of the machine meets all of them. Printed are median and quartiles of the ratio to a gradient, and
 the error against float64. What a whole step takes is in the log of any run (step_seconds).
 """
+
 import argparse
 import copy
 import platform
@@ -23,7 +24,7 @@ from model import GPT, GPTConfig
 
 SMALL = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=512)
 LARGER = GPTConfig(n_layer=6, n_head=8, n_embd=256, block_size=256, vocab_size=2048)
-TOKENS = 2048            # of a batch
+TOKENS = 2048  # of a batch
 
 
 def ours(model, x, y, v):
@@ -46,11 +47,12 @@ def ours(model, x, y, v):
         "line-search candidate": lambda: batch_loss(model, x, y),
         "K-FAC factors, a quarter of the sequences": lambda: kfac.update(*quarter),
         "K-FAC application": lambda: kfac.apply(v, lambda s: 1 / (s + 1e-3)),
-        "vectors of a CG iteration": lambda: cg(lambda p: p, v, max_iter=1)}
+        "vectors of a CG iteration": lambda: cg(lambda p: p, v, max_iter=1),
+    }
 
 
 def seconds(function):
-    start = timer()                                        # when the device has done what it was given
+    start = timer()  # when the device has done what it was given
     function()
     return timer() - start
 

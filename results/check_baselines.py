@@ -4,6 +4,7 @@ Of this repository it has the model and the texts; batches, rates, clipping and 
 Each starts from a warmup of 60 AdamW steps, and has 262,144 tokens a step and the settings that the study
 found best for it, but that norms decay too. Printed are steps and validation loss, until that is 1.60.
 """
+
 import sys
 from copy import deepcopy
 from functools import partial
@@ -25,6 +26,7 @@ def mean_loss(model, x, y):
 
 def train(name, model, optimizers, steps, warmup, tail, rows):
     """The rate rises over `warmup` steps and falls to 0 over the last `tail`."""
+
     def rate(step):
         return min((step + 1) / warmup, 1.0, (steps - step) / tail)
 
@@ -64,5 +66,6 @@ hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
 rest = list(set(model.parameters()) - set(hidden))
 optimizers = [
     torch.optim.Muon(hidden, lr=0.04, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-    AdamW(rest, lr=0.04)]
+    AdamW(rest, lr=0.04),
+]
 train("Muon", model, optimizers, 48, 5, 9.6, 4096)

@@ -1,7 +1,8 @@
 """English text for `train.py --data FOLDER`: "anarchism", a book of 2 million words, from Debian.
 
-    python results/english.py FOLDER        # needs apt-get and dpkg-deb, no root
+python results/english.py FOLDER        # needs apt-get and dpkg-deb, no root
 """
+
 import argparse
 import html
 import re

@@ -1,8 +1,9 @@
 """Pictures, by matplotlib.
 
-    python results/plot.py                 # frontier.svg, loss.svg, exactness.svg
-    python results/plot.py out/a out/b     # any runs: what each took to each loss, and a picture, loss.svg
+python results/plot.py                 # frontier.svg, loss.svg, exactness.svg
+python results/plot.py out/a out/b     # any runs: what each took to each loss, and a picture, loss.svg
 """
+
 import argparse
 import math
 from contextlib import contextmanager
@@ -19,10 +20,17 @@ def picture(path, width, height, panels=1, **options):
     """A panel of matplotlib, or panels, to draw in; then the file."""
     import matplotlib
     from matplotlib.figure import Figure
-    tab = matplotlib.colormaps["tab20"].colors          # ten, and a pale one of each
-    matplotlib.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "svg.fonttype": "none",
-                                "svg.hashsalt": "the same file each time",
-                                "axes.prop_cycle": matplotlib.cycler(color=tab[::2] + tab[1::2])})
+
+    tab = matplotlib.colormaps["tab20"].colors  # ten, and a pale one of each
+    matplotlib.rcParams.update(
+        {
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "the same file each time",
+            "axes.prop_cycle": matplotlib.cycler(color=tab[::2] + tab[1::2]),
+        }
+    )
     figure = Figure((width, height), layout="constrained")
     yield figure.subplots(1, panels, **options)
     figure.savefig(path, metadata={"Date": None})
@@ -58,28 +66,62 @@ def study(runs):
     colours = {}
     methods = frontier(runs)
     with picture(HERE / "frontier.svg", 10, 5) as axis:
-        draw(axis, one_curve(methods), colours, "o", xlabel="work to 1.60, gradients of a million tokens",
-             ylabel="whole steps to 1.60", yscale="log")
+        draw(
+            axis,
+            one_curve(methods),
+            colours,
+            "o",
+            xlabel="work to 1.60, gradients of a million tokens",
+            ylabel="whole steps to 1.60",
+            yscale="log",
+        )
         for name, points in methods.items():
             for batch, point in points.items():
-                axis.annotate(f"{batch}k", point, xytext=(4, 3), textcoords="offset points", fontsize=7,
-                              color=colours[name])
+                axis.annotate(
+                    f"{batch}k",
+                    point,
+                    xytext=(4, 3),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=colours[name],
+                )
         axis.figure.legend(loc="outside right upper")
 
     with picture(HERE / "loss.svg", 11, 5, panels=2) as (left, right):
-        draw(left, against_steps("same batch", runs), colours, ylim=(1.55, 2.5), ylabel=LOSS,
-             xlabel="outer steps of 262,144 tokens, to 1.60")
-        draw(right, against_steps("slow", runs), colours, ylim=(1.3, 2.5),
-             xlabel="outer steps, to 1.33, with a rate that falls")
+        draw(
+            left,
+            against_steps("same batch", runs),
+            colours,
+            ylim=(1.55, 2.5),
+            ylabel=LOSS,
+            xlabel="outer steps of 262,144 tokens, to 1.60",
+        )
+        draw(
+            right,
+            against_steps("slow", runs),
+            colours,
+            ylim=(1.3, 2.5),
+            xlabel="outer steps, to 1.33, with a rate that falls",
+        )
         left.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
     curves = one_curve(exactness(runs))
     for name in ("full GN, inner SOAP, betas 0.9 0.999", "full GN, inner Muon"):
-        curves[name] = [[(run["gradients"] / run["ran"], run["curve"][0][1] - run["curve"][1][1])
-                         for run in methods_of("large batch", runs)[name]]]
+        curves[name] = [
+            [
+                (run["gradients"] / run["ran"], run["curve"][0][1] - run["curve"][1][1])
+                for run in methods_of("large batch", runs)[name]
+            ]
+        ]
     with picture(HERE / "exactness.svg", 6.5, 4) as axis:
-        draw(axis, curves, {}, "o", xlabel="work of one step, gradients of a million tokens",
-             ylabel="fall of the validation loss")
+        draw(
+            axis,
+            curves,
+            {},
+            "o",
+            xlabel="work of one step, gradients of a million tokens",
+            ylabel="fall of the validation loss",
+        )
         axis.legend()
 
 
@@ -88,11 +130,19 @@ def compare(folders, path):
     runs = {}
     for folder in folders:
         head, _, evaluated = read_log(folder)
-        scale = head["config"]["batch_tokens"] / 1e6     # work is logged in gradients of the batch
-        runs[Path(folder).name] = [(row["step"], row["tokens"] / 1e6, scale * row["grad_equivalents"],
-                                    row["seconds"], row["val_loss"]) for row in evaluated]
+        scale = head["config"]["batch_tokens"] / 1e6  # work is logged in gradients of the batch
+        runs[Path(folder).name] = [
+            (
+                row["step"],
+                row["tokens"] / 1e6,
+                scale * row["grad_equivalents"],
+                row["seconds"],
+                row["val_loss"],
+            )
+            for row in evaluated
+        ]
     reached = max(min(point[-1] for point in points) for points in runs.values())
-    common = math.ceil(20 * reached) / 20                # of all of them, rounded up
+    common = math.ceil(20 * reached) / 20  # of all of them, rounded up
     print(f"{'loss':6}{'run':30}{'steps':>8}{'M tokens':>10}{'gradients of 1M':>18}{'seconds':>10}")
     for loss in (common + 0.4, common + 0.2, common):
         for name, points in runs.items():

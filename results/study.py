@@ -9,6 +9,7 @@ study.txt is the list, `stage | method | which | flags of train.py`; runs.jsonl 
 is complete. Runs lie under --out; one that was cut off goes on from its checkpoint. English text has to be
 there already: python results/english.py out/study/english
 """
+
 import argparse
 import json
 import os
@@ -39,11 +40,11 @@ class Line(NamedTuple):
         return self.flags.removeprefix("was ")
 
     @property
-    def folder(self):            # a warmup's has the name that others start from
+    def folder(self):  # a warmup's has the name that others start from
         return self.which if self.stage == "warmup" else re.sub(r"[^\w.]+", "-", self.flags).strip("-")
 
     @property
-    def gone(self):              # flags of an earlier program: a record, and no way to make it again
+    def gone(self):  # flags of an earlier program: a record, and no way to make it again
         return self.key != self.flags
 
 
@@ -70,12 +71,12 @@ def summary(folder):
     """The record of a complete run: what it took to its target, or its end. None of one that was cut off."""
     head, rows, evaluated = read_log(folder)
     config = head["config"]
-    last = evaluated[-1]                     # a run ends where it reaches its target
+    last = evaluated[-1]  # a run ends where it reaches its target
     hit = last["val_loss"] <= config["target_loss"]
     given_up = not any(row.get("accepted", True) for row in rows[-8:])
     if not hit and not given_up and rows[-1]["step"] < config["steps"]:
         return None
-    work = last["grad_equivalents"] * config["batch_tokens"] / 1e6       # in gradients of a million tokens
+    work = last["grad_equivalents"] * config["batch_tokens"] / 1e6  # in gradients of a million tokens
     return {
         **{key: head[key] for key in ("device", "torch", "commit", "command")},
         "target": config["target_loss"],
@@ -86,7 +87,8 @@ def summary(folder):
         "gradients": round(work, 3),
         "seconds": round(last["seconds"], 1),
         "batch_tokens": config["batch_tokens"],
-        "curve": [[row["step"], round(row["val_loss"], 6)] for row in evaluated]}
+        "curve": [[row["step"], round(row["val_loss"], 6)] for row in evaluated],
+    }
 
 
 def make(line, out, records):
@@ -97,7 +99,7 @@ def make(line, out, records):
     out.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command, cwd=out, text=True, capture_output=True)
     run = None
-    with suppress(OSError, ValueError, IndexError):      # there is no log, or nothing in it
+    with suppress(OSError, ValueError, IndexError):  # there is no log, or nothing in it
         run = summary(folder)
     if not run:
         told = f"nothing\n{done.stdout}{done.stderr}".strip().splitlines()[-1]
@@ -122,23 +124,29 @@ def main():
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.stdout.reconfigure(line_buffering=True)
     every = [line for line in read_list(args.list) if not line.gone]
-    lines = [line for line in every if args.only in line.name and line.stage != "warmup"
-             and line.stage.startswith("quick") == args.quick]
+    lines = [
+        line
+        for line in every
+        if args.only in line.name and line.stage != "warmup" and line.stage.startswith("quick") == args.quick
+    ]
     recorded = read_records(args.records)
     missing = {line.flags: line for line in lines if line.flags not in recorded}
-    warmups = [line for line in every if line.stage == "warmup"
-               and any(f"--init_from {line.which} " in flags + " " for flags in missing)]
+    warmups = [
+        line
+        for line in every
+        if line.stage == "warmup" and any(f"--init_from {line.which} " in flags + " " for flags in missing)
+    ]
     print(f"{len(lines)} lines, {len(missing)} runs to make, {args.jobs} at a time in {args.out}")
 
-    def made(line):              # a warmup's weights are needed where it is recorded, too
+    def made(line):  # a warmup's weights are needed where it is recorded, too
         return make(line, args.out, os.devnull if line.flags in recorded else args.records)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            for runs in (warmups, missing.values()):         # these start from the weights of those
+            for runs in (warmups, missing.values()):  # these start from the weights of those
                 if not all(list(pool.map(made, runs))):
                     return 1
-        except KeyboardInterrupt:          # no more runs; those at work have it too: they save and end
+        except KeyboardInterrupt:  # no more runs; those at work have it too: they save and end
             return 130
 
 

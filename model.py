@@ -33,8 +33,22 @@ PRESETS = {  # everything but vocab_size, which the tokenizer decides
     "tiny": dict(n_layer=2, n_head=4, n_embd=64, block_size=64),  # 164k parameters with bytes
     "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),  # 1.1M with bytes
     # the paper's two as released, with its vocabulary of 32k: 45.4M and 134M
-    "45m": dict(n_layer=4, n_head=8, n_embd=512, block_size=1024, qk_norm=True, gelu=True),
-    "150m": dict(n_layer=12, n_head=16, n_embd=768, block_size=1024, qk_norm=True, gelu=True),
+    "45m": dict(
+        n_layer=4,
+        n_head=8,
+        n_embd=512,
+        block_size=1024,
+        qk_norm=True,
+        gelu=True,
+    ),
+    "150m": dict(
+        n_layer=12,
+        n_head=16,
+        n_embd=768,
+        block_size=1024,
+        qk_norm=True,
+        gelu=True,
+    ),
 }
 
 Linear = partial(nn.Linear, bias=False)  # every one in this file
@@ -237,13 +251,18 @@ def attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # which would have done it further down
         qkv = [t.to(torch.get_autocast_dtype(device)) for t in qkv]
-    # Where they are not alike, torch may broadcast. Where they are no plain tensors (nested, or inside vmap and
-    # other transforms), it has rules of its own.
+    # Where they are not alike, torch may broadcast. Where they are no plain tensors (nested, or inside vmap),
+    # it has rules of its own.
     alike = len({(t.shape[:-2], t.dtype) for t in qkv}) == 1
     plain = all(type(t) in (torch.Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in qkv)
     if attn_mask is not None or dropout_p or enable_gqa or not (plain and alike):
         return F.scaled_dot_product_attention(
-            *qkv, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            *qkv,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
     q, k, v = qkv
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -328,13 +328,7 @@ def dense_soap(x, grads, Q, sides):
             v = v.reshape(G.shape).take(order, axis=k).ravel()
 
 
-@parametrize(
-    "shape, limit, sides",
-    [
-        ((3, 7), 99, (0, 1)),
-        ((7, 4), 5, (1,)),
-    ],
-)
+@parametrize("shape, limit, sides", [((3, 7), 99, (0, 1)), ((7, 4), 5, (1,))])
 def test_soap_equals_dense_kronecker_derivation(shape, limit, sides):
     """SOAP is Adam in the basis Q_L (x) Q_R written out as one dense matrix, over 12 steps and 3 refreshes,
     also where long sides keep the identity. The first basis is shared, for null vectors are arbitrary; the
@@ -3036,7 +3030,7 @@ README = (HERE / "README.md").read_text()
 
 
 def test_what_the_readme_found_is_in_the_records():
-    """Every figure of that section is in results/README.md or in the tables, and the rows of its table are theirs."""
+    """Every figure of that section is in results/README.md or in the tables, whose rows its table has."""
     found = README[README.index("## What was found") : README.index("## The step")]
     main, *others = [(HERE / "results" / name).read_text() for name in ("README.md", "tables.md")]
     for method, *numbers in re.findall(r"^\| (.*?)(?: \(`.*`\))? \| ([\d.]+) \| ([\d.]+) \|$", found, re.M):

@@ -20,7 +20,6 @@ import ctypes
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -404,12 +403,10 @@ def check_shares(args, rows, block_size, val_rows):
     if args.opt == "kfac":
         shared.append(rows * KFACOptimizer.CURVATURE_FRAC)
     if args.kind == "cg":
-        shared.append(some(args.curvature_frac / args.newton_steps))
+        shared += [some(args.curvature_frac / args.newton_steps), some(SEARCH_FRAC)]
     if args.kind == "inner":
         piece = args.inner_tokens // block_size
-        shared += [piece, rows % piece or piece]
-    if args.kind != "baseline":
-        shared.append(some(SEARCH_FRAC))
+        shared += [piece, rows % piece or piece, some(SEARCH_FRAC)]
     share(range(math.ceil(min(shared))))
 
 
@@ -551,13 +548,8 @@ def device_name(device):
 def git_commit():
     """Of the folder that this file is in; None without a repository or without git."""
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            text=True,
-            stderr=subprocess.DEVNULL,
-            timeout=10,
-        ).strip()
+        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -596,7 +588,7 @@ class Run:
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         frac = {"same": 0, "fresh": SEARCH_FRAC, "fresh_batch": 1}[args.line_search_data]
         fresh = frac and args.kind != "baseline"
-        self.search_rows = some_rows(self.rows, args.batch_tokens, frac) if fresh else 0
+        self.search_rows = fresh and some_rows(self.rows, args.batch_tokens, frac)
         args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in trainable(self.model))
@@ -633,7 +625,6 @@ class Run:
             "config": vars(self.args),
             "parameters": self.size,
             "torch": torch.__version__,
-            "python": platform.python_version(),
             "commit": git_commit(),
             "device": device_name(self.args.device),
             "model": vars(self.model.config),
@@ -680,7 +671,7 @@ class Run:
         progress["tokens"] += (self.rows + self.search_rows) * self.model.config.block_size
         progress["grad_equivalents"] += record.pop("work")
         progress["seconds"] += seconds
-        self.stopped = bool(reduce_number(self.asked))
+        self.stopped = reduce_number(self.asked) > 0
         due = self.over() or progress["step"] % args.eval_interval == 0
         last = self.losses.get(progress["step"] - 1)
         val_loss = self.evaluate() if due else None
@@ -689,7 +680,7 @@ class Run:
                 (flatten(layer).detach() - old).norm().item()
                 for layer, old in zip(self.model.layers(), before)
             ]
-            if None not in (last, val_loss):  # on tokens that the step has not seen
+            if last and val_loss:  # both evaluated, on tokens that the step has not seen
                 record["actual_fresh"] = val_loss - last
             if val_loss is not None and record["actual"] is None:  # a baseline: on its batch
                 record["actual"] = batch_loss(self.model, *batch, args.micro_batch) - record["loss"]
@@ -808,12 +799,14 @@ def start(args, given, checkpoint, command):
         else:
             write_row(log, run.header(command))
         if checkpoint:
-            lacks = f"\nnote: {path} lacks rows up to this step; it goes on after what is whole in it"
-            say(f"resuming {run.out} after step {step}{lacks if last != step else ''}")
+            say(f"resuming {run.out} after step {step}")
+            if last != step:
+                say(f"note: {path} lacks rows up to this step; it goes on after what is whole in it")
         else:
             write_row(log, {**run.progress, "train_loss": None, "val_loss": run.evaluate()})
-            new = f"no run to resume in {run.out}: it begins\n"
-            say(f"{new if args.resume else ''}step 0/{args.steps} | val {run.last_loss():.3f}")
+            if args.resume:
+                say(f"no run to resume in {run.out}: it begins")
+            say(f"step 0/{args.steps} | val {run.last_loss():.3f}")
             run.save()
         status = run.train(log)
     run.finish()

@@ -898,7 +898,7 @@ def test_interrupted_step_restores_the_parameters(where):
 
 
 def test_what_cannot_be_stepped_is_named():
-    """No, mixed or short parameters, parts that are no partition (one missing, empty, foreign), unknown words,
+    """No, mixed or short parameters, parts that are no partition (missing, empty, foreign), unknown words,
     numbers out of range, settings that would be left aside: an error with the cause, before anything is
     computed; and parameters that are another model's, or changed since, before a step."""
     model = gpt()

@@ -2473,7 +2473,7 @@ def test_processes_make_the_step_of_one(flags, go, monkeypatch):
         out = f"{n}at{step}"
         if source:
             shutil.copytree(source, out)
-        start = "--resume" if source else f"{SMALL} {flags} --batch_tokens 1120"
+        start = "--resume" if source else f"{SMALL} {flags} --batch_tokens 1088"
         command = f"{start} --steps {step} --out_dir {out}"
         assert not any(together(n, lambda rank: go(command)))
         row = log_of(out)[-1]

@@ -1117,12 +1117,14 @@ def refuse_derivatives(model, x, y, twice):
                     Jv, h = difference(model, x, z0, theta, {i: v}, [i], eps)
                 wanted = (g * v).sum()
                 scale = wanted.abs() + (g * v).norm() + (c * Jv).norm()
-                allowed = max(0.1, 10 * eps**0.5) * scale + 5 * eps / h * (c * z0).norm()
+                allowed = max(0.1, 10 * eps**0.5) * scale + 5 * eps / h * (c * z0).nan_to_num(0).norm()
                 if ((c * Jv).sum() - wanted).abs() > allowed:
                     raise RuntimeError(
                         "a second derivative is missing, or the gradient is changed (by a straight-through "
                         "estimator, a stopped gradient, a hook or a jump),"
                     )
+    except torch.OutOfMemoryError:  # says what it needs to
+        raise
     except RuntimeError as e:
         if "nference" in str(e):
             advice = "make what the model keeps outside of torch.inference_mode"

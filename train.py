@@ -170,7 +170,7 @@ def build_parser():
     flag(
         "--micro_batch",
         "sequences worked on at a time; changes memory and speed, not results (default: "
-        "about 8192 tokens, more on a GPU)",
+        "about 8192 tokens, more on a GPU, fewer where memory is short)",
         count,
     )
     flag("--seed", "of initialisation and batches", natural, 0)

@@ -874,9 +874,10 @@ def graph_bytes(model, x, y):
         storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t.detach()  # t itself, a node's output, would keep that node alive for ever
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+    with suppress(RuntimeError), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         piece = Piece(model, trainable(model), x, y, 1.0)
-    return sum(storages.values()) + 3 * piece.z.nbytes
+        return sum(storages.values()) + 3 * piece.z.nbytes
+    return 0  # torch.func's transforms, inside a model, refuse such hooks
 
 
 @torch.no_grad()
@@ -1038,7 +1039,7 @@ def check_model(model, x, y, twice):
     modes = twice, *(m.training for m in model.modules())
     if modes not in done:
         refuse_randomness(model, x[:8], y[:8])
-        refuse_derivatives(model, x[:8], y[:8], twice)
+        refuse_derivatives(model, x[:2], y[:2], twice)
         done.add(modes)
 
 
@@ -1105,6 +1106,7 @@ def refuse_derivatives(model, x, y, twice):
         n = per_token(y, 1.0)
         probs = torch.softmax(z0, dim=-1)
         c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, n), n)
+        rounding = 5 * eps * (c * z0).nan_to_num_(0).norm()
         gradient = derivative(z, params, c, retain_graph=twice)
         own = {t.name() for t in graph_of(z) if isinstance(t, torch.autograd.function.BackwardCFunction)}
         for i, (name, g) in enumerate(zip(trainable_names(model), gradient)):
@@ -1117,7 +1119,7 @@ def refuse_derivatives(model, x, y, twice):
                     Jv, h = difference(model, x, z0, theta, {i: v}, [i], eps)
                 wanted = (g * v).sum()
                 scale = wanted.abs() + (g * v).norm() + (c * Jv).norm()
-                allowed = max(0.1, 10 * eps**0.5) * scale + 5 * eps / h * (c * z0).nan_to_num(0).norm()
+                allowed = max(0.1, 10 * eps**0.5) * scale + rounding / h
                 if ((c * Jv).sum() - wanted).abs() > allowed:
                     raise RuntimeError(
                         "a second derivative is missing, or the gradient is changed (by a straight-through "

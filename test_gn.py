@@ -920,7 +920,6 @@ def test_what_cannot_be_stepped_is_named():
     settings = {
         "line_search": "grit",
         "curvature_frac": 0,
-        "damping": nan,
     }
     of_inner = {"rows": 0, "damping": nan}
     for build, wrong in ((GaussNewton, settings), (InnerSolver, of_inner)):

@@ -1,75 +1,72 @@
 """Pictures, by matplotlib.
 
-python results/plot.py                 # frontier.svg, loss.svg, exactness.svg
-python results/plot.py out/a out/b     # any runs: what each took to each loss, and a picture, loss.svg
+python results/plot.py                 # the study's: frontier.svg, loss.svg, step.svg
+python results/plot.py out/a           # what each step of a run did, in run.svg
+python results/plot.py out/a out/b     # what each run took to each loss, and a picture of it, run.svg
 """
 
 import argparse
+import json
 import math
 from contextlib import contextmanager
 from pathlib import Path
 
 from study import HERE, read_log
-from tables import exactness, frontier, load, methods_of
+from tables import RACES, frontier, load, methods_of
 
 LOSS = "validation loss, nats per token"
+COLOURS = {}  # {name: the one that it has in every picture}
+SHARES = "ρ and α"
+PANELS = {  # of one run: {label: ({curve: its key in the log}, settings)}
+    "loss": ({"on the batch, before its step": "train_loss", "validation": "val_loss"}, {}),
+    SHARES: ({"ρ, actual over promised change": "rho", "α, how much of d was taken": "alpha"}, {}),
+    "solver": (
+        {"iterations of CG": "cg_iterations", "inner steps": "inner_steps", "learning rate": "lr"},
+        {"ylim": (0, None)},
+    ),
+}
+STEP = {  # {curve of step.jsonl, first on unseen tokens, then on the search's: its style}
+    "the network, on unseen tokens": "C0-",
+    "the network linearised": "C1-",
+    "its GN model, a parabola": "C2-",
+    "the network, on the line search's rows": "C0:",
+    "the network linearised, there": "C1:",
+}
 
 
 @contextmanager
-def picture(path, width, height, panels=1, **options):
+def picture(path, width, height, rows=1, columns=1, **options):
     """A panel of matplotlib, or panels, to draw in; then the file."""
-    import matplotlib
+    import matplotlib.style
     from matplotlib.figure import Figure
 
-    tab = matplotlib.colormaps["tab20"].colors  # ten, and a pale one of each
-    matplotlib.rcParams.update(
-        {
-            "axes.grid": True,
-            "grid.alpha": 0.3,
-            "svg.fonttype": "none",
-            "svg.hashsalt": "the same file each time",
-            "axes.prop_cycle": matplotlib.cycler(color=tab[::2] + tab[1::2]),
-        }
-    )
+    matplotlib.style.use(HERE / "pictures.mplstyle")
     figure = Figure((width, height), layout="constrained")
-    yield figure.subplots(1, panels, **options)
+    yield figure.subplots(rows, columns, **options)
     figure.savefig(path, metadata={"Date": None})
     print(f"drawn: {path}")
 
 
-def draw(axis, lines, colours, marker="", **settings):
-    """Lines {name: [[(x, y), ...], ...]} into a panel, the first name on top; a colour a name, the next one
-    for a name that has none yet. Logarithmic axes have 1, 2, 5, 10, ..."""
+def draw(axis, lines, marker="", **settings):
+    """Lines {name: [[(x, y), ...], ...]} into a panel, the first name on top. Logarithmic axes have 1, 2, 5."""
     for depth, (name, curves) in enumerate(lines.items()):
-        colour = colours.setdefault(name, f"C{len(colours)}")
+        colour = COLOURS.setdefault(name, f"C{len(COLOURS)}")
         for i, curve in enumerate(curves):
             axis.plot(*zip(*curve), color=colour, label="_" * i + name, zorder=9 - depth, marker=marker)
     axis.set(xscale="log", **settings)
     for side in (axis.xaxis, axis.yaxis):
         if side.get_scale() == "log":
             side.get_major_locator().set_params(subs=(1, 2, 5))
-            side.set_major_formatter("{x:,.10g}")
+            side.set_major_formatter("{x:g}")
             side.set_minor_formatter("")
 
 
-def one_curve(groups):
-    """{name: {key: point}} as lines."""
-    return {name: [points.values()] for name, points in groups.items()}
-
-
-def against_steps(stage, runs):
-    """{method: curves of its runs}, without step 0, which a logarithmic axis does not have."""
-    return {method: [run["curve"][1:] for run in found] for method, found in methods_of(stage, runs).items()}
-
-
 def study(runs):
-    colours = {}
     methods = frontier(runs)
     with picture(HERE / "frontier.svg", 10, 5) as axis:
         draw(
             axis,
-            one_curve(methods),
-            colours,
+            {name: [points.values()] for name, points in methods.items()},
             "o",
             xlabel="work to 1.60, gradients of a million tokens",
             ylabel="whole steps to 1.60",
@@ -77,52 +74,60 @@ def study(runs):
         )
         for name, points in methods.items():
             for batch, point in points.items():
-                axis.annotate(
-                    f"{batch}k",
-                    point,
-                    xytext=(4, 3),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color=colours[name],
-                )
+                axis.text(*point, f"  {batch}k", fontsize=7, va="bottom", color=COLOURS[name])
         axis.figure.legend(loc="outside right upper")
 
-    with picture(HERE / "loss.svg", 11, 5, panels=2) as (left, right):
-        draw(
-            left,
-            against_steps("same batch", runs),
-            colours,
-            ylim=(1.55, 2.5),
-            ylabel=LOSS,
-            xlabel="outer steps of 262,144 tokens, to 1.60",
-        )
-        draw(
-            right,
-            against_steps("slow", runs),
-            colours,
-            ylim=(1.3, 2.5),
-            xlabel="outer steps, to 1.33, with a rate that falls",
-        )
-        left.figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    with picture(HERE / "loss.svg", 11, 5, 1, 2) as panels:
+        for axis, stage, least in zip(panels, ("same batch", "slow"), (1.55, 1.3)):
+            methods = methods_of(stage, runs).items()
+            lines = {method: [run["curve"][1:] for run in found] for method, found in methods}  # not step 0
+            draw(axis, lines, ylim=(least, 2.5), ylabel=LOSS, xlabel=f"outer steps. {RACES[stage]}")
+        labels = panels[0].get_legend_handles_labels()
+        axis.figure.legend(*labels, loc="outside lower center", ncols=3)
 
-    curves = one_curve(exactness(runs))
-    for name in ("full GN, inner SOAP, betas 0.9 0.999", "full GN, inner Muon"):
-        curves[name] = [
-            [
-                (run["gradients"] / run["ran"], run["curve"][0][1] - run["curve"][1][1])
-                for run in methods_of("large batch", runs)[name]
-            ]
-        ]
-    with picture(HERE / "exactness.svg", 6.5, 4) as axis:
-        draw(
-            axis,
-            curves,
-            {},
-            "o",
-            xlabel="work of one step, gradients of a million tokens",
-            ylabel="fall of the validation loss",
-        )
-        axis.legend()
+    points = [json.loads(line) for line in (HERE / "step.jsonl").read_text().splitlines()]
+    with picture(HERE / "step.svg", 11, 5, 1, len(points)) as panels:
+        for axis, point in zip(panels, points):
+            for (label, style), losses in zip(STEP.items(), point["unseen"] + point["search"]):
+                axis.plot(point["alphas"], losses, style, label=label)
+            network, linear, _ = point["unseen"]
+            axis.fill_between(point["alphas"], network, linear, color="C1", alpha=0.15)
+            axis.axvline(point["alpha"], color="black", linewidth=1)
+            title = "from a loss of {:.2f}: the search takes α = {alpha:.2f}, with ρ = {rho:.2f}"
+            axis.set(xlabel="length of the step, α", ylabel=LOSS, title=title.format(network[0], **point))
+        axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def one_run(folder, path):
+    """What each step did. A panel for which the run has no numbers is left out."""
+    head, rows, _ = read_log(folder)
+    layers = ["embedding", *(f"block {i + 1}" for i in range(head["model"]["n_layer"])), "head"]
+    for row in rows:
+        row.update(zip(layers, row.get("layer_norms") or []))
+
+    def curve(key):
+        before = key == "train_loss"
+        return [(row["step"] - before, row[key]) for row in rows if row.get(key) is not None]
+
+    panels = {**PANELS, "how far a layer moved": (dict(zip(layers, layers)), {"yscale": "log"})}
+    if curve("lr"):
+        del panels[SHARES]  # a baseline's say nothing
+    panels = {label: panel for label, panel in panels.items() if any(map(curve, panel[0].values()))}
+    with picture(path, 8, 9, len(panels), sharex=True, squeeze=False) as axes:
+        for axis, (label, (keys, settings)) in zip(axes.flat, panels.items()):
+            for name, key in keys.items():
+                if curve(key):
+                    axis.plot(*zip(*curve(key)), label=name, marker=".")
+            for row in rows:
+                if row.get("accepted") is False:
+                    axis.axvline(row["step"], color="red", linestyle=":")
+            axis.set(ylabel=label, **settings)
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6)
+        axis.set_xlabel("step (dotted: rejected)")
+        if curve("damping"):
+            right = axes[1, 0].twinx()
+            right.semilogy(*zip(*curve("damping")), "C2.-")
+            right.set_ylabel("damping λ", color="C2")
 
 
 def compare(folders, path):
@@ -130,12 +135,12 @@ def compare(folders, path):
     runs = {}
     for folder in folders:
         head, _, evaluated = read_log(folder)
-        scale = head["config"]["batch_tokens"] / 1e6  # work is logged in gradients of the batch
-        runs[Path(folder).name] = [
+        batch = head["config"]["batch_tokens"] / 1e6  # work is logged in gradients of it
+        runs[folder] = [
             (
                 row["step"],
                 row["tokens"] / 1e6,
-                scale * row["grad_equivalents"],
+                batch * row["grad_equivalents"],
                 row["seconds"],
                 row["val_loss"],
             )
@@ -150,11 +155,10 @@ def compare(folders, path):
             step, tokens, work, seconds, _ = [*hits, points[-1]][0]
             missed = "" if hits else ">"
             print(f"{loss:<6.2f}{name:30}{missed:>2}{step:6}{tokens:10.2f}{work:18.2f}{seconds:10.0f}")
-    colours = {}
-    with picture(path, 14, 4.2, panels=3, sharey=True) as panels:
+    with picture(path, 14, 4.2, 1, 3, sharey=True) as panels:
         for i, label in enumerate(("outer steps", "M tokens", "work, gradients of 1M tokens")):
             lines = {name: [[(point[i], point[-1]) for point in points[1:]]] for name, points in runs.items()}
-            draw(panels[i], lines, colours, xlabel=label)
+            draw(panels[i], lines, xlabel=label)
         panels[0].set_ylabel(LOSS)
         panels[0].legend()
 
@@ -162,17 +166,17 @@ def compare(folders, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs; none: the study's pictures")
-    parser.add_argument("--save", type=Path, default=Path("loss.svg"), help="where to, .svg or .png")
+    parser.add_argument("--save", type=Path, default=Path("run.svg"), help="where to, .svg or .png")
     args = parser.parse_args()
     try:
-        if args.runs:
+        if len(args.runs) > 1:
             compare(args.runs, args.save)
+        elif args.runs:
+            one_run(*args.runs, args.save)
         else:
             study(load())
-    except ImportError:
-        parser.exit(2, "plot.py: error: pictures need matplotlib: pip install matplotlib\n")
-    except (OSError, ValueError) as e:
-        parser.error(f"cannot draw these runs: {e}")
+    except (ImportError, OSError, ValueError) as e:
+        parser.exit(2, f"plot.py: error: cannot draw this: {e}\n")
 
 
 if __name__ == "__main__":

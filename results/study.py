@@ -1,13 +1,13 @@
 """The study: a list of command lines, and a loop that makes those of them that are not recorded yet.
 
     python results/study.py                          # what is missing, as many runs at once as cores
-    python results/study.py --quick                  # one seed, no tuning, to 1.75: 11 minutes on two cores
+    python results/study.py --only quick             # one seed, no tuning, to 1.75: 11 minutes on two cores
     python results/study.py --only 'batch | K-FAC'   # the lines that contain this
     python results/study.py --records again.jsonl --out out/again       # everything anew, recorded there
 
 study.txt is the list, `stage | method | which | flags of train.py`; runs.jsonl has a line for each run that
 is complete. Runs lie under --out; one that was cut off goes on from its checkpoint. English text has to be
-there already: python results/english.py out/study/english
+there already, in out/study/english: protocol.md says where it comes from.
 """
 
 import argparse
@@ -114,8 +114,7 @@ def make(line, out, records):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the stages of the quick study alone")
-    parser.add_argument("--only", default="", help="of these, the lines that contain this")
+    parser.add_argument("--only", default="", help="the lines that contain this")
     parser.add_argument("--list", type=Path, default=HERE / "study.txt")
     parser.add_argument("--records", type=Path, default=HERE / "runs.jsonl")
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="the runs' folders")
@@ -124,11 +123,7 @@ def main():
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.stdout.reconfigure(line_buffering=True)
     every = [line for line in read_list(args.list) if not line.gone]
-    lines = [
-        line
-        for line in every
-        if args.only in line.name and line.stage != "warmup" and line.stage.startswith("quick") == args.quick
-    ]
+    lines = [line for line in every if args.only in line.name and line.stage != "warmup"]
     recorded = read_records(args.records)
     missing = {line.flags: line for line in lines if line.flags not in recorded}
     warmups = [

@@ -7,7 +7,7 @@ from math import hypot, isnan, log, nan
 from pathlib import Path
 from statistics import mean, stdev
 
-from study import HERE, read_list, read_log, read_records
+from study import HERE, read_list, read_records
 
 FIRST_LINES = """# Tables, printed by `python results/tables.py > results/tables.md`
 
@@ -46,6 +46,7 @@ RACES = {
 }
 SIZES = {49_312: ["49k parameters"], 164_160: STUDY, 1_115_264: ["1.1M parameters"]}
 TRIALS = {
+    "exactness": "One step of a million tokens, by iterations of CG",
     "tuning": "Tuning at half of the batch, to 1.60",
     "ending": "Endings of the baselines, to 1.60",
     "slow trials": "Other runs to 1.33",
@@ -68,24 +69,13 @@ def show(title, rows):
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def grid(title, corner, column, cell, points):
-    """Print {row: {column: point}}, given how a column and a point are written."""
-    columns = sorted(set().union(*points.values()))
-    show(
-        title,
-        [
-            {corner: name, **{column.format(c): cell.format(*row[c]) if c in row else "" for c in columns}}
-            for name, row in points.items()
-        ],
-    )
-
-
 def load(path=HERE / "runs.jsonl"):
     """The lines of the list that have a record, in its order: {stage, method, which, flags, *the record}. Added
-    are steps and work "between" the last two evaluations."""
+    are its machine, and steps and work "between" the last two evaluations."""
     records = read_records(path)
     runs = [{**records[line.key], **line._asdict()} for line in read_list() if line.key in records]
     for run in runs:
+        run["machine"] = re.search("H100|H200|cpu", run["device"])[0].upper()
         run["between"] = crossing(run)
         run["work between"] = run["gradients"] * run["between"] / run["ran"]
     return runs
@@ -124,11 +114,9 @@ def interpolated(run):
     return f"{run['between']:.1f}" if run["steps"] else "-" * bool(run["target"])
 
 
-def each(runs, text=whole):
+def each_machine(runs, text=whole):
     """A text for each run, by the machines that they were made on."""
-    machines = defaultdict(list)
-    for run in runs:
-        machines[re.search("H100|H200|cpu", run["device"])[0].upper()].append(run)
+    machines = grouped(runs, "machine")
     return "; ".join(f"{name} {listed(found, text)}" for name, found in machines.items())
 
 
@@ -145,41 +133,44 @@ def with_error(value, error, digits):
     return f"{value:.{digits}f}" + ("" if isnan(error) else f" ± {error:.{digits}f}")
 
 
+def rank(runs):
+    """(whether one of them missed, mean steps, interpolated ones): the less the better."""
+    return None in [run["steps"] for run in runs], average("ran", runs), average("between", runs)
+
+
+def spread(runs):
+    """Standard deviation of one run, if all arrived, over the mean of all."""
+    between = [run["between"] for run in runs]
+    return nan if rank(runs)[0] or len(runs) == 1 else stdev(between) / mean(between)
+
+
 def race(methods):
     """Rows of methods by their steps to the target, the best first. A run that missed counts as its length."""
-    ranked = []
-    for method, runs in methods.items():
-        between = average("between", runs)
-        missed = None in [run["steps"] for run in runs]
-        spread = nan if missed or len(runs) == 1 else stdev(run["between"] for run in runs)
-        ranked.append(
-            (missed, average("ran", runs), between, spread, spread / between / len(runs) ** 0.5, method)
-        )
-    ranked.sort()
     rows = []
-    for missed, steps, between, spread, error, method in ranked:
-        _, best, best_between, _, best_error, _ = ranked[0]
-        runs = methods[method]
+    ranked = sorted(methods.items(), key=lambda item: rank(item[1]))
+    for method, runs in ranked:
+        _, best = ranked[0]
+        missed, steps, between = rank(runs)
         over = "> " * missed
-        ratio = between / best_between
+        ratio = between / average("between", best)
+        error = hypot(*(spread(each) / len(each) ** 0.5 for each in (runs, best)))
         seconds = [run["seconds"] for run in runs if run["device"] == "cpu, 1 thread(s)"]
-        rows.append(
-            {
-                "method": method,
-                "batch": f"{runs[0]['batch_tokens'] // 1024}k",
-                "steps": f"{over}{steps:.1f}",
-                "each run": each(runs),
-                "ratio": f"{over}{steps / best:.2f}" if rows else "",
-                "work": f"{average('gradients', runs):.3g}",
-                "interpolated steps": over + with_error(between, spread, 1),
-                "each run, interpolated": each(runs, interpolated),
-                "interpolated ratio": over + with_error(ratio, ratio * hypot(error, best_error), 2)
-                if rows
-                else "",
-                "interpolated work": f"{average('work between', runs):.3g}",
-                "seconds": f"{mean(seconds):,.0f}" if seconds else "",
-            }
-        )
+        row = {
+            "method": method,
+            "batch": f"{runs[0]['batch_tokens'] // 1024}k",
+            "steps": f"{over}{steps:.1f}",
+            "each run": each_machine(runs),
+            "ratio": f"{over}{steps / average('ran', best):.2f}",
+            "work": f"{average('gradients', runs):.3g}",
+            "interpolated steps": over + with_error(between, between * spread(runs), 1),
+            "each run, interpolated": each_machine(runs, interpolated),
+            "interpolated ratio": over + with_error(ratio, ratio * error, 2),
+            "interpolated work": f"{average('work between', runs):.3g}",
+            "seconds": f"{mean(seconds):,.0f}" if seconds else "",
+        }
+        if not rows:
+            row.update({"ratio": "", "interpolated ratio": ""})
+        rows.append(row)
     return rows
 
 
@@ -188,34 +179,44 @@ def best_runs(runs, stages, family, fair):
 
     The best takes the fewest steps, interpolated. A setting must arrive with each of its seeds. Full GN's must
     have three seeds where any has; if `fair`, baselines' too."""
-    settings = defaultdict(dict)  # {(method, batch, flags without the seed): {flags: run}}
-    for run in runs:
-        if run["stage"] in stages and not run["flags"].startswith("was"):
-            method = re.match(family, run["method"])[0]
-            setting = method, run["batch_tokens"] // 1024, re.sub(r"--seed \d+", "", run["flags"])
-            settings[setting][run["flags"]] = run
+    chosen = [run for run in runs if run["stage"] in stages and not run["flags"].startswith("was")]
+    settings = defaultdict(list)
+    for run in {run["flags"]: run for run in chosen}.values():
+        setting = re.match(family, run["method"])[0], run["batch_tokens"] // 1024
+        settings[setting, re.sub(r"--seed \d+", "", run["flags"])].append(run)
 
-    def rank(found):
+    def worth(found):
         return -min(len(found), 3) * (fair or "gn" in found[0]["flags"]), average("between", found)
 
     best = defaultdict(dict)
-    for (method, batch, _), found in settings.items():
-        found = list(found.values())
+    for ((method, batch), _), found in settings.items():
         if None not in [run["steps"] for run in found]:
-            best[method][batch] = min(found, best[method].get(batch, found), key=rank)
+            best[method][batch] = min(found, best[method].get(batch, found), key=worth)
     return best
 
 
-def frontier(runs, work="gradients", steps="ran"):
+def frontier(runs):
     """{method: {batch in 1024 tokens: (work, steps)}} to 1.60 from the warmup, means over seeds."""
     best = best_runs(runs, STUDY, FAMILY + "(, 2 passes)?", fair=False)
     return {
         method: {
-            batch: (average(work, found), average(steps, found)) for batch, found in sorted(points.items())
+            batch: (average("gradients", found), average("ran", found))
+            for batch, found in sorted(points.items())
         }
         for method, points in best.items()
         if len(points) > 2
     }
+
+
+def batches(methods):
+    sizes = sorted(set().union(*methods.values()))
+    rows = []
+    for method, points in methods.items():
+        row = {
+            f"{size}k": "{1:.1f} ({0:.3g})".format(*points[size]) if size in points else "" for size in sizes
+        }
+        rows.append({"tokens": method, **row})
+    show("Steps at each batch, to 1.60 (work)", rows)
 
 
 def sizes(runs):
@@ -260,40 +261,12 @@ def trials(title, methods):
                 "steps": listed(alike),
                 "interpolated": listed(alike, interpolated),
                 "loss": "" if alike[0]["target"] else listed(alike, lambda run: f"{run['loss']:.3f}"),
+                "work": f"{average('gradients', alike):.3g}",
             }
             for method, runs in methods.items()
             for which, alike in grouped(runs, "which").items()
         ],
     )
-
-
-def exactness(runs):
-    """{share of the batch that G is made from: {iterations: (work, fall of the loss)}}, one step each."""
-    return {
-        share: {int(run["which"]): (run["gradients"], run["curve"][0][1] - run["loss"]) for run in found}
-        for share, found in methods_of("exactness", runs).items()
-    }
-
-
-def logs(folder):
-    """The validation losses of a folder's runs."""
-    rows = []
-    for path in sorted((HERE / folder).iterdir()):
-        *_, evaluated = read_log(path)
-        rows.append(
-            {"run": f"`{path.name}`", "losses": ", ".join(f"{row['val_loss']:.3f}" for row in evaluated[1:])}
-        )
-    show(f"Validation losses in {folder}/", rows)
-
-
-def totals(runs):
-    """What the stages took; a run that two of them share counts for the first."""
-    counted = {run["flags"]: run for run in reversed(runs)}
-    rows = []
-    for stage, found in grouped(reversed(counted.values()), "stage").items():
-        work = sum(run["gradients"] for run in found)
-        rows.append({"stage": stage, "runs": len(found), "work": f"{work:,.0f}"})
-    show("Runs and work of each stage", rows)
 
 
 def main():
@@ -307,27 +280,10 @@ def main():
     show("The main comparison", [{column: row[column] for column in columns} for row in main_rows])
     for stage, title in RACES.items():
         show(title, race(methods_of(stage, runs)))
-    cell = "{1:.1f} ({0:.3g})"
-    grid("Steps at each batch, to 1.60 (work)", "tokens", "{}k", cell, frontier(runs))
-    grid(
-        "Interpolated steps at each batch, to 1.60 (work)",
-        "tokens",
-        "{}k",
-        cell,
-        frontier(runs, "work between", "between"),
-    )
+    batches(frontier(runs))
     sizes(runs)
-    grid(
-        "One step of a million tokens: fall of the loss (work) by CG's iterations",
-        "",
-        "{}",
-        "{1:.3f} ({0:.3g})",
-        exactness(runs),
-    )
     for stage, title in TRIALS.items():
         trials(title, methods_of(stage, runs))
-    totals(runs)
-    logs("default_run")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""What a step sees: the loss along its d, and what the local models say of it, in step.jsonl for plot.py.
+
+python train.py --opt adamw --lr 0.003 --steps 60 --out_dir warmup
+python train.py --opt soap --lr 0.02 --betas 0.9 0.99 --precondition_frequency 10 --warmup_steps 10 \\
+    --batch_tokens 32768 --steps 500 --eval_interval 5 --target_loss 1.49 --init_from warmup --out_dir late
+python results/step.py warmup late         # a step of CG from the weights of each of these runs
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from study import HERE
+
+sys.path.append(f"{HERE}/..")
+import train  # noqa: E402
+from baselines import assign, batch_loss, flatten, pieces, trainable, unflatten  # noqa: E402
+from gauss_newton import SEARCH_FRAC, Piece, local_change  # noqa: E402
+
+FLAGS = "--opt full_gn --batch_tokens 262144"
+ALPHAS = [i / 16 for i in range(33)]
+ROWS = 128  # at a time
+
+
+def begin(weights, flags):
+    """A run of train.py from the weights in a run's folder, before its first step. It has a model, a stepper,
+    batch(stream, rows), and val: validation tokens, which no step sees."""
+    args, _ = train.resolve([*flags.split(), "--init_from", weights, "--out_dir", "out/begun", "--overwrite"])
+    return train.Run(args, None)
+
+
+def along(model, theta, d, x, y):
+    """Losses on x, y for each of ALPHAS: the network's at θ + αd, the linearised network's, GN's."""
+    params = trainable(model)
+    assign(params, unflatten(theta, params))
+    changes = torch.zeros(2, len(ALPHAS))
+    for inputs, targets in pieces(x, y, ROWS):
+        piece = Piece(model, params, inputs, targets, y.numel())
+        z = piece.z.detach()
+        Jd = piece.jvp(d, range(len(params)))
+        for i, alpha in enumerate(ALPHAS):
+            for row, prox_linear in zip(changes, (True, False)):
+                row[i] += local_change(z, alpha * Jd, targets, y.numel(), prox_linear, False)[0]
+    network = []
+    for alpha in ALPHAS:
+        assign(params, unflatten(theta + alpha * d, params))
+        network.append(batch_loss(model, x, y, ROWS))
+    return network, *(changes + network[0]).tolist()
+
+
+def main():
+    lines = []
+    for weights in sys.argv[1:]:
+        run = begin(weights, FLAGS)
+        params = trainable(run.model)
+        theta = flatten(params).detach()
+        batch = run.batch(0, run.rows)
+        record = run.stepper.step(*batch)
+        d = (flatten(params).detach() - theta) / record["alpha"]
+        search = [t[-int(SEARCH_FRAC * run.rows) :] for t in batch]
+        unseen = along(run.model, theta, d, *run.val)
+        seen = along(run.model, theta, d, *search)
+        names = {"from": Path(weights).name, "flags": FLAGS, "alphas": ALPHAS}
+        lines.append(json.dumps({**names, **record, "unseen": unseen, "search": seen}) + "\n")
+    (HERE / "step.jsonl").write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    main()

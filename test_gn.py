@@ -2945,40 +2945,41 @@ def test_val_batch_is_spread_over_all_of_validation(n):
 # ---- results ----
 
 
-def test_study_makes_what_is_missing_and_goes_on_where_it_was_killed(tmp_path):
+def test_study_makes_what_is_missing_and_goes_on_where_it_was_killed():
     """A run whose folder is as a kill leaves it, a row cut off, ends as the same run in one piece; what is
     recorded, or not to be made again, is left alone; a failure is told in one line."""
     small = "--opt adamw --batch_tokens 1024 --eval_tokens 1024 --n_layer 1"
     flags = f"{small} --steps 12 --checkpoint_interval 5 --init_from warmup"
-    (tmp_path / "list").write_text(
+    write(
+        "list",
         f"warmup | AdamW | warmup | {small} --steps 2\n"
         f"steep | AdamW | whole | {flags} --seed 0\n"
         f"steep | AdamW | whole, again | {flags} --seed 0\n"
         "steep | AdamW | bad | --opt adamw --lr -1\n"
-        "steep | AdamW | old | was --opt adamw --no_such_flag 1\n"
+        "steep | AdamW | old | was --opt adamw --no_such_flag 1\n",
     )
 
-    def study(records, *flags):
-        places = "--list", tmp_path / "list", "--records", tmp_path / records, "--out", tmp_path / "out"
-        done = python(HERE / "results/study.py", *places, "--jobs", 1, *flags)
-        return done, [json.loads(line) for line in (tmp_path / records).read_text().splitlines()]
+    def study(records, only=""):
+        flags = f"--list list --out out --jobs 1 --records {records} --only={only}".split()
+        done = python(HERE / "results/study.py", *flags, cwd=".")
+        return done, [json.loads(line) for line in Path(records).read_text().splitlines()]
 
     done, made = study("records")
     assert done.returncode == 1 and "3 lines, 2 runs to make" in done.stdout
     [failed] = [line for line in done.stdout.splitlines() if "failed" in line]
     assert "--lr" in failed and "| bad:" in failed
     assert [record["ran"] for record in made] == [2, 12]
-    assert "2 lines, 0 runs" in study("records", "--only", "whole")[0].stdout
-    [run] = (tmp_path / "out").glob("opt-adamw*seed-0")
+    assert "2 lines, 0 runs" in study("records", "whole")[0].stdout
+    [run] = Path("out").glob("opt-adamw*seed-0")
     shutil.copyfile(run / "checkpoint.previous.pt", run / "checkpoint.pt")
     os.truncate(run / "log.jsonl", os.path.getsize(run / "log.jsonl") - 99)
-    _, made_again = study("again", "--only", "whole")
+    _, made_again = study("again", "whole")
     assert made_again[-1]["curve"] == made[-1]["curve"]
 
 
 def test_tables_come_from_the_records():
     """Those of tables.md, and the main comparison, the first of them, in the README of the results."""
-    tables = python(HERE / "results/tables.py").stdout
+    tables = python("results/tables.py").stdout
     assert (HERE / "results/tables.md").read_text() == tables
     _, main, *_ = tables.split("\n## ")
     assert main.split("\n\n")[1].strip() in (HERE / "results/README.md").read_text()
@@ -3009,8 +3010,15 @@ def test_plot_compares_runs_and_says_where_matplotlib_is_missing():
     write("matplotlib.py", "raise ImportError")
     done = python(HERE / "results/plot.py", "a", "b", cwd=".", PYTHONPATH=".")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    found = [" ".join(line.split()) for line in done.stdout.splitlines()[-2:]]
-    assert found == ["2.50 a 1 1.00 1.00 1", "2.50 b 1 1.00 1.00 1"]
+    assert " ".join(done.stdout.split()).endswith("2.50 a 1 1.00 1.00 1 2.50 b 1 1.00 1.00 1")
+
+
+def test_plot_draws_a_run():
+    """With the panels that it has numbers for."""
+    pytest.importorskip("matplotlib")
+    python(HERE / "results/plot.py", HERE / "results/default_run/cg", "--save", "cg.svg", cwd=".")
+    text = Path("cg.svg").read_text()
+    assert "damping" in text and "learning rate" not in text
 
 
 README = (HERE / "README.md").read_text()

@@ -25,12 +25,12 @@ PANELS = {  # of one run: {label: ({curve: its key in the log}, settings)}
         {"ylim": (0, None)},
     ),
 }
-STEP = {  # {curve of step.jsonl, first on unseen tokens, then on the search's: its style}
-    "the network, on unseen tokens": "C0-",
-    "the network linearised": "C1-",
-    "its GN model, a parabola": "C2-",
-    "the network, on the line search's rows": "C0:",
-    "the network linearised, there": "C1:",
+STEP = {  # {curve of step.jsonl, first on unseen tokens, then on the line search's rows: its style}
+    "  network, unseen tokens": "C0-",
+    "  linearised": "C1-",
+    "  GN, a parabola": "C2-",
+    "  network, rows of the search": "C0:",
+    "  linearised, there": "C1:",
 }
 
 
@@ -78,24 +78,24 @@ def study(runs):
         axis.figure.legend(loc="outside right upper")
 
     with picture(HERE / "loss.svg", 11, 5, 1, 2) as panels:
-        for axis, stage, least in zip(panels, ("same batch", "slow"), (1.55, 1.3)):
+        for axis, stage in zip(panels, ("same batch", "slow")):
             methods = methods_of(stage, runs).items()
             lines = {method: [run["curve"][1:] for run in found] for method, found in methods}  # not step 0
-            draw(axis, lines, ylim=(least, 2.5), ylabel=LOSS, xlabel=f"outer steps. {RACES[stage]}")
-        labels = panels[0].get_legend_handles_labels()
-        axis.figure.legend(*labels, loc="outside lower center", ncols=3)
+            draw(axis, lines, ylabel=LOSS, xlabel=f"outer steps. {RACES[stage]}")
+        axis.figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
     points = [json.loads(line) for line in (HERE / "step.jsonl").read_text().splitlines()]
-    with picture(HERE / "step.svg", 11, 5, 1, len(points)) as panels:
+    with picture(HERE / "step.svg", 12, 4.5, 1, len(points)) as panels:
         for axis, point in zip(panels, points):
+            alphas = point["alphas"]
             for (label, style), losses in zip(STEP.items(), point["unseen"] + point["search"]):
-                axis.plot(point["alphas"], losses, style, label=label)
+                axis.plot(alphas, losses, style)
+                axis.text(alphas[-1], losses[-1], label, color=style[:2], va="center", fontsize=8)
             network, linear, _ = point["unseen"]
-            axis.fill_between(point["alphas"], network, linear, color="C1", alpha=0.15)
-            axis.axvline(point["alpha"], color="black", linewidth=1)
-            title = "from a loss of {:.2f}: the search takes α = {alpha:.2f}, with ρ = {rho:.2f}"
-            axis.set(xlabel="length of the step, α", ylabel=LOSS, title=title.format(network[0], **point))
-        axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+            axis.fill_between(alphas, network, linear, color="C1", alpha=0.15)
+            axis.axvline(point["alpha"], color="grey")
+            taken = "α. The line search takes {alpha:.2f}, where ρ = {rho:.2f}".format(**point)
+            axis.set(title=f"From a loss of {network[0]:.2f}", xlabel=taken, ylabel="loss, nats per token")
 
 
 def one_run(folder, path):
@@ -166,7 +166,7 @@ def compare(folders, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs; none: the study's pictures")
-    parser.add_argument("--save", type=Path, default=Path("run.svg"), help="where to, .svg or .png")
+    parser.add_argument("--save", type=Path, default="run.svg", help="where to, .svg or .png")
     args = parser.parse_args()
     try:
         if len(args.runs) > 1:

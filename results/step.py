@@ -8,7 +8,6 @@ python results/step.py warmup late         # a step of CG from the weights of ea
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 from study import HERE
@@ -19,7 +18,7 @@ from baselines import assign, batch_loss, flatten, pieces, trainable, unflatten 
 from gauss_newton import SEARCH_FRAC, Piece, local_change  # noqa: E402
 
 FLAGS = "--opt full_gn --batch_tokens 262144"
-ALPHAS = [i / 16 for i in range(33)]
+ALPHAS = [i / 20 for i in range(33)]
 ROWS = 128  # at a time
 
 
@@ -61,7 +60,7 @@ def main():
         search = [t[-int(SEARCH_FRAC * run.rows) :] for t in batch]
         unseen = along(run.model, theta, d, *run.val)
         seen = along(run.model, theta, d, *search)
-        names = {"from": Path(weights).name, "flags": FLAGS, "alphas": ALPHAS}
+        names = {"from": weights, "flags": FLAGS, "alphas": ALPHAS}
         lines.append(json.dumps({**names, **record, "unseen": unseen, "search": seen}) + "\n")
     (HERE / "step.jsonl").write_text("".join(lines))
 

@@ -107,8 +107,7 @@ def make(line, out, records):
         return False
     with open(records, "a") as f:
         f.write(json.dumps({"flags": line.flags, **run}) + "\n")
-    missed = " (above the target)" if run["target"] and not run["steps"] else ""
-    print(f"{line.name}: {run['ran']} steps, val {run['loss']:.4f}{missed}, {run['seconds']} s")
+    print(f"{line.name}: {run['ran']} steps, val {run['loss']:.4f}, {run['seconds']} s")
     return True
 
 
@@ -120,7 +119,6 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/study"), help="the runs' folders")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
     sys.stdout.reconfigure(line_buffering=True)
     every = [line for line in read_list(args.list) if not line.gone]
     lines = [line for line in every if args.only in line.name and line.stage != "warmup"]

@@ -209,11 +209,11 @@ def frontier(runs):
 
 
 def batches(methods):
-    sizes = sorted(set().union(*methods.values()))
+    every = sorted(set().union(*methods.values()))
     rows = []
     for method, points in methods.items():
         row = {
-            f"{size}k": "{1:.1f} ({0:.3g})".format(*points[size]) if size in points else "" for size in sizes
+            f"{size}k": "{1:.1f} ({0:.3g})".format(*points[size]) if size in points else "" for size in every
         }
         rows.append({"tokens": method, **row})
     show("Steps at each batch, to 1.60 (work)", rows)

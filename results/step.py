@@ -1,8 +1,8 @@
 """What a step sees: the loss along its d, and what the local models say of it, in step.jsonl for plot.py.
 
 python train.py --opt adamw --lr 0.003 --steps 60 --out_dir warmup
-python train.py --opt soap --lr 0.02 --betas 0.9 0.99 --precondition_frequency 10 --warmup_steps 10 \\
-    --batch_tokens 32768 --steps 500 --eval_interval 5 --target_loss 1.49 --init_from warmup --out_dir late
+python train.py --opt soap --lr 0.02 --betas 0.9 0.99 --warmup_steps 10 --schedule wsd \\
+    --batch_tokens 32768 --steps 110 --init_from warmup --out_dir late
 python results/step.py warmup late         # a step of CG from the weights of each of these runs
 """
 

@@ -22,6 +22,7 @@ import math
 import os
 import warnings
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -114,6 +115,69 @@ def cosine(done):
     return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
+@dataclass(eq=False)
+class FirstOrder:
+    """A baseline behind the interface of GaussNewton. Its step:
+
+        g ← gradient of the batch's loss
+        rate ← optimizer's own * lr_schedule(step, total_steps, schedule, warmup_steps)
+        g′ ← g min(1, clip / ‖g‖)            clip 0: g′ = g
+        θ ← optimizer(θ, g′)                 K-FAC has observed the batch before
+
+    A loss, gradient or step that is not finite leaves the parameters bitwise as they were.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer  # from make_optimizer
+    total_steps: int = 1
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    clip: float = 1.0
+    micro_batch: int = None
+
+    def __post_init__(self):
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, inputs, targets):
+        """One step on a batch; returns its record, a flat dict."""
+        lr = self.lr * lr_schedule(self.steps, self.total_steps, self.schedule, self.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.steps += 1
+        params = trainable(self.model)
+        loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
+        norm = grad.norm().item()
+        record = {"accepted": False, "loss": loss, "grad_norm": norm, "lr": lr, "alpha": 0.0, "work": 1.0}
+        if not math.isfinite(loss + norm):
+            return {**record, "reason": "loss or gradient not finite"}
+        if isinstance(self.optimizer, KFACOptimizer):
+            record["work"] += self.optimizer.observe(inputs, targets, self.micro_batch)
+            record["repaired"] = self.optimizer.kfac.repaired or None
+        clipped = grad * (self.clip / norm) if 0 < self.clip < norm else grad
+        for p, g in zip(params, unflatten(clipped, params)):
+            p.grad = g
+        before = flatten(params)
+        self.optimizer.step()
+        d = flatten(params) - before
+        length = d.norm().item()
+        if not math.isfinite(length):
+            assign(params, unflatten(before, params))
+            return {**record, "reason": "step not finite"}
+        slope = grad.dot(d).item()  # what a first-order method promises
+        cosine = -slope / (norm * length + 1e-30)
+        record.update(accepted=True, reason="", alpha=1.0, predicted=slope, cosine=cosine)
+        return record
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Vectors over parameters
 
@@ -157,11 +221,11 @@ def assign(params, values):
         p.copy_(v)
 
 
-def pieces(idx, targets, micro_batch):
+def pieces(inputs, targets, micro_batch):
     """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole
     batch)."""
-    rows = micro_batch or len(idx)
-    return list(zip(idx.split(rows), targets.split(rows)))
+    rows = micro_batch or len(inputs)
+    return list(zip(inputs.split(rows), targets.split(rows)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -175,7 +239,7 @@ def ranks():
     return 0, 1
 
 
-def share(*tensors):
+def local_rows(*tensors):
     """This process's slice of the rows of tensors that every process holds whole. Raises ValueError for fewer
     rows than processes."""
     rank, world = ranks()
@@ -185,7 +249,7 @@ def share(*tensors):
     return tuple(t[rows * rank // world : rows * (rank + 1) // world] for t in tensors)
 
 
-def reduce(*tensors):
+def sum_over_processes(*tensors):
     """Each tensor's sum over the processes, with the same bits on all of them; all of one dtype. In one
     process, what was given."""
     if ranks()[1] == 1 or not tensors:
@@ -195,12 +259,12 @@ def reduce(*tensors):
     return unflatten(flat, tensors)
 
 
-def reduce_number(x):
+def sum_number(x):
     """The same for a float or an int, in float64."""
     if ranks()[1] == 1:
         return x
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return reduce(torch.tensor(x, dtype=torch.float64, device=device))[0].item()
+    return sum_over_processes(torch.tensor(x, dtype=torch.float64, device=device))[0].item()
 
 
 def free_memory(device):
@@ -244,19 +308,19 @@ CONTROL_GROUPS = {  # by the controller in a group's line of /proc/self/cgroup, 
 IGNORED = -100
 
 
-def check_targets(idx, targets):
+def check_targets(inputs, targets):
     """The targets as int64, and how many count. Raises ValueError for what are not classes for these
     inputs."""
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(
             f"targets must be class numbers (int64), not {targets.dtype}: soft targets are not supported"
         )
-    if len(idx) != len(targets):
-        raise ValueError(f"inputs have {len(idx)} rows and targets {len(targets)}")
+    if len(inputs) != len(targets):
+        raise ValueError(f"inputs have {len(inputs)} rows and targets {len(targets)}")
     targets = targets.long()
     n = int((targets != IGNORED).sum())
     if n == 0:
-        raise ValueError(f"the batch is empty: it has {len(idx)} rows and no target that counts")
+        raise ValueError(f"the batch is empty: it has {len(inputs)} rows and no target that counts")
     return targets, n
 
 
@@ -288,10 +352,10 @@ def logits(model, x, y=None):
     return z if z.dtype == torch.float64 else z.float()
 
 
-def counted_rows(idx, targets):
+def counted_rows(inputs, targets):
     """The rows that have a target that counts, so that every share of them has some."""
     counted = (targets != IGNORED).reshape(len(targets), -1).any(1)
-    return (idx, targets) if counted.all() else (idx[counted], targets[counted])
+    return (inputs, targets) if counted.all() else (inputs[counted], targets[counted])
 
 
 def per_token(targets, n):
@@ -322,25 +386,25 @@ def evaluate(model, x, y=None):
         mha.set_fastpath_enabled(fast)
 
 
-def batch_loss(model, idx, targets, micro_batch=None):
+def batch_loss(model, inputs, targets, micro_batch=None):
     """Mean cross-entropy (nats per token) without a graph, as a float; attention may be fused."""
-    targets, n = check_targets(idx, targets)
-    batches = pieces(*share(idx, targets), micro_batch)
-    return reduce_number(sum(cross_entropy_sum(evaluate(model, x, y), y).item() for x, y in batches)) / n
+    targets, n = check_targets(inputs, targets)
+    batches = pieces(*local_rows(inputs, targets), micro_batch)
+    return sum_number(sum(cross_entropy_sum(evaluate(model, x, y), y).item() for x, y in batches)) / n
 
 
 @torch.enable_grad()
-def batch_grad(model, idx, targets, micro_batch=None):
+def batch_grad(model, inputs, targets, micro_batch=None):
     """Loss (float) and flat gradient by ordinary backward passes."""
-    targets, n = check_targets(idx, targets)
+    targets, n = check_targets(inputs, targets)
     params = trainable(model)
     loss = 0.0
     grad = 0.0
-    for x, y in pieces(*share(idx, targets), micro_batch):
+    for x, y in pieces(*local_rows(inputs, targets), micro_batch):
         mean = cross_entropy_sum(logits(model, x, y), y) / n
         loss += mean.item()
         grad += flatten(torch.autograd.grad(mean, params, materialize_grads=True))
-    return reduce_number(loss), reduce(grad)[0]
+    return sum_number(loss), sum_over_processes(grad)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -692,13 +756,13 @@ class KFAC:
         self.eigen = {}
 
     @torch.enable_grad()
-    def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
+    def update(self, inputs, targets, micro_batch=None, generator=None, decay=0.0):
         """Factors from a batch, averaged with the earlier ones by `decay`; then `decompose` makes them ready
         for use. Where labels are sampled, targets say which tokens count."""
-        targets, n = check_targets(idx, targets)
-        all_rows = torch.arange(len(idx))
-        [local_rows] = share(all_rows)
-        z = logits(self.model, idx[:2], targets[:2])
+        targets, n = check_targets(inputs, targets)
+        all_rows = torch.arange(len(inputs))
+        [own_rows] = local_rows(all_rows)
+        z = logits(self.model, inputs[:2], targets[:2])
         shape = [1] * targets.ndim if self.batch_labels else z.shape[1:]  # of a row's random numbers
         factored = {i for i, *_ in linear_maps(z, self.params)}
         del z
@@ -707,25 +771,27 @@ class KFAC:
         }
         sums = {}  # {(index of a parameter, the side of it that s has): [Σ δδᵀ, Σ aaᵀ, number of terms]}
         # All processes draw for all rows, so that labels and signs do not depend on who has them.
-        for square_rows in all_rows.split(math.ceil(len(idx) / self.SQUARES)):
+        for square_rows in all_rows.split(math.ceil(len(inputs) / self.SQUARES)):
             grads = {p: torch.zeros_like(p) for p in squares}
-            for drawn in square_rows.split(micro_batch or len(idx)):
-                draws = torch.empty(len(drawn), *shape, device=idx.device).exponential_(generator=generator)
-                rows = drawn[torch.isin(drawn, local_rows)]
+            for drawn in square_rows.split(micro_batch or len(inputs)):
+                draws = torch.empty(len(drawn), *shape, device=inputs.device).exponential_(
+                    generator=generator
+                )
+                rows = drawn[torch.isin(drawn, own_rows)]
                 if len(rows):
                     first = rows[0] - drawn[0]  # draws are sliced: a copy may be large
-                    self._add(idx[rows], targets[rows], draws[first:][: len(rows)], sums, grads)
+                    self._add(inputs[rows], targets[rows], draws[first:][: len(rows)], sums, grads)
             # Labels or signs are independent: the square of a sum over rows has the mean of the sum of
             # squares.
-            for square, g in zip(squares.values(), reduce(*grads.values())):
+            for square, g in zip(squares.values(), sum_over_processes(*grads.values())):
                 square += g * g
         means = {}
         keys = sorted(sums)
         paths = hash(tuple(keys)) >> 20  # exact as a float
-        if reduce_number(paths) != ranks()[1] * paths:
+        if sum_number(paths) != ranks()[1] * paths:
             raise ValueError("K-FAC needs every process's rows to take the same paths through the model")
         for i, side in keys:
-            outside, inside, count = reduce(*sums[i, side])
+            outside, inside, count = sum_over_processes(*sums[i, side])
             # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over both.
             means[i] = [outside / n, inside / count]
             if side == 1:

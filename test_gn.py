@@ -28,9 +28,9 @@ import string
 import subprocess
 import sys
 import time
-import zipfile
 import urllib.response
 import weakref
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from math import inf, isclose, isfinite, nan
 from pathlib import Path
@@ -455,7 +455,7 @@ def test_muon_is_torchs_on_the_hidden_matrices(tie, scale):
     joint = gpt(tie)
     apart = gpt(tie)
     args, _ = train.resolve(f"--opt muon --lr 0.02 --weight_decay 0.1 --muon_scale {scale}".split())
-    opt = train.FirstOrder(joint, args).optimizer
+    opt = train.make_stepper(joint, args, None).optimizer
     for group in opt.param_groups[1:]:
         group["momentum"] = 0.6
     hidden = [p for p in apart.blocks.parameters() if p.ndim == 2]

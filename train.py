@@ -40,19 +40,16 @@ from baselines import (
     BASELINES,
     DEFAULT_LR,
     DEFAULTS,
+    FirstOrder,
     KFACOptimizer,
-    assign,
-    batch_grad,
     batch_loss,
     flatten,
     free_memory,
-    lr_schedule,
+    local_rows,
     make_optimizer,
     ranks,
-    reduce_number,
-    share,
+    sum_number,
     trainable,
-    unflatten,
 )
 from data import TOKENIZERS, get_batch, prepare, val_batch
 from gauss_newton import (
@@ -154,6 +151,7 @@ class Run:
         self.args = args
         self.progress = {"step": 0, "tokens": 0, "seconds": 0.0, "grad_equivalents": 0.0}
         self.losses = {}  # step: validation loss, where it was evaluated
+        self.rejections = 0  # in a row
         self.began = self.told = time.time()  # the step; the last line about one that is long
         self.asked = False  # to stop, by a signal
         self.stopped = False  # once all processes know
@@ -180,7 +178,7 @@ class Run:
         check_shares(args, self.rows, block_size, len(self.val[0]))
         if checkpoint:
             self.stepper.load_state_dict(checkpoint["optimizer"])
-            self.stepper.rejections %= MAX_REJECTIONS  # a run that gave up has all its tries again
+            self.rejections = checkpoint["rejections"] % MAX_REJECTIONS  # all tries again after giving up
             self.progress = checkpoint["progress"]
             self.losses = checkpoint["losses"]
         self.out = open_out_dir(args)
@@ -225,7 +223,7 @@ class Run:
             say(step_line(row, self.args))
             if self.over() or row["step"] % self.args.checkpoint_interval == 0:
                 self.save()
-        if self.stepper.rejections < MAX_REJECTIONS:
+        if self.rejections < MAX_REJECTIONS:
             return 0
         say(
             f"stopped: {MAX_REJECTIONS} steps in a row were rejected, the last because of: {row['reason']}; "
@@ -237,7 +235,7 @@ class Run:
         """After the last step, at the target, by a signal, or for too many rejections in a row."""
         return (
             self.last_loss() <= self.args.target_loss
-            or self.stepper.rejections >= MAX_REJECTIONS
+            or self.rejections >= MAX_REJECTIONS
             or self.stopped
             or self.progress["step"] >= self.args.steps
         )
@@ -251,12 +249,13 @@ class Run:
         batch = self.batch(0, self.rows)
         fresh = {"search": self.batch(2, self.search_rows)} if self.search_rows else {}
         record = {**STEP_FIELDS, **self.stepper.step(*batch, **fresh)}
+        self.rejections = 0 if record["accepted"] else self.rejections + 1
         seconds = time.time() - self.began
         progress["step"] += 1
         progress["tokens"] += (self.rows + self.search_rows) * self.model.config.block_size
         progress["grad_equivalents"] += record.pop("work")
         progress["seconds"] += seconds
-        self.stopped = reduce_number(self.asked) > 0
+        self.stopped = sum_number(self.asked) > 0
         due = self.over() or progress["step"] % args.eval_interval == 0
         last = self.losses.get(progress["step"] - 1)
         val_loss = self.evaluate() if due else None
@@ -308,7 +307,7 @@ class Run:
         world = ranks()[1]
         if world > 1:
             checksum = zlib.crc32(flatten(self.model.parameters()).detach().cpu().numpy())
-            if reduce_number(checksum) != world * checksum:
+            if sum_number(checksum) != world * checksum:
                 raise RuntimeError(
                     f"after step {self.progress['step']} the processes' parameters are not "
                     "the same; the last checkpoint is whole"
@@ -322,6 +321,7 @@ class Run:
                 optimizer=self.stepper.state_dict(),
                 progress=self.progress,
                 losses=self.losses,
+                rejections=self.rejections,
             )
 
     def finish(self):
@@ -402,7 +402,7 @@ def check_shares(args, rows, block_size, val_rows):
     if args.kind == "inner":
         piece = args.inner_tokens // block_size
         shared += [piece, rows % piece or piece, some(SEARCH_FRAC)]
-    share(range(math.ceil(min(shared))))
+    local_rows(range(math.ceil(min(shared))))
 
 
 def default_micro_batch(model, x, y):
@@ -415,9 +415,15 @@ def default_micro_batch(model, x, y):
 
 
 def make_stepper(model, args, progress):
-    """The optimizer, with step(idx, targets) -> record, rejections (in a row) and state_dict."""
+    """The optimizer, with step(inputs, targets) -> record and state_dict."""
     if args.kind == "baseline":
-        return FirstOrder(model, args)
+        names = "lr weight_decay betas momentum precondition_frequency muon_scale"
+        return FirstOrder(
+            model,
+            make_optimizer(args.opt, model, **settings(args, names)),
+            total_steps=args.steps,
+            **settings(args, "schedule warmup_steps clip micro_batch"),
+        )
     if args.kind == "cg":
         solver = ConjugateGradients(
             model,
@@ -445,76 +451,6 @@ def settings(args, names):
     return {name.removeprefix("inner_"): getattr(args, name) for name in names.split()}
 
 
-class FirstOrder:
-    """A baseline behind the interface of GaussNewton: gradient, clipping, schedule, one optimizer step."""
-
-    def __init__(self, model, args):
-        self.model = model
-        self.args = args
-        self.optimizer = make_optimizer(
-            args.opt,
-            model,
-            **settings(args, "lr weight_decay betas momentum precondition_frequency muon_scale"),
-        )
-        self.lr = args.lr or DEFAULT_LR[args.opt]
-        self.steps = 0
-        self.rejections = 0
-
-    @torch.no_grad()
-    def step(self, idx, targets):
-        args = self.args
-        params = trainable(self.model)
-        lr = self.lr * lr_schedule(self.steps, args.steps, args.schedule, args.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.steps += 1
-        self.rejections += 1  # until it is accepted
-        loss, grad = batch_grad(self.model, idx, targets, args.micro_batch)
-        norm = grad.norm().item()
-        record = {
-            "accepted": False,
-            "reason": "loss or gradient not finite",
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": lr,
-            "alpha": 0.0,
-            "work": 1.0,
-        }
-        if not math.isfinite(loss + norm):
-            return record
-        if args.opt == "kfac":  # curvature from this batch
-            record["work"] += self.optimizer.observe(idx, targets, args.micro_batch)
-            record["repaired"] = self.optimizer.kfac.repaired or None
-        clipped = grad * (args.clip / norm) if 0 < args.clip < norm else grad
-        for p, g in zip(params, unflatten(clipped, params)):
-            p.grad = g
-        before = flatten(params)
-        self.optimizer.step()
-        d = flatten(params) - before
-        length = d.norm().item()
-        if not math.isfinite(length):
-            assign(params, unflatten(before, params))
-            return {**record, "reason": "step not finite"}
-        self.rejections = 0
-        slope = grad.dot(d).item()  # what a first-order method promises
-        return {
-            **record,
-            "accepted": True,
-            "reason": "",
-            "alpha": 1.0,
-            "predicted": slope,
-            "cosine": -slope / (norm * length + 1e-30),
-        }
-
-    def state_dict(self):
-        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "rejections": self.rejections}
-
-    def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"]
-        self.rejections = state["rejections"]
-
-
 def open_out_dir(args):
     """The run's folder: a fresh one under out/, or the named one if there is no run to lose in it."""
     out = Path(args.out_dir or f"out/{args.opt}-{args.model}-{time.strftime('%m%d-%H%M%S')}")
@@ -524,7 +460,7 @@ def open_out_dir(args):
         raise UsageError(
             f"--out_dir {out} is not empty; give --resume to go on with its run or --overwrite to replace it"
         )
-    reduce_number(0)  # every process has looked
+    sum_number(0)  # every process has looked
     if is_first():
         out.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
@@ -906,7 +842,9 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------------------
 # The log and checkpoints
 
-FORMAT = 8  # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
+CHECKPOINT_FORMAT = (
+    9  # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
+)
 
 
 def lines_until(path, step):
@@ -939,11 +877,11 @@ def load_checkpoint(path):
             if archive.testzip():
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT:
+        if checkpoint["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"it has format {checkpoint['format']}")
     except Exception as e:
         raise UsageError(
-            f"{path} is missing, damaged or no checkpoint of format {FORMAT} ({type(e).__name__}"
+            f"{path} is missing, damaged or no checkpoint of format {CHECKPOINT_FORMAT} ({type(e).__name__}"
             f": {first_line(e)}); a run keeps the one before as checkpoint.previous.pt"
         ) from e
     return checkpoint
@@ -956,7 +894,7 @@ def save_checkpoint(path, **content):
     previous = path.with_name("checkpoint.previous.pt")
     try:
         with open(temp, "wb") as f:
-            torch.save({"format": FORMAT, **content}, f)
+            torch.save({"format": CHECKPOINT_FORMAT, **content}, f)
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch's writer turns the one into the other

@@ -170,6 +170,10 @@ class FirstOrder:
         record.update(accepted=True, reason="", alpha=1.0, predicted=slope, cosine=cosine)
         return record
 
+    def least_rows(self, rows, n_targets):
+        """Of a batch: the fewest rows that processes divide among them in a step."""
+        return self.optimizer.curvature_rows(rows) if isinstance(self.optimizer, KFACOptimizer) else rows
+
     def state_dict(self):
         return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
 
@@ -911,10 +915,14 @@ class KFACOptimizer(Optimizer):
         if set(params) - set(self.kfac.params):
             return "K-FAC has factors for the parameters it was made with: make a new optimizer for others"
 
+    def curvature_rows(self, rows):
+        """How many of a batch's rows the factors are made from."""
+        return math.ceil(self.CURVATURE_FRAC * rows)
+
     def observe(self, inputs, targets, micro_batch=None):
         """Factors from a share of the batch; returns the work in gradients of the whole batch."""
         inputs, targets = counted_rows(inputs, targets)
-        rows = math.ceil(self.CURVATURE_FRAC * len(inputs))
+        rows = self.curvature_rows(len(inputs))
         decay = min(1 - 1 / (self.steps + 1), self.STAT_DECAY)  # as the paper starts its average
         with full_precision(self.kfac.model):
             self.kfac.update(inputs[:rows], targets[:rows], micro_batch, self.generator, decay)

@@ -148,6 +148,10 @@ class GaussNewton:
         self.rejections = 0 if accepted else self.rejections + 1
         return {**record, "accepted": accepted, "reason": reason}
 
+    def least_rows(self, rows, n_targets):
+        """Of a batch: the fewest rows that processes divide among them in a step."""
+        return min(some_rows(rows, n_targets, SEARCH_FRAC), self.solver.least_rows(rows, n_targets))
+
     def _search(self, theta, found, x, y, cost, record):
         """θ ← θ + αd for the best α found on x, y, each for the work `cost`; returns "", or why there is
         none."""
@@ -307,7 +311,7 @@ class ConjugateGradients:
             self._precondition(idx, targets, n, torch.ones_like(grad), record)
         states = [self._start(part, grad) for part in parts]
         solves = []  # (iterations, reason) of each Newton step of each part
-        rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps)
+        rows = self.least_rows(len(idx), n)
         steps = min(self.newton_steps, len(idx) // rows)
         if self.keep_rows is None:
             self.keep_rows = self._rows_that_fit(idx, targets, rows)
@@ -337,6 +341,10 @@ class ConjugateGradients:
         )
         trouble = f"no descent direction ({bad[0]})" if bad else ""
         return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
+
+    def least_rows(self, rows, n_targets):
+        """Those of a Newton step."""
+        return some_rows(rows, n_targets, self.curvature_frac / self.newton_steps)
 
     def _rows_that_fit(self, idx, targets, rows):
         """How many rows' graphs three eighths of the free memory hold; with a piece of an eighth it is half.
@@ -523,6 +531,10 @@ class InnerSolver:
         work = (1 + len(parts)) / 3 + sum(backward_work(self.params, part) for part in parts)
         record = {"work": passes * work, "inner_steps": len(batches)}
         return Solution(loss, flatten(self.v).detach(), slope, -change, trouble, record)
+
+    def least_rows(self, rows, n_targets):
+        """Those of the last micro-batch."""
+        return rows % self.rows or self.rows
 
     def _inner_step(self, parts, gradient, k, steps):
         """v ← optimizer(v, ∇) by the k-th micro-batch's gradient, clipped for each part."""

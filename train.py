@@ -41,7 +41,6 @@ from baselines import (
     DEFAULT_LR,
     DEFAULTS,
     FirstOrder,
-    KFACOptimizer,
     batch_loss,
     flatten,
     free_memory,
@@ -175,7 +174,8 @@ class Run:
         args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in trainable(self.model))
-        check_shares(args, self.rows, block_size, len(self.val[0]))
+        least = self.stepper.least_rows(self.rows, args.batch_tokens)
+        local_rows(range(min(least, len(self.val[0]))))  # ValueError where a process would get none
         if checkpoint:
             self.stepper.load_state_dict(checkpoint["optimizer"])
             self.rejections = checkpoint["rejections"] % MAX_REJECTIONS  # all tries again after giving up
@@ -389,20 +389,6 @@ def in_blocks(flag, tokens, block_size):
     if tokens % block_size:
         raise UsageError(f"{flag} {tokens} is not a multiple of the block size {block_size}")
     return tokens // block_size
-
-
-def check_shares(args, rows, block_size, val_rows):
-    """Raises ValueError unless every process gets a row of each piece of a batch that all processes share."""
-    some = partial(some_rows, rows, rows * block_size)
-    shared = [rows, val_rows]
-    if args.opt == "kfac":
-        shared.append(rows * KFACOptimizer.CURVATURE_FRAC)
-    if args.kind == "cg":
-        shared += [some(args.curvature_frac / args.newton_steps), some(SEARCH_FRAC)]
-    if args.kind == "inner":
-        piece = args.inner_tokens // block_size
-        shared += [piece, rows % piece or piece, some(SEARCH_FRAC)]
-    local_rows(range(math.ceil(min(shared))))
 
 
 def default_micro_batch(model, x, y):

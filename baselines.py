@@ -80,7 +80,9 @@ def make_optimizer(
         return KFACOptimizer(model, decay_groups(params), **o)
     hidden = hidden_matrices(model)
     rest = [p for p in params if p not in set(hidden)]
-    adamw = torch.optim.AdamW(decay_groups(rest), o["lr"], o.pop("betas"), weight_decay=o["weight_decay"])
+    adamw = torch.optim.AdamW(
+        decay_groups(rest), lr=o["lr"], betas=o.pop("betas"), weight_decay=o["weight_decay"]
+    )
     muon = torch.optim.Muon([{"params": hidden}], adjust_lr_fn=o.pop("muon_scale"), **o)
     return Combined([muon, adamw])
 
@@ -93,12 +95,12 @@ def decay_groups(params):
     ]
 
 
-def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_frac=0.2):
+def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0):
     """The factor in [0, 1] for the base rate at `step`, which counts from 0.
 
     Warmup is linear, (step + 1) / warmup_steps, so that no step is lost. Then "constant" stays at 1; "cosine"
     falls to 0 at step == total_steps (Loshchilov & Hutter 2017); "wsd", warmup-stable-decay (arXiv
-    2404.06395), holds 1 and falls linearly to 0 over the last decay_frac of total_steps."""
+    2404.06395), holds 1 and falls linearly to 0 over the last fifth of total_steps."""
     if schedule not in ("constant", "cosine", "wsd"):
         raise ValueError(f"unknown schedule {schedule!r}; choose from constant, cosine, wsd")
     if step < warmup_steps:
@@ -106,7 +108,7 @@ def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_fr
     if schedule == "cosine":
         return cosine((step - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule == "wsd":
-        return min(1.0, max(0, total_steps - step) / max(1.0, decay_frac * total_steps))
+        return min(1.0, max(0, total_steps - step) / max(1.0, 0.2 * total_steps))
     return 1.0
 
 
@@ -269,6 +271,11 @@ def sum_number(x):
         return x
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     return sum_over_processes(torch.tensor(x, dtype=torch.float64, device=device))[0].item()
+
+
+def same_everywhere(number):
+    """Whether all processes have the same integer, below 2^53."""
+    return sum_number(number) == ranks()[1] * number
 
 
 def free_memory(device):
@@ -763,51 +770,54 @@ class KFAC:
     def update(self, inputs, targets, micro_batch=None, generator=None, decay=0.0):
         """Factors from a batch, averaged with the earlier ones by `decay`; then `decompose` makes them ready
         for use. Where labels are sampled, targets say which tokens count."""
-        targets, n = check_targets(inputs, targets)
+        targets, n_targets = check_targets(inputs, targets)
+        sums, squares = self._sums(inputs, targets, micro_batch, generator)
+        uses = sorted(sums)
+        if not same_everywhere(hash(tuple(uses)) >> 20):  # exact as a float
+            raise ValueError("K-FAC needs every process's rows to take the same paths through the model")
+        found = {i: [square / n_targets] for i, square in squares.items()}
+        for i, side in uses:
+            outside, inside, count = sum_over_processes(*sums[i, side])
+            # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over both.
+            found[i] = [outside / n_targets, inside / count]
+            if side == 1:
+                found[i].reverse()
+        self.repaired = ""
+        for i, p in enumerate(self.params):
+            new = found.get(i, [torch.zeros_like(p)])
+            if not all(side.isfinite().all() for side in new):
+                self.repaired = "K-FAC factors not finite"
+                new = self.factors.get(i, [torch.zeros_like(side) for side in new])
+            old = self.factors.get(i, new)
+            self.factors[i] = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
+
+    def _sums(self, inputs, targets, micro_batch, generator):
+        """Over a batch: {(index of a parameter, the side of it that s has): [Σ δδᵀ, Σ aaᵀ, number of terms]},
+        of this process's rows, and {index of a parameter without factors: Σ g²}, of all rows."""
         all_rows = torch.arange(len(inputs))
         [own_rows] = local_rows(all_rows)
         z = logits(self.model, inputs[:2], targets[:2])
         shape = [1] * targets.ndim if self.batch_labels else z.shape[1:]  # of a row's random numbers
         factored = {i for i, *_ in linear_maps(z, self.params)}
         del z
-        squares = {
-            p: torch.zeros_like(p) for i, p in enumerate(self.params) if i not in factored and p.requires_grad
-        }
-        sums = {}  # {(index of a parameter, the side of it that s has): [Σ δδᵀ, Σ aaᵀ, number of terms]}
-        # All processes draw for all rows, so that labels and signs do not depend on who has them.
-        for square_rows in all_rows.split(math.ceil(len(inputs) / self.SQUARES)):
-            grads = {p: torch.zeros_like(p) for p in squares}
-            for drawn in square_rows.split(micro_batch or len(inputs)):
-                draws = torch.empty(len(drawn), *shape, device=inputs.device).exponential_(
-                    generator=generator
-                )
-                rows = drawn[torch.isin(drawn, own_rows)]
-                if len(rows):
-                    first = rows[0] - drawn[0]  # draws are sliced: a copy may be large
-                    self._add(inputs[rows], targets[rows], draws[first:][: len(rows)], sums, grads)
+        sums = {}
+        others = [i for i, p in enumerate(self.params) if i not in factored and p.requires_grad]
+        squares = dict.fromkeys(others, 0.0)
+        for rows_of_a_square in all_rows.split(math.ceil(len(inputs) / self.SQUARES)):
+            grads = {i: torch.zeros_like(self.params[i]) for i in others}
+            for rows in rows_of_a_square.split(micro_batch or len(inputs)):
+                # Each process draws for all rows, so that labels and signs do not depend on who has them.
+                draws = torch.empty(len(rows), *shape, device=inputs.device)
+                draws.exponential_(generator=generator)
+                own = rows[torch.isin(rows, own_rows)]
+                if len(own):
+                    first = own[0] - rows[0]  # draws are sliced: a copy may be large
+                    self._add(inputs[own], targets[own], draws[first:][: len(own)], sums, grads)
             # Labels or signs are independent: the square of a sum over rows has the mean of the sum of
             # squares.
-            for square, g in zip(squares.values(), sum_over_processes(*grads.values())):
-                square += g * g
-        means = {}
-        keys = sorted(sums)
-        paths = hash(tuple(keys)) >> 20  # exact as a float
-        if sum_number(paths) != ranks()[1] * paths:
-            raise ValueError("K-FAC needs every process's rows to take the same paths through the model")
-        for i, side in keys:
-            outside, inside, count = sum_over_processes(*sums[i, side])
-            # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over both.
-            means[i] = [outside / n, inside / count]
-            if side == 1:
-                means[i].reverse()
-        self.repaired = ""
-        for i, p in enumerate(self.params):
-            new = means.get(i, [squares.get(p, torch.zeros_like(p)) / n])
-            if not all(side.isfinite().all() for side in new):
-                self.repaired = "K-FAC factors not finite"
-                new = self.factors.get(i, [torch.zeros_like(side) for side in new])
-            old = self.factors.get(i, new)
-            self.factors[i] = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
+            for i, g in zip(others, sum_over_processes(*grads.values())):
+                squares[i] += g * g
+        return sums, squares
 
     def _add(self, x, y, draws, sums, grads):
         """Add some rows to the factors' sums, and to the gradients of the parameters that have no factors."""
@@ -821,7 +831,8 @@ class KFAC:
         if self.batch_labels:
             u *= (draws - math.log(2)).sign()
         edges = [edge for _, _, edge, _ in maps]
-        found = torch.autograd.grad(z, edges + list(grads), u, allow_unused=True)
+        rest = [self.params[i] for i in grads]
+        found = torch.autograd.grad(z, edges + rest, u, allow_unused=True)
         for (i, side, _, a), delta in zip(maps, found):
             if delta is None:
                 continue
@@ -835,9 +846,9 @@ class KFAC:
                 inside = torch.bincount(a.flatten(), minlength=len(self.params[i])).to(delta.dtype)
             new = self._gram(delta), inside, count
             sums[i, side] = [old + t for old, t in zip(sums.get((i, side), (0, 0, 0)), new)]
-        for p, g in zip(grads, found[len(maps) :]):
+        for grad, g in zip(grads.values(), found[len(maps) :]):
             if g is not None:
-                grads[p] += g
+                grad += g
 
     def _gram(self, m):
         """mᵀm (side, side), or its diagonal where the side is too large to decompose."""

@@ -573,7 +573,12 @@ class InnerSolver:
         self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
         with placed(self.model, self.v):
             self.optimizer = make_optimizer(
-                self.name, self.model, self.lr, self.damping, self.betas, muon_scale=self.muon_scale
+                self.name,
+                self.model,
+                lr=self.lr,
+                weight_decay=self.damping,
+                betas=self.betas,
+                muon_scale=self.muon_scale,
             )
 
     def state_dict(self):

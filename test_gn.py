@@ -455,7 +455,7 @@ def test_muon_is_torchs_on_the_hidden_matrices(tie, scale):
     joint = gpt(tie)
     apart = gpt(tie)
     args, _ = train.resolve(f"--opt muon --lr 0.02 --weight_decay 0.1 --muon_scale {scale}".split())
-    opt = train.make_stepper(joint, args, None).optimizer
+    opt = train.make_stepper(joint, args).optimizer
     for group in opt.param_groups[1:]:
         group["momentum"] = 0.6
     hidden = [p for p in apart.blocks.parameters() if p.ndim == 2]
@@ -1968,7 +1968,7 @@ def test_flags_reach_the_solver():
     }
     for name, want in wanted.items():
         args, _ = train.resolve(f"--solver {name} {flags[name]} --inner_tokens 128 --micro_batch 4".split())
-        solver = train.make_stepper(gpt(block_size=16), args, None).solver
+        solver = train.make_stepper(gpt(block_size=16), args).solver
         assert want.items() <= vars(solver).items() and solver.damping == 0.7 and not solver.prox_linear
     assert solver.optimizer.param_groups[0]["adjust_lr_fn"] == "original"
 

@@ -47,6 +47,7 @@ from baselines import (
     local_rows,
     make_optimizer,
     ranks,
+    same_everywhere,
     sum_number,
     trainable,
 )
@@ -155,9 +156,14 @@ class Run:
         self.asked = False  # to stop, by a signal
         self.stopped = False  # once all processes know
         block_size = args.block_size or PRESETS[args.model]["block_size"]
-        self.data = prepare(
-            args.data, args.tokenizer, args.data_dir, block_size, partial(self.bar, "data"), args.shards
-        )  # by one process at a time
+        self.data = prepare(  # by one process at a time
+            args.data,
+            args.tokenizer,
+            cache_dir=args.data_dir,
+            block_size=block_size,
+            progress=partial(self.bar, "data"),
+            shards=args.shards,
+        )
         found = self.data.meta["sha256"]
         if vars(args).setdefault("data_sha256", found) != found:
             raise ValueError(
@@ -304,10 +310,9 @@ class Run:
 
     def save(self):
         """Raises RuntimeError where the processes' parameters differ in a bit: they have come apart."""
-        world = ranks()[1]
-        if world > 1:
-            checksum = zlib.crc32(flatten(self.model.parameters()).detach().cpu().numpy())
-            if sum_number(checksum) != world * checksum:
+        if ranks()[1] > 1:
+            weights = flatten(self.model.parameters()).detach().cpu()
+            if not same_everywhere(zlib.crc32(weights.numpy())):
                 raise RuntimeError(
                     f"after step {self.progress['step']} the processes' parameters are not "
                     "the same; the last checkpoint is whole"
@@ -400,7 +405,7 @@ def default_micro_batch(model, x, y):
     return max(1, min(min(tokens, 2**26 // c.vocab_size) // c.block_size, fit))
 
 
-def make_stepper(model, args, progress):
+def make_stepper(model, args, progress=None):
     """The optimizer, with step(inputs, targets) -> record and state_dict."""
     if args.kind == "baseline":
         names = "lr weight_decay betas momentum precondition_frequency muon_scale"
@@ -419,8 +424,8 @@ def make_stepper(model, args, progress):
         rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
         solver = InnerSolver(
             model,
-            args.solver,
-            rows,
+            name=args.solver,
+            rows=rows,
             outer_steps=args.steps,
             **settings(
                 args,
@@ -429,7 +434,8 @@ def make_stepper(model, args, progress):
             ),
         )
     parts = model.layers() if args.opt == "layerwise_gn" else None
-    return GaussNewton(model, solver, parts, args.line_search, args.micro_batch, progress)
+    search = settings(args, "line_search micro_batch")
+    return GaussNewton(model, solver, parts=parts, progress=progress, **search)
 
 
 def settings(args, names):

@@ -21,6 +21,7 @@ in BASELINES. Use Combined if it suits only some of the parameters. Its step() m
 import math
 import os
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.backends import mha
-from torch.utils._pytree import tree_map_only
 
 # peak rates: the best of 2 to 6 each for preset tiny on Python source at 16k tokens a step; retune elsewhere
 DEFAULT_LR = {"adamw": 1e-2, "adam": 1e-2, "sgd": 3e-1, "muon": 3e-2, "soap": 1e-2, "kfac": 3e-2}
@@ -761,10 +761,9 @@ class KFAC:
         self.batch_labels = batch_labels
         self.params = trainable(model)
         self.repaired = ""  # what went wrong in the last update or decomposition, and was mended
-        # For each parameter, by its index, the sides [L, R], or [diagonal] in the parameter's shape; and the
-        # same as [(eigenvalues, eigenvectors or None for the identity), ...]
-        self.factors = {}
-        self.eigen = {}
+        # Of each parameter, as in an optimizer of torch: "factors", its sides [L, R], or [diagonal] in its
+        # shape; and "eigen", the same as [(eigenvalues, eigenvectors or None for the identity), ...]
+        self.state = defaultdict(dict)
 
     @torch.enable_grad()
     def update(self, inputs, targets, micro_batch=None, generator=None, decay=0.0):
@@ -784,12 +783,13 @@ class KFAC:
                 found[i].reverse()
         self.repaired = ""
         for i, p in enumerate(self.params):
+            state = self.state[p]
             new = found.get(i, [torch.zeros_like(p)])
             if not all(side.isfinite().all() for side in new):
                 self.repaired = "K-FAC factors not finite"
-                new = self.factors.get(i, [torch.zeros_like(side) for side in new])
-            old = self.factors.get(i, new)
-            self.factors[i] = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
+                new = state.get("factors", [torch.zeros_like(side) for side in new])
+            old = state.get("factors", new)
+            state["factors"] = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
 
     def _sums(self, inputs, targets, micro_batch, generator):
         """Over a batch: {(index of a parameter, the side of it that s has): [Σ δδᵀ, Σ aaᵀ, number of terms]},
@@ -857,8 +857,9 @@ class KFAC:
     def decompose(self):
         """Eigenvalues and eigenvectors of the factors."""
         failures = []
-        for i, sides in self.factors.items():
-            self.eigen[i] = [
+        for p in self.params:
+            sides = self.state[p]["factors"]
+            self.state[p]["eigen"] = [
                 eigh(side, failures.append) if len(sides) == side.ndim == 2 else (side, None)
                 for side in sides  # a single one is the diagonal, of any shape
             ]
@@ -868,9 +869,9 @@ class KFAC:
     def apply(self, v, function, part=None):
         """function(K) v, the function taken on the eigenvalues; v flat (P,), or over the parameters in
         `part`."""
-        part = part or range(len(self.params))
-        tensors = unflatten(v, [self.params[i] for i in part])
-        return flatten([apply_to_one(t, function, self.eigen[i]) for i, t in zip(part, tensors)])
+        params = [self.params[i] for i in part] if part else self.params
+        tensors = unflatten(v, params)
+        return flatten([apply_to_one(t, function, self.state[p]["eigen"]) for p, t in zip(params, tensors)])
 
 
 def apply_to_one(V, function, sides):
@@ -918,6 +919,7 @@ class KFACOptimizer(Optimizer):
         """settings: lr, momentum and weight_decay, of a group that has none of its own."""
         self.kfac = KFAC(model)  # first, for `problem`
         super().__init__(params, settings)
+        self.kfac.state = self.state  # so that torch saves and loads it
         self.frequency = precondition_frequency
         self.steps = 0
         self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(0)
@@ -942,15 +944,15 @@ class KFACOptimizer(Optimizer):
         return 2 / 3 * rows / len(inputs)
 
     def move(self):
-        if not self.kfac.eigen:
+        if not self.state:
             raise RuntimeError(
                 "call observe(inputs, targets) before the first step: K-FAC has no factors yet"
             )
         moved = self.with_grad()
-        sides = dict(zip(self.kfac.params, self.kfac.eigen.values()))
-        natural = {
-            p: apply_to_one(p.grad, torch.reciprocal, tikhonov(sides[p], self.DAMPING**0.5)) for _, p in moved
-        }
+        natural = {}
+        for _, p in moved:
+            sides = tikhonov(self.state[p]["eigen"], self.DAMPING**0.5)
+            natural[p] = apply_to_one(p.grad, torch.reciprocal, sides)
         kl = float(sum(group["lr"] ** 2 * (natural[p] * p.grad).sum() for group, p in moved))
         clip = min(1.0, math.sqrt(self.KL_CLIP / max(kl, 1e-30)))
         for group, p in moved:
@@ -962,15 +964,12 @@ class KFACOptimizer(Optimizer):
     def state_dict(self):
         return {
             **super().state_dict(),
-            "kfac": (self.kfac.factors, self.kfac.eigen),
             "steps": self.steps,
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.kfac.factors, self.kfac.eigen = tree_map_only(
-            torch.Tensor, lambda t: t.to(self.generator.device), state["kfac"]
-        )
+        self.kfac.state = self.state  # a new one
         self.steps = state["steps"]
         self.generator.set_state(state["generator"].cpu())

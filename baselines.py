@@ -185,263 +185,7 @@ class FirstOrder:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Vectors over parameters
-
-
-def trainable(model):
-    """The parameters that a step moves, tied ones once, in the order of model.parameters(). Raises ValueError
-    where there are none, where they do not make one float32 or float64 vector, and for a hook on one."""
-    for name, p in model.named_parameters():
-        if p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks):
-            raise ValueError(
-                f"{name} has a hook on its gradient, which not every solver would follow: remove it, and "
-                "change the forward instead, or freeze the parameter"
-            )
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise ValueError("the model has no trainable parameters")
-    dtypes = {p.dtype for p in params}
-    if dtypes not in ({torch.float32}, {torch.float64}):
-        raise ValueError(
-            "trainable parameters must all be float32, or all float64, and these are "
-            f"{' and '.join(sorted(str(t) for t in dtypes))}; for products in bfloat16 open "
-            "torch.autocast inside the model's forward"
-        )
-    return params
-
-
-def flatten(tensors):
-    """Tensors of any shapes -> one vector."""
-    return torch.cat([t.reshape(-1) for t in tensors])
-
-
-def unflatten(vector, like):
-    """One vector -> views of it with the shapes of the tensors in `like`."""
-    return [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in like]), like)]
-
-
-@torch.no_grad()
-def assign(params, values):
-    """Put tensors into parameters, bit for bit."""
-    for p, v in zip(params, values):
-        p.copy_(v)
-
-
-def pieces(inputs, targets, micro_batch):
-    """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole
-    batch)."""
-    rows = micro_batch or len(inputs)
-    return list(zip(inputs.split(rows), targets.split(rows)))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Many processes (torchrun): each has all parameters and a share of every batch's rows
-
-
-def ranks():
-    """This process's number, and how many there are; (0, 1) without torchrun."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def local_rows(*tensors):
-    """This process's slice of the rows of tensors that every process holds whole. Raises ValueError for fewer
-    rows than processes."""
-    rank, world = ranks()
-    rows = len(tensors[0])
-    if rows < world:
-        raise ValueError(f"{rows} sequences cannot be shared by {world} processes")
-    return tuple(t[rows * rank // world : rows * (rank + 1) // world] for t in tensors)
-
-
-def sum_over_processes(*tensors):
-    """Each tensor's sum over the processes, with the same bits on all of them; all of one dtype. In one
-    process, what was given."""
-    if ranks()[1] == 1 or not tensors:
-        return tensors
-    flat = flatten(tensors)
-    dist.all_reduce(flat)
-    return unflatten(flat, tensors)
-
-
-def sum_number(x):
-    """The same for a float or an int, in float64."""
-    if ranks()[1] == 1:
-        return x
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return sum_over_processes(torch.tensor(x, dtype=torch.float64, device=device))[0].item()
-
-
-def same_everywhere(number):
-    """Whether all processes have the same integer, below 2^53."""
-    return sum_number(number) == ranks()[1] * number
-
-
-def free_memory(device):
-    """Bytes that this process can take on the device. On a CPU: its part of what the machine has left or, if
-    that is less, a control group (a container's, a job's). 4 GB where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(left_on_cpu(), default=4e9) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def left_on_cpu():
-    """Yields what the machine has left, then what each of this process's control groups has: its limit less
-    what is used, but for pages of files, which the system can take back."""
-    with suppress(OSError, StopIteration), open("/proc/meminfo") as f:
-        yield next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controller, path = line.split(":", 2)
-            if controller not in CONTROL_GROUPS:
-                continue
-            root, cached, *names = CONTROL_GROUPS[controller]
-            for folder in (Path(root + path) / "memory.stat").parents:  # the group's, and those above
-                with suppress(OSError, ValueError, KeyError):  # not mounted here, or "max"
-                    limit, used, stat = ((folder / name).read_text() for name in names)
-                    sizes = dict(line.split() for line in stat.splitlines())
-                    yield int(limit) - int(used) + int(sizes[cached])
-
-
-CONTROL_GROUPS = {  # by the controller in a group's line of /proc/self/cgroup, where version 2 has none
-    "": "/sys/fs/cgroup inactive_file memory.max memory.current memory.stat".split(),
-    "memory": "/sys/fs/cgroup/memory total_inactive_file "
-    "memory.limit_in_bytes memory.usage_in_bytes memory.stat".split(),
-}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The loss: mean cross-entropy in nats per token
-
-
-# The target of tokens that are left out of loss and count, as in torch.nn.functional.cross_entropy.
-IGNORED = -100
-
-
-def check_targets(inputs, targets):
-    """The targets as int64, and how many count. Raises ValueError for what are not classes for these
-    inputs."""
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(
-            f"targets must be class numbers (int64), not {targets.dtype}: soft targets are not supported"
-        )
-    if len(inputs) != len(targets):
-        raise ValueError(f"inputs have {len(inputs)} rows and targets {len(targets)}")
-    targets = targets.long()
-    n = int((targets != IGNORED).sum())
-    if n == 0:
-        raise ValueError(f"the batch is empty: it has {len(inputs)} rows and no target that counts")
-    return targets, n
-
-
-def check_logits(z, y):
-    """Raises ValueError unless z are logits (..., V) for the targets y (...)."""
-    if not torch.is_tensor(z):
-        raise ValueError(f"""the model must return logits, and it returns a {type(z).__name__}; wrap it:
-    class Logits(torch.nn.Module):
-        def __init__(self, model): super().__init__(); self.model = model
-        def forward(self, x): return self.model(x){".logits" if hasattr(z, "logits") else "[0]"}""")
-    if z.shape[:-1] != y.shape:
-        raise ValueError(
-            f"logits of shape {tuple(z.shape)} do not fit targets of shape {tuple(y.shape)}: "
-            "there must be one row of logits, over all classes, for each target"
-        )
-    low, high = torch.aminmax(torch.where(y == IGNORED, 0, y))
-    if low < 0 or high >= z.shape[-1]:
-        raise ValueError(
-            f"targets reach from {low} to {high}, and the model has classes 0 .. {z.shape[-1] - 1} "
-            f"({IGNORED} marks targets to leave out)"
-        )
-
-
-def logits(model, x, y=None):
-    """z = model(x) (..., V), in float32 at least; checked against the targets, if they are given."""
-    z = model(x)
-    if y is not None:
-        check_logits(z, y)
-    return z if z.dtype == torch.float64 else z.float()
-
-
-def counted_rows(inputs, targets):
-    """The rows that have a target that counts, so that every share of them has some."""
-    counted = (targets != IGNORED).reshape(len(targets), -1).any(1)
-    return (inputs, targets) if counted.all() else (inputs[counted], targets[counted])
-
-
-def per_token(targets, n):
-    """What each token's loss is divided by, (...,) -> (..., 1): n, or infinity for those that are left
-    out."""
-    return torch.where(targets == IGNORED, math.inf, n).unsqueeze(-1)
-
-
-def cross_entropy_sum(z, targets):
-    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED)
-
-
-def cross_entropy_grad(probs, targets, n):
-    """∂L/∂z = (p − onehot(y)) / n.  probs (..., V), targets (...), n a number or `per_token` -> (..., V)."""
-    own = targets.clamp_min(0).unsqueeze(-1)  # (..., 1)
-    return probs.scatter(-1, own, probs.gather(-1, own) - 1).div_(n)
-
-
-def evaluate(model, x, y=None):
-    """Logits without a graph, by the path on which the model is differentiated: with gradients off torch
-    takes another in nn.TransformerEncoder, whose loss is another function."""
-    fast = mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
-            return logits(model, x, y).detach()
-    finally:
-        mha.set_fastpath_enabled(fast)
-
-
-def batch_loss(model, inputs, targets, micro_batch=None):
-    """Mean cross-entropy (nats per token) without a graph, as a float; attention may be fused."""
-    targets, n = check_targets(inputs, targets)
-    batches = pieces(*local_rows(inputs, targets), micro_batch)
-    return sum_number(sum(cross_entropy_sum(evaluate(model, x, y), y).item() for x, y in batches)) / n
-
-
-@torch.enable_grad()
-def batch_grad(model, inputs, targets, micro_batch=None):
-    """Loss (float) and flat gradient by ordinary backward passes."""
-    targets, n = check_targets(inputs, targets)
-    params = trainable(model)
-    loss = 0.0
-    grad = 0.0
-    for x, y in pieces(*local_rows(inputs, targets), micro_batch):
-        mean = cross_entropy_sum(logits(model, x, y), y) / n
-        loss += mean.item()
-        grad += flatten(torch.autograd.grad(mean, params, materialize_grads=True))
-    return sum_number(loss), sum_over_processes(grad)[0]
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Optimizers that torch does not have
-
-
-@contextmanager
-def full_precision(model):
-    """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of
-    bfloat16 weights is off too: inside a context it would outlive a change of the weights."""
-    device_type = next(model.parameters()).device.type
-    outside = torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type), cache_enabled=False)
-
-    def enter(*_):
-        torch.clear_autocast_cache()  # of a forward that @torch.autocast decorates
-        outside.__enter__()
-
-    def leave(*_):
-        outside.__exit__(None, None, None)
-
-    with (
-        model.register_forward_pre_hook(enter),
-        model.register_forward_hook(leave, always_call=True),
-        torch.autocast(device_type, enabled=False, cache_enabled=False),
-    ):
-        yield
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -973,3 +717,259 @@ class KFACOptimizer(Optimizer):
         self.kfac.state = self.state  # a new one
         self.steps = state["steps"]
         self.generator.set_state(state["generator"].cpu())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Vectors over parameters
+
+
+def trainable(model):
+    """The parameters that a step moves, tied ones once, in the order of model.parameters(). Raises ValueError
+    where there are none, where they do not make one float32 or float64 vector, and for a hook on one."""
+    for name, p in model.named_parameters():
+        if p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            raise ValueError(
+                f"{name} has a hook on its gradient, which not every solver would follow: remove it, and "
+                "change the forward instead, or freeze the parameter"
+            )
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("the model has no trainable parameters")
+    dtypes = {p.dtype for p in params}
+    if dtypes not in ({torch.float32}, {torch.float64}):
+        raise ValueError(
+            "trainable parameters must all be float32, or all float64, and these are "
+            f"{' and '.join(sorted(str(t) for t in dtypes))}; for products in bfloat16 open "
+            "torch.autocast inside the model's forward"
+        )
+    return params
+
+
+def flatten(tensors):
+    """Tensors of any shapes -> one vector."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def unflatten(vector, like):
+    """One vector -> views of it with the shapes of the tensors in `like`."""
+    return [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in like]), like)]
+
+
+@torch.no_grad()
+def assign(params, values):
+    """Put tensors into parameters, bit for bit."""
+    for p, v in zip(params, values):
+        p.copy_(v)
+
+
+def pieces(inputs, targets, micro_batch):
+    """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole
+    batch)."""
+    rows = micro_batch or len(inputs)
+    return list(zip(inputs.split(rows), targets.split(rows)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Many processes (torchrun): each has all parameters and a share of every batch's rows
+
+
+def ranks():
+    """This process's number, and how many there are; (0, 1) without torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def local_rows(*tensors):
+    """This process's slice of the rows of tensors that every process holds whole. Raises ValueError for fewer
+    rows than processes."""
+    rank, world = ranks()
+    rows = len(tensors[0])
+    if rows < world:
+        raise ValueError(f"{rows} sequences cannot be shared by {world} processes")
+    return tuple(t[rows * rank // world : rows * (rank + 1) // world] for t in tensors)
+
+
+def sum_over_processes(*tensors):
+    """Each tensor's sum over the processes, with the same bits on all of them; all of one dtype. In one
+    process, what was given."""
+    if ranks()[1] == 1 or not tensors:
+        return tensors
+    flat = flatten(tensors)
+    dist.all_reduce(flat)
+    return unflatten(flat, tensors)
+
+
+def sum_number(x):
+    """The same for a float or an int, in float64."""
+    if ranks()[1] == 1:
+        return x
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return sum_over_processes(torch.tensor(x, dtype=torch.float64, device=device))[0].item()
+
+
+def same_everywhere(number):
+    """Whether all processes have the same integer, below 2^53."""
+    return sum_number(number) == ranks()[1] * number
+
+
+def free_memory(device):
+    """Bytes that this process can take on the device. On a CPU: its part of what the machine has left or, if
+    that is less, a control group (a container's, a job's). 4 GB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(left_on_cpu(), default=4e9) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def left_on_cpu():
+    """Yields what the machine has left, then what each of this process's control groups has: its limit less
+    what is used, but for pages of files, which the system can take back."""
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as f:
+        yield next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controller, path = line.split(":", 2)
+            if controller not in CONTROL_GROUPS:
+                continue
+            root, cached, *names = CONTROL_GROUPS[controller]
+            for folder in (Path(root + path) / "memory.stat").parents:  # the group's, and those above
+                with suppress(OSError, ValueError, KeyError):  # not mounted here, or "max"
+                    limit, used, stat = ((folder / name).read_text() for name in names)
+                    sizes = dict(line.split() for line in stat.splitlines())
+                    yield int(limit) - int(used) + int(sizes[cached])
+
+
+CONTROL_GROUPS = {  # by the controller in a group's line of /proc/self/cgroup, where version 2 has none
+    "": "/sys/fs/cgroup inactive_file memory.max memory.current memory.stat".split(),
+    "memory": "/sys/fs/cgroup/memory total_inactive_file "
+    "memory.limit_in_bytes memory.usage_in_bytes memory.stat".split(),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss: mean cross-entropy in nats per token
+
+
+# The target of tokens that are left out of loss and count, as in torch.nn.functional.cross_entropy.
+IGNORED = -100
+
+
+def check_targets(inputs, targets):
+    """The targets as int64, and how many count. Raises ValueError for what are not classes for these
+    inputs."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(
+            f"targets must be class numbers (int64), not {targets.dtype}: soft targets are not supported"
+        )
+    if len(inputs) != len(targets):
+        raise ValueError(f"inputs have {len(inputs)} rows and targets {len(targets)}")
+    targets = targets.long()
+    n = int((targets != IGNORED).sum())
+    if n == 0:
+        raise ValueError(f"the batch is empty: it has {len(inputs)} rows and no target that counts")
+    return targets, n
+
+
+def check_logits(z, y):
+    """Raises ValueError unless z are logits (..., V) for the targets y (...)."""
+    if not torch.is_tensor(z):
+        raise ValueError(f"""the model must return logits, and it returns a {type(z).__name__}; wrap it:
+    class Logits(torch.nn.Module):
+        def __init__(self, model): super().__init__(); self.model = model
+        def forward(self, x): return self.model(x){".logits" if hasattr(z, "logits") else "[0]"}""")
+    if z.shape[:-1] != y.shape:
+        raise ValueError(
+            f"logits of shape {tuple(z.shape)} do not fit targets of shape {tuple(y.shape)}: "
+            "there must be one row of logits, over all classes, for each target"
+        )
+    low, high = torch.aminmax(torch.where(y == IGNORED, 0, y))
+    if low < 0 or high >= z.shape[-1]:
+        raise ValueError(
+            f"targets reach from {low} to {high}, and the model has classes 0 .. {z.shape[-1] - 1} "
+            f"({IGNORED} marks targets to leave out)"
+        )
+
+
+def logits(model, x, y=None):
+    """z = model(x) (..., V), in float32 at least; checked against the targets, if they are given."""
+    z = model(x)
+    if y is not None:
+        check_logits(z, y)
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def counted_rows(inputs, targets):
+    """The rows that have a target that counts, so that every share of them has some."""
+    counted = (targets != IGNORED).reshape(len(targets), -1).any(1)
+    return (inputs, targets) if counted.all() else (inputs[counted], targets[counted])
+
+
+def per_token(targets, n):
+    """What each token's loss is divided by, (...,) -> (..., 1): n, or infinity for those that are left
+    out."""
+    return torch.where(targets == IGNORED, math.inf, n).unsqueeze(-1)
+
+
+def cross_entropy_sum(z, targets):
+    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED)
+
+
+def cross_entropy_grad(probs, targets, n):
+    """∂L/∂z = (p − onehot(y)) / n.  probs (..., V), targets (...), n a number or `per_token` -> (..., V)."""
+    own = targets.clamp_min(0).unsqueeze(-1)  # (..., 1)
+    return probs.scatter(-1, own, probs.gather(-1, own) - 1).div_(n)
+
+
+def evaluate(model, x, y=None):
+    """Logits without a graph, by the path on which the model is differentiated: with gradients off torch
+    takes another in nn.TransformerEncoder, whose loss is another function."""
+    fast = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            return logits(model, x, y).detach()
+    finally:
+        mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def full_precision(model):
+    """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of
+    bfloat16 weights is off too: inside a context it would outlive a change of the weights."""
+    device_type = next(model.parameters()).device.type
+    outside = torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type), cache_enabled=False)
+
+    def enter(*_):
+        torch.clear_autocast_cache()  # of a forward that @torch.autocast decorates
+        outside.__enter__()
+
+    def leave(*_):
+        outside.__exit__(None, None, None)
+
+    with (
+        model.register_forward_pre_hook(enter),
+        model.register_forward_hook(leave, always_call=True),
+        torch.autocast(device_type, enabled=False, cache_enabled=False),
+    ):
+        yield
+
+
+def batch_loss(model, inputs, targets, micro_batch=None):
+    """Mean cross-entropy (nats per token) without a graph, as a float; attention may be fused."""
+    targets, n = check_targets(inputs, targets)
+    batches = pieces(*local_rows(inputs, targets), micro_batch)
+    return sum_number(sum(cross_entropy_sum(evaluate(model, x, y), y).item() for x, y in batches)) / n
+
+
+@torch.enable_grad()
+def batch_grad(model, inputs, targets, micro_batch=None):
+    """Loss (float) and flat gradient by ordinary backward passes."""
+    targets, n = check_targets(inputs, targets)
+    params = trainable(model)
+    loss = 0.0
+    grad = 0.0
+    for x, y in pieces(*local_rows(inputs, targets), micro_batch):
+        mean = cross_entropy_sum(logits(model, x, y), y) / n
+        loss += mean.item()
+        grad += flatten(torch.autograd.grad(mean, params, materialize_grads=True))
+    return sum_number(loss), sum_over_processes(grad)[0]

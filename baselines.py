@@ -10,7 +10,7 @@ factors.
             group["lr"] = lr * factor
         loss_of(model).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()                                          # of kfac after opt.observe(inputs, targets)
+        opt.step()                                          # kfac: after opt.observe(inputs, targets)
         opt.zero_grad()
 
 To add an optimizer: write it as an Optimizer (below: a torch.optim.Optimizer that defines `move`), give it a
@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.backends import mha
 
-# peak rates: the best of 2 to 6 each for preset tiny on Python source at 16k tokens a step; retune elsewhere
+# Peak rates: the best of 2 to 6 each, for preset tiny on Python source with 16k tokens a step. Tune elsewhere.
 DEFAULT_LR = {"adamw": 1e-2, "adam": 1e-2, "sgd": 3e-1, "muon": 3e-2, "soap": 1e-2, "kfac": 3e-2}
 DEFAULTS = {  # everything else, as each method's reference has it
     "adamw": dict(betas=(0.9, 0.95), weight_decay=0.1),  # GPT-3: arXiv 2005.14165, appendix B
@@ -57,11 +57,11 @@ def make_optimizer(
     precondition_frequency=None,
     muon_scale=None,
 ):
-    """One of BASELINES for a model's trainable parameters. None takes the default; what a method does not use
-    it ignores.
+    """One of BASELINES for a model's trainable parameters. None stands for the default. A method ignores
+    the settings that it does not use.
 
     weight_decay reaches matrices (ndim >= 2) only, never norms and biases. It is decoupled, p -= lr *
-    weight_decay * p, but for adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to
+    weight_decay * p, except in adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to
     the AdamW beside it. Its steps are U Vᵀ times muon_scale: "match_rms_adamw" 0.2 sqrt(max(m, n)), steps of
     AdamW's size, so that one rate suits both; "original" sqrt(max(1, m / n)), the paper's.
     """
@@ -168,8 +168,8 @@ class FirstOrder:
             assign(params, unflatten(before, params))
             return {**record, "reason": "step not finite"}
         slope = grad.dot(d).item()  # what a first-order method promises
-        cosine = -slope / (norm * length + 1e-30)
-        record.update(accepted=True, reason="", alpha=1.0, predicted=slope, cosine=cosine)
+        cos = -slope / (norm * length + 1e-30)
+        record.update(accepted=True, reason="", alpha=1.0, predicted=slope, cosine=cos)
         return record
 
     def least_rows(self, rows, n_targets):
@@ -189,7 +189,8 @@ class FirstOrder:
 
 
 class Optimizer(torch.optim.Optimizer):
-    """torch.optim's contract for what defines `move`, and `problem` if it cannot train every parameter."""
+    """torch.optim's contract. A subclass defines `move`; and `problem`, if it cannot train every
+    parameter."""
 
     def move(self):
         """One step of all parameters that have a gradient; no autograd, no autocast."""
@@ -497,7 +498,7 @@ class KFAC:
     batch's and a random sign for each sequence.
     """
 
-    SQUARES = 8  # gradients, each of a part of the rows, that the diagonals are made from
+    SQUARES = 8  # diagonals are made from so many gradients, each of a part of the rows
 
     def __init__(self, model, max_side=4096, batch_labels=False):
         self.model = model
@@ -505,8 +506,8 @@ class KFAC:
         self.batch_labels = batch_labels
         self.params = trainable(model)
         self.repaired = ""  # what went wrong in the last update or decomposition, and was mended
-        # Of each parameter, as in an optimizer of torch: "factors", its sides [L, R], or [diagonal] in its
-        # shape; and "eigen", the same as [(eigenvalues, eigenvectors or None for the identity), ...]
+        # Each parameter's, as in an optimizer of torch. "factors": the sides [L, R], or [diagonal] in its
+        # shape. "eigen": the same as [(eigenvalues, eigenvectors or None for the identity), ...]
         self.state = defaultdict(dict)
 
     @torch.enable_grad()
@@ -660,7 +661,7 @@ class KFACOptimizer(Optimizer):
     CURVATURE_FRAC = 0.25
 
     def __init__(self, model, params, precondition_frequency, **settings):
-        """settings: lr, momentum and weight_decay, of a group that has none of its own."""
+        """settings: lr, momentum and weight_decay, for groups that have none of their own."""
         self.kfac = KFAC(model)  # first, for `problem`
         super().__init__(params, settings)
         self.kfac.state = self.state  # so that torch saves and loads it
@@ -823,7 +824,7 @@ def free_memory(device):
 
 def left_on_cpu():
     """Yields what the machine has left, then what each of this process's control groups has: its limit less
-    what is used, but for pages of files, which the system can take back."""
+    what is used. Pages of files do not count as used: the system can take them back."""
     with suppress(OSError, StopIteration), open("/proc/meminfo") as f:
         yield next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     with suppress(OSError):
@@ -839,7 +840,7 @@ def left_on_cpu():
                     yield int(limit) - int(used) + int(sizes[cached])
 
 
-CONTROL_GROUPS = {  # by the controller in a group's line of /proc/self/cgroup, where version 2 has none
+CONTROL_GROUPS = {  # by the controller that a line of /proc/self/cgroup names; version 2 names none
     "": "/sys/fs/cgroup inactive_file memory.max memory.current memory.stat".split(),
     "memory": "/sys/fs/cgroup/memory total_inactive_file "
     "memory.limit_in_bytes memory.usage_in_bytes memory.stat".split(),
@@ -921,8 +922,8 @@ def cross_entropy_grad(probs, targets, n):
 
 
 def evaluate(model, x, y=None):
-    """Logits without a graph, by the path on which the model is differentiated: with gradients off torch
-    takes another in nn.TransformerEncoder, whose loss is another function."""
+    """Logits without a graph. With gradients off, nn.TransformerEncoder would take a faster path, which is
+    another function than the one that is differentiated: here it does not."""
     fast = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
     try:

@@ -71,7 +71,7 @@ MAX_REJECTIONS = 8  # in a row, before a run gives up
 def main(argv):
     """Flags as typed -> the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot
     be used, 130 where Ctrl-C ended it at once."""
-    with suppress(AttributeError):  # no file
+    with suppress(AttributeError):  # it may be no file
         sys.stdout.reconfigure(errors="replace")  # for terminals that do not have λ
     process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
     try:
@@ -175,8 +175,8 @@ class Run:
             load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         frac = {"same": 0, "fresh": SEARCH_FRAC, "fresh_batch": 1}[args.line_search_data]
-        fresh = frac and args.kind != "baseline"
-        self.search_rows = fresh and some_rows(self.rows, args.batch_tokens, frac)
+        searches = frac and args.kind != "baseline"  # on fresh data
+        self.search_rows = some_rows(self.rows, args.batch_tokens, frac) if searches else 0
         args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in trainable(self.model))
@@ -202,8 +202,8 @@ class Run:
         )
         if meta["left_out"]:
             say(f"note: left out of --data {args.data}: {meta['left_out']}")
-        # settings that only other optimizers have
-        others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(args.opt, DEFAULTS.get(args.solver, ())))
+        optimizer = args.solver if args.kind == "inner" else args.opt
+        others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(optimizer, ()))  # only others have these
         unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds or key in others]
         if unused:
             say(f"note: {args.opt} ({args.kind}) does not use {', '.join(unused)}")
@@ -478,7 +478,7 @@ def git_commit():
 # ---------------------------------------------------------------------------------------------------------
 # Flags
 
-# By kind of run: Gauss-Newton (by CG or by an inner optimizer) takes few, large steps, all else many.
+# By kind of run. Gauss-Newton, by CG or by an inner optimizer, takes few, large steps; a baseline many.
 RUN_DEFAULTS = {
     "cg": {"steps": 30, "batch_tokens": 131072, "eval_interval": 1, "checkpoint_interval": 1},
     "inner": {"steps": 15, "batch_tokens": 262144, "eval_interval": 1, "checkpoint_interval": 1},

@@ -32,7 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.backends import mha
 
-# Peak rates: the best of 2 to 6 each, for preset tiny on Python source with 16k tokens a step. Tune elsewhere.
+# Peak rates: the best of 2 to 6 each, for preset tiny on Python source with 16k tokens a step. Other models
+# and data need others.
 DEFAULT_LR = {"adamw": 1e-2, "adam": 1e-2, "sgd": 3e-1, "muon": 3e-2, "soap": 1e-2, "kfac": 3e-2}
 DEFAULTS = {  # everything else, as each method's reference has it
     "adamw": dict(betas=(0.9, 0.95), weight_decay=0.1),  # GPT-3: arXiv 2005.14165, appendix B
@@ -902,7 +903,7 @@ def logits(model, x, y=None):
 def counted_rows(inputs, targets):
     """The rows that have a target that counts, so that every share of them has some."""
     counted = (targets != IGNORED).reshape(len(targets), -1).any(1)
-    return (inputs, targets) if counted.all() else (inputs[counted], targets[counted])
+    return inputs[counted], targets[counted]
 
 
 def per_token(targets, n):

@@ -10,7 +10,7 @@ factors.
             group["lr"] = lr * factor
         loss_of(model).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()                                          # of kfac after opt.observe(inputs, targets)
+        opt.step()                                          # kfac: after opt.observe(inputs, targets)
         opt.zero_grad()
 
 To add an optimizer: write it as an Optimizer (below: a torch.optim.Optimizer that defines `move`), give it a
@@ -21,7 +21,9 @@ in BASELINES. Use Combined if it suits only some of the parameters. Its step() m
 import math
 import os
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,9 +31,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.backends import mha
-from torch.utils._pytree import tree_map_only
 
-# peak rates: the best of 2 to 6 each for preset tiny on Python source at 16k tokens a step; retune elsewhere
+# Peak rates: the best of 2 to 6 each, for preset tiny on Python source with 16k tokens a step. Other models
+# and data need others.
 DEFAULT_LR = {"adamw": 1e-2, "adam": 1e-2, "sgd": 3e-1, "muon": 3e-2, "soap": 1e-2, "kfac": 3e-2}
 DEFAULTS = {  # everything else, as each method's reference has it
     "adamw": dict(betas=(0.9, 0.95), weight_decay=0.1),  # GPT-3: arXiv 2005.14165, appendix B
@@ -56,11 +58,11 @@ def make_optimizer(
     precondition_frequency=None,
     muon_scale=None,
 ):
-    """One of BASELINES for a model's trainable parameters. None takes the default; what a method does not use
-    it ignores.
+    """One of BASELINES for a model's trainable parameters. None stands for the default. A method ignores
+    the settings that it does not use.
 
     weight_decay reaches matrices (ndim >= 2) only, never norms and biases. It is decoupled, p -= lr *
-    weight_decay * p, but for adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to
+    weight_decay * p, except in adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to
     the AdamW beside it. Its steps are U Vᵀ times muon_scale: "match_rms_adamw" 0.2 sqrt(max(m, n)), steps of
     AdamW's size, so that one rate suits both; "original" sqrt(max(1, m / n)), the paper's.
     """
@@ -79,7 +81,9 @@ def make_optimizer(
         return KFACOptimizer(model, decay_groups(params), **o)
     hidden = hidden_matrices(model)
     rest = [p for p in params if p not in set(hidden)]
-    adamw = torch.optim.AdamW(decay_groups(rest), o["lr"], o.pop("betas"), weight_decay=o["weight_decay"])
+    adamw = torch.optim.AdamW(
+        decay_groups(rest), lr=o["lr"], betas=o.pop("betas"), weight_decay=o["weight_decay"]
+    )
     muon = torch.optim.Muon([{"params": hidden}], adjust_lr_fn=o.pop("muon_scale"), **o)
     return Combined([muon, adamw])
 
@@ -92,12 +96,12 @@ def decay_groups(params):
     ]
 
 
-def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_frac=0.2):
+def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0):
     """The factor in [0, 1] for the base rate at `step`, which counts from 0.
 
     Warmup is linear, (step + 1) / warmup_steps, so that no step is lost. Then "constant" stays at 1; "cosine"
     falls to 0 at step == total_steps (Loshchilov & Hutter 2017); "wsd", warmup-stable-decay (arXiv
-    2404.06395), holds 1 and falls linearly to 0 over the last decay_frac of total_steps."""
+    2404.06395), holds 1 and falls linearly to 0 over the last fifth of total_steps."""
     if schedule not in ("constant", "cosine", "wsd"):
         raise ValueError(f"unknown schedule {schedule!r}; choose from constant, cosine, wsd")
     if step < warmup_steps:
@@ -105,7 +109,7 @@ def lr_schedule(step, total_steps, schedule="constant", warmup_steps=0, decay_fr
     if schedule == "cosine":
         return cosine((step - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule == "wsd":
-        return min(1.0, max(0, total_steps - step) / max(1.0, decay_frac * total_steps))
+        return min(1.0, max(0, total_steps - step) / max(1.0, 0.2 * total_steps))
     return 1.0
 
 
@@ -114,263 +118,80 @@ def cosine(done):
     return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Vectors over parameters
+@dataclass(eq=False)
+class FirstOrder:
+    """A baseline behind the interface of GaussNewton. Its step:
 
+        g ← gradient of the batch's loss
+        rate ← optimizer's own * lr_schedule(step, total_steps, schedule, warmup_steps)
+        g′ ← g min(1, clip / ‖g‖)            clip 0: g′ = g
+        θ ← optimizer(θ, g′)                 K-FAC has observed the batch before
 
-def trainable(model):
-    """The parameters that a step moves, tied ones once, in the order of model.parameters(). Raises ValueError
-    where there are none, where they do not make one float32 or float64 vector, and for a hook on one."""
-    for name, p in model.named_parameters():
-        if p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks):
-            raise ValueError(
-                f"{name} has a hook on its gradient, which not every solver would follow: remove it, and "
-                "change the forward instead, or freeze the parameter"
-            )
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise ValueError("the model has no trainable parameters")
-    dtypes = {p.dtype for p in params}
-    if dtypes not in ({torch.float32}, {torch.float64}):
-        raise ValueError(
-            "trainable parameters must all be float32, or all float64, and these are "
-            f"{' and '.join(sorted(str(t) for t in dtypes))}; for products in bfloat16 open "
-            "torch.autocast inside the model's forward"
-        )
-    return params
+    A loss, gradient or step that is not finite leaves the parameters bitwise as they were.
+    """
 
+    model: nn.Module
+    optimizer: torch.optim.Optimizer  # from make_optimizer
+    total_steps: int = 1
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    clip: float = 1.0
+    micro_batch: int = None
 
-def flatten(tensors):
-    """Tensors of any shapes -> one vector."""
-    return torch.cat([t.reshape(-1) for t in tensors])
+    def __post_init__(self):
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.steps = 0
 
+    @torch.no_grad()
+    def step(self, inputs, targets):
+        """One step on a batch; returns its record, a flat dict."""
+        lr = self.lr * lr_schedule(self.steps, self.total_steps, self.schedule, self.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.steps += 1
+        params = trainable(self.model)
+        loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
+        norm = grad.norm().item()
+        record = {"accepted": False, "loss": loss, "grad_norm": norm, "lr": lr, "alpha": 0.0, "work": 1.0}
+        if not math.isfinite(loss + norm):
+            return {**record, "reason": "loss or gradient not finite"}
+        if isinstance(self.optimizer, KFACOptimizer):
+            record["work"] += self.optimizer.observe(inputs, targets, self.micro_batch)
+            record["repaired"] = self.optimizer.kfac.repaired or None
+        clipped = grad * (self.clip / norm) if 0 < self.clip < norm else grad
+        for p, g in zip(params, unflatten(clipped, params)):
+            p.grad = g
+        before = flatten(params)
+        self.optimizer.step()
+        d = flatten(params) - before
+        length = d.norm().item()
+        if not math.isfinite(length):
+            assign(params, unflatten(before, params))
+            return {**record, "reason": "step not finite"}
+        slope = grad.dot(d).item()  # what a first-order method promises
+        cos = -slope / (norm * length + 1e-30)
+        record.update(accepted=True, reason="", alpha=1.0, predicted=slope, cosine=cos)
+        return record
 
-def unflatten(vector, like):
-    """One vector -> views of it with the shapes of the tensors in `like`."""
-    return [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in like]), like)]
+    def least_rows(self, rows, n_targets):
+        """Of a batch: the fewest rows that processes divide among them in a step."""
+        return self.optimizer.curvature_rows(rows) if isinstance(self.optimizer, KFACOptimizer) else rows
 
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
 
-@torch.no_grad()
-def assign(params, values):
-    """Put tensors into parameters, bit for bit."""
-    for p, v in zip(params, values):
-        p.copy_(v)
-
-
-def pieces(idx, targets, micro_batch):
-    """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole
-    batch)."""
-    rows = micro_batch or len(idx)
-    return list(zip(idx.split(rows), targets.split(rows)))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Many processes (torchrun): each has all parameters and a share of every batch's rows
-
-
-def ranks():
-    """This process's number, and how many there are; (0, 1) without torchrun."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def share(*tensors):
-    """This process's slice of the rows of tensors that every process holds whole. Raises ValueError for fewer
-    rows than processes."""
-    rank, world = ranks()
-    rows = len(tensors[0])
-    if rows < world:
-        raise ValueError(f"{rows} sequences cannot be shared by {world} processes")
-    return tuple(t[rows * rank // world : rows * (rank + 1) // world] for t in tensors)
-
-
-def reduce(*tensors):
-    """Each tensor's sum over the processes, with the same bits on all of them; all of one dtype. In one
-    process, what was given."""
-    if ranks()[1] == 1 or not tensors:
-        return tensors
-    flat = flatten(tensors)
-    dist.all_reduce(flat)
-    return unflatten(flat, tensors)
-
-
-def reduce_number(x):
-    """The same for a float or an int, in float64."""
-    if ranks()[1] == 1:
-        return x
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return reduce(torch.tensor(x, dtype=torch.float64, device=device))[0].item()
-
-
-def free_memory(device):
-    """Bytes that this process can take on the device. On a CPU: its part of what the machine has left or, if
-    that is less, a control group (a container's, a job's). 4 GB where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(left_on_cpu(), default=4e9) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def left_on_cpu():
-    """Yields what the machine has left, then what each of this process's control groups has: its limit less
-    what is used, but for pages of files, which the system can take back."""
-    with suppress(OSError, StopIteration), open("/proc/meminfo") as f:
-        yield next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controller, path = line.split(":", 2)
-            if controller not in CONTROL_GROUPS:
-                continue
-            root, cached, *names = CONTROL_GROUPS[controller]
-            for folder in (Path(root + path) / "memory.stat").parents:  # the group's, and those above
-                with suppress(OSError, ValueError, KeyError):  # not mounted here, or "max"
-                    limit, used, stat = ((folder / name).read_text() for name in names)
-                    sizes = dict(line.split() for line in stat.splitlines())
-                    yield int(limit) - int(used) + int(sizes[cached])
-
-
-CONTROL_GROUPS = {  # by the controller in a group's line of /proc/self/cgroup, where version 2 has none
-    "": "/sys/fs/cgroup inactive_file memory.max memory.current memory.stat".split(),
-    "memory": "/sys/fs/cgroup/memory total_inactive_file "
-    "memory.limit_in_bytes memory.usage_in_bytes memory.stat".split(),
-}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The loss: mean cross-entropy in nats per token
-
-
-# The target of tokens that are left out of loss and count, as in torch.nn.functional.cross_entropy.
-IGNORED = -100
-
-
-def check_targets(idx, targets):
-    """The targets as int64, and how many count. Raises ValueError for what are not classes for these
-    inputs."""
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(
-            f"targets must be class numbers (int64), not {targets.dtype}: soft targets are not supported"
-        )
-    if len(idx) != len(targets):
-        raise ValueError(f"inputs have {len(idx)} rows and targets {len(targets)}")
-    targets = targets.long()
-    n = int((targets != IGNORED).sum())
-    if n == 0:
-        raise ValueError(f"the batch is empty: it has {len(idx)} rows and no target that counts")
-    return targets, n
-
-
-def check_logits(z, y):
-    """Raises ValueError unless z are logits (..., V) for the targets y (...)."""
-    if not torch.is_tensor(z):
-        raise ValueError(f"""the model must return logits, and it returns a {type(z).__name__}; wrap it:
-    class Logits(torch.nn.Module):
-        def __init__(self, model): super().__init__(); self.model = model
-        def forward(self, x): return self.model(x){".logits" if hasattr(z, "logits") else "[0]"}""")
-    if z.shape[:-1] != y.shape:
-        raise ValueError(
-            f"logits of shape {tuple(z.shape)} do not fit targets of shape {tuple(y.shape)}: "
-            "there must be one row of logits, over all classes, for each target"
-        )
-    low, high = torch.aminmax(torch.where(y == IGNORED, 0, y))
-    if low < 0 or high >= z.shape[-1]:
-        raise ValueError(
-            f"targets reach from {low} to {high}, and the model has classes 0 .. {z.shape[-1] - 1} "
-            f"({IGNORED} marks targets to leave out)"
-        )
-
-
-def logits(model, x, y=None):
-    """z = model(x) (..., V), in float32 at least; checked against the targets, if they are given."""
-    z = model(x)
-    if y is not None:
-        check_logits(z, y)
-    return z if z.dtype == torch.float64 else z.float()
-
-
-def counted_rows(idx, targets):
-    """The rows that have a target that counts, so that every share of them has some."""
-    counted = (targets != IGNORED).reshape(len(targets), -1).any(1)
-    return (idx, targets) if counted.all() else (idx[counted], targets[counted])
-
-
-def per_token(targets, n):
-    """What each token's loss is divided by, (...,) -> (..., 1): n, or infinity for those that are left
-    out."""
-    return torch.where(targets == IGNORED, math.inf, n).unsqueeze(-1)
-
-
-def cross_entropy_sum(z, targets):
-    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED)
-
-
-def cross_entropy_grad(probs, targets, n):
-    """∂L/∂z = (p − onehot(y)) / n.  probs (..., V), targets (...), n a number or `per_token` -> (..., V)."""
-    own = targets.clamp_min(0).unsqueeze(-1)  # (..., 1)
-    return probs.scatter(-1, own, probs.gather(-1, own) - 1).div_(n)
-
-
-def evaluate(model, x, y=None):
-    """Logits without a graph, by the path on which the model is differentiated: with gradients off torch
-    takes another in nn.TransformerEncoder, whose loss is another function."""
-    fast = mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
-            return logits(model, x, y).detach()
-    finally:
-        mha.set_fastpath_enabled(fast)
-
-
-def batch_loss(model, idx, targets, micro_batch=None):
-    """Mean cross-entropy (nats per token) without a graph, as a float; attention may be fused."""
-    targets, n = check_targets(idx, targets)
-    batches = pieces(*share(idx, targets), micro_batch)
-    return reduce_number(sum(cross_entropy_sum(evaluate(model, x, y), y).item() for x, y in batches)) / n
-
-
-@torch.enable_grad()
-def batch_grad(model, idx, targets, micro_batch=None):
-    """Loss (float) and flat gradient by ordinary backward passes."""
-    targets, n = check_targets(idx, targets)
-    params = trainable(model)
-    loss = 0.0
-    grad = 0.0
-    for x, y in pieces(*share(idx, targets), micro_batch):
-        mean = cross_entropy_sum(logits(model, x, y), y) / n
-        loss += mean.item()
-        grad += flatten(torch.autograd.grad(mean, params, materialize_grads=True))
-    return reduce_number(loss), reduce(grad)[0]
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Optimizers that torch does not have
 
 
-@contextmanager
-def full_precision(model):
-    """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of
-    bfloat16 weights is off too: inside a context it would outlive a change of the weights."""
-    device_type = next(model.parameters()).device.type
-    outside = torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type), cache_enabled=False)
-
-    def enter(*_):
-        torch.clear_autocast_cache()  # of a forward that @torch.autocast decorates
-        outside.__enter__()
-
-    def leave(*_):
-        outside.__exit__(None, None, None)
-
-    with (
-        model.register_forward_pre_hook(enter),
-        model.register_forward_hook(leave, always_call=True),
-        torch.autocast(device_type, enabled=False, cache_enabled=False),
-    ):
-        yield
-
-
 class Optimizer(torch.optim.Optimizer):
-    """torch.optim's contract for what defines `move`, and `problem` if it cannot train every parameter."""
+    """torch.optim's contract. A subclass defines `move`; and `problem`, if it cannot train every
+    parameter."""
 
     def move(self):
         """One step of all parameters that have a gradient; no autograd, no autocast."""
@@ -678,7 +499,7 @@ class KFAC:
     batch's and a random sign for each sequence.
     """
 
-    SQUARES = 8  # gradients, each of a part of the rows, that the diagonals are made from
+    SQUARES = 8  # diagonals are made from so many gradients, each of a part of the rows
 
     def __init__(self, model, max_side=4096, batch_labels=False):
         self.model = model
@@ -686,58 +507,63 @@ class KFAC:
         self.batch_labels = batch_labels
         self.params = trainable(model)
         self.repaired = ""  # what went wrong in the last update or decomposition, and was mended
-        # For each parameter, by its index, the sides [L, R], or [diagonal] in the parameter's shape; and the
-        # same as [(eigenvalues, eigenvectors or None for the identity), ...]
-        self.factors = {}
-        self.eigen = {}
+        # Each parameter's, as in an optimizer of torch. "factors": the sides [L, R], or [diagonal] in its
+        # shape. "eigen": the same as [(eigenvalues, eigenvectors or None for the identity), ...]
+        self.state = defaultdict(dict)
 
     @torch.enable_grad()
-    def update(self, idx, targets, micro_batch=None, generator=None, decay=0.0):
+    def update(self, inputs, targets, micro_batch=None, generator=None, decay=0.0):
         """Factors from a batch, averaged with the earlier ones by `decay`; then `decompose` makes them ready
         for use. Where labels are sampled, targets say which tokens count."""
-        targets, n = check_targets(idx, targets)
-        all_rows = torch.arange(len(idx))
-        [local_rows] = share(all_rows)
-        z = logits(self.model, idx[:2], targets[:2])
+        targets, n_targets = check_targets(inputs, targets)
+        sums, squares = self._sums(inputs, targets, micro_batch, generator)
+        uses = sorted(sums)
+        if not same_everywhere(hash(tuple(uses)) >> 20):  # exact as a float
+            raise ValueError("K-FAC needs every process's rows to take the same paths through the model")
+        found = {i: [square / n_targets] for i, square in squares.items()}
+        for i, side in uses:
+            outside, inside, count = sum_over_processes(*sums[i, side])
+            # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over both.
+            found[i] = [outside / n_targets, inside / count]
+            if side == 1:
+                found[i].reverse()
+        self.repaired = ""
+        for i, p in enumerate(self.params):
+            state = self.state[p]
+            new = found.get(i, [torch.zeros_like(p)])
+            if not all(side.isfinite().all() for side in new):
+                self.repaired = "K-FAC factors not finite"
+                new = state.get("factors", [torch.zeros_like(side) for side in new])
+            old = state.get("factors", new)
+            state["factors"] = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
+
+    def _sums(self, inputs, targets, micro_batch, generator):
+        """Over a batch: {(index of a parameter, the side of it that s has): [Σ δδᵀ, Σ aaᵀ, number of terms]},
+        of this process's rows, and {index of a parameter without factors: Σ g²}, of all rows."""
+        all_rows = torch.arange(len(inputs))
+        [own_rows] = local_rows(all_rows)
+        z = logits(self.model, inputs[:2], targets[:2])
         shape = [1] * targets.ndim if self.batch_labels else z.shape[1:]  # of a row's random numbers
         factored = {i for i, *_ in linear_maps(z, self.params)}
         del z
-        squares = {
-            p: torch.zeros_like(p) for i, p in enumerate(self.params) if i not in factored and p.requires_grad
-        }
-        sums = {}  # {(index of a parameter, the side of it that s has): [Σ δδᵀ, Σ aaᵀ, number of terms]}
-        # All processes draw for all rows, so that labels and signs do not depend on who has them.
-        for square_rows in all_rows.split(math.ceil(len(idx) / self.SQUARES)):
-            grads = {p: torch.zeros_like(p) for p in squares}
-            for drawn in square_rows.split(micro_batch or len(idx)):
-                draws = torch.empty(len(drawn), *shape, device=idx.device).exponential_(generator=generator)
-                rows = drawn[torch.isin(drawn, local_rows)]
-                if len(rows):
-                    first = rows[0] - drawn[0]  # draws are sliced: a copy may be large
-                    self._add(idx[rows], targets[rows], draws[first:][: len(rows)], sums, grads)
+        sums = {}
+        others = [i for i, p in enumerate(self.params) if i not in factored and p.requires_grad]
+        squares = dict.fromkeys(others, 0.0)
+        for rows_of_a_square in all_rows.split(math.ceil(len(inputs) / self.SQUARES)):
+            grads = {i: torch.zeros_like(self.params[i]) for i in others}
+            for rows in rows_of_a_square.split(micro_batch or len(inputs)):
+                # Each process draws for all rows, so that labels and signs do not depend on who has them.
+                draws = torch.empty(len(rows), *shape, device=inputs.device)
+                draws.exponential_(generator=generator)
+                own = rows[torch.isin(rows, own_rows)]
+                if len(own):
+                    first = own[0] - rows[0]  # draws are sliced: a copy may be large
+                    self._add(inputs[own], targets[own], draws[first:][: len(own)], sums, grads)
             # Labels or signs are independent: the square of a sum over rows has the mean of the sum of
             # squares.
-            for square, g in zip(squares.values(), reduce(*grads.values())):
-                square += g * g
-        means = {}
-        keys = sorted(sums)
-        paths = hash(tuple(keys)) >> 20  # exact as a float
-        if reduce_number(paths) != ranks()[1] * paths:
-            raise ValueError("K-FAC needs every process's rows to take the same paths through the model")
-        for i, side in keys:
-            outside, inside, count = reduce(*sums[i, side])
-            # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over both.
-            means[i] = [outside / n, inside / count]
-            if side == 1:
-                means[i].reverse()
-        self.repaired = ""
-        for i, p in enumerate(self.params):
-            new = means.get(i, [squares.get(p, torch.zeros_like(p)) / n])
-            if not all(side.isfinite().all() for side in new):
-                self.repaired = "K-FAC factors not finite"
-                new = self.factors.get(i, [torch.zeros_like(side) for side in new])
-            old = self.factors.get(i, new)
-            self.factors[i] = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
+            for i, g in zip(others, sum_over_processes(*grads.values())):
+                squares[i] += g * g
+        return sums, squares
 
     def _add(self, x, y, draws, sums, grads):
         """Add some rows to the factors' sums, and to the gradients of the parameters that have no factors."""
@@ -751,7 +577,8 @@ class KFAC:
         if self.batch_labels:
             u *= (draws - math.log(2)).sign()
         edges = [edge for _, _, edge, _ in maps]
-        found = torch.autograd.grad(z, edges + list(grads), u, allow_unused=True)
+        rest = [self.params[i] for i in grads]
+        found = torch.autograd.grad(z, edges + rest, u, allow_unused=True)
         for (i, side, _, a), delta in zip(maps, found):
             if delta is None:
                 continue
@@ -765,9 +592,9 @@ class KFAC:
                 inside = torch.bincount(a.flatten(), minlength=len(self.params[i])).to(delta.dtype)
             new = self._gram(delta), inside, count
             sums[i, side] = [old + t for old, t in zip(sums.get((i, side), (0, 0, 0)), new)]
-        for p, g in zip(grads, found[len(maps) :]):
+        for grad, g in zip(grads.values(), found[len(maps) :]):
             if g is not None:
-                grads[p] += g
+                grad += g
 
     def _gram(self, m):
         """mᵀm (side, side), or its diagonal where the side is too large to decompose."""
@@ -776,8 +603,9 @@ class KFAC:
     def decompose(self):
         """Eigenvalues and eigenvectors of the factors."""
         failures = []
-        for i, sides in self.factors.items():
-            self.eigen[i] = [
+        for p in self.params:
+            sides = self.state[p]["factors"]
+            self.state[p]["eigen"] = [
                 eigh(side, failures.append) if len(sides) == side.ndim == 2 else (side, None)
                 for side in sides  # a single one is the diagonal, of any shape
             ]
@@ -787,9 +615,9 @@ class KFAC:
     def apply(self, v, function, part=None):
         """function(K) v, the function taken on the eigenvalues; v flat (P,), or over the parameters in
         `part`."""
-        part = part or range(len(self.params))
-        tensors = unflatten(v, [self.params[i] for i in part])
-        return flatten([apply_to_one(t, function, self.eigen[i]) for i, t in zip(part, tensors)])
+        params = [self.params[i] for i in part] if part else self.params
+        tensors = unflatten(v, params)
+        return flatten([apply_to_one(t, function, self.state[p]["eigen"]) for p, t in zip(params, tensors)])
 
 
 def apply_to_one(V, function, sides):
@@ -834,9 +662,10 @@ class KFACOptimizer(Optimizer):
     CURVATURE_FRAC = 0.25
 
     def __init__(self, model, params, precondition_frequency, **settings):
-        """settings: lr, momentum and weight_decay, of a group that has none of its own."""
+        """settings: lr, momentum and weight_decay, for groups that have none of their own."""
         self.kfac = KFAC(model)  # first, for `problem`
         super().__init__(params, settings)
+        self.kfac.state = self.state  # so that torch saves and loads it
         self.frequency = precondition_frequency
         self.steps = 0
         self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(0)
@@ -845,10 +674,14 @@ class KFACOptimizer(Optimizer):
         if set(params) - set(self.kfac.params):
             return "K-FAC has factors for the parameters it was made with: make a new optimizer for others"
 
+    def curvature_rows(self, rows):
+        """How many of a batch's rows the factors are made from."""
+        return math.ceil(self.CURVATURE_FRAC * rows)
+
     def observe(self, inputs, targets, micro_batch=None):
         """Factors from a share of the batch; returns the work in gradients of the whole batch."""
         inputs, targets = counted_rows(inputs, targets)
-        rows = math.ceil(self.CURVATURE_FRAC * len(inputs))
+        rows = self.curvature_rows(len(inputs))
         decay = min(1 - 1 / (self.steps + 1), self.STAT_DECAY)  # as the paper starts its average
         with full_precision(self.kfac.model):
             self.kfac.update(inputs[:rows], targets[:rows], micro_batch, self.generator, decay)
@@ -857,15 +690,15 @@ class KFACOptimizer(Optimizer):
         return 2 / 3 * rows / len(inputs)
 
     def move(self):
-        if not self.kfac.eigen:
+        if not self.state:
             raise RuntimeError(
                 "call observe(inputs, targets) before the first step: K-FAC has no factors yet"
             )
         moved = self.with_grad()
-        sides = dict(zip(self.kfac.params, self.kfac.eigen.values()))
-        natural = {
-            p: apply_to_one(p.grad, torch.reciprocal, tikhonov(sides[p], self.DAMPING**0.5)) for _, p in moved
-        }
+        natural = {}
+        for _, p in moved:
+            sides = tikhonov(self.state[p]["eigen"], self.DAMPING**0.5)
+            natural[p] = apply_to_one(p.grad, torch.reciprocal, sides)
         kl = float(sum(group["lr"] ** 2 * (natural[p] * p.grad).sum() for group, p in moved))
         clip = min(1.0, math.sqrt(self.KL_CLIP / max(kl, 1e-30)))
         for group, p in moved:
@@ -877,15 +710,268 @@ class KFACOptimizer(Optimizer):
     def state_dict(self):
         return {
             **super().state_dict(),
-            "kfac": (self.kfac.factors, self.kfac.eigen),
             "steps": self.steps,
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.kfac.factors, self.kfac.eigen = tree_map_only(
-            torch.Tensor, lambda t: t.to(self.generator.device), state["kfac"]
-        )
+        self.kfac.state = self.state  # a new one
         self.steps = state["steps"]
         self.generator.set_state(state["generator"].cpu())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Vectors over parameters
+
+
+def trainable(model):
+    """The parameters that a step moves, tied ones once, in the order of model.parameters(). Raises ValueError
+    where there are none, where they do not make one float32 or float64 vector, and for a hook on one."""
+    for name, p in model.named_parameters():
+        if p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            raise ValueError(
+                f"{name} has a hook on its gradient, which not every solver would follow: remove it, and "
+                "change the forward instead, or freeze the parameter"
+            )
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("the model has no trainable parameters")
+    dtypes = {p.dtype for p in params}
+    if dtypes not in ({torch.float32}, {torch.float64}):
+        raise ValueError(
+            "trainable parameters must all be float32, or all float64, and these are "
+            f"{' and '.join(sorted(str(t) for t in dtypes))}; for products in bfloat16 open "
+            "torch.autocast inside the model's forward"
+        )
+    return params
+
+
+def flatten(tensors):
+    """Tensors of any shapes -> one vector."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def unflatten(vector, like):
+    """One vector -> views of it with the shapes of the tensors in `like`."""
+    return [v.view_as(p) for v, p in zip(vector.split([p.numel() for p in like]), like)]
+
+
+@torch.no_grad()
+def assign(params, values):
+    """Put tensors into parameters, bit for bit."""
+    for p, v in zip(params, values):
+        p.copy_(v)
+
+
+def pieces(inputs, targets, micro_batch):
+    """Split a batch along its first dimension into pieces of at most micro_batch rows (None: the whole
+    batch)."""
+    rows = micro_batch or len(inputs)
+    return list(zip(inputs.split(rows), targets.split(rows)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Many processes (torchrun): each has all parameters and a share of every batch's rows
+
+
+def ranks():
+    """This process's number, and how many there are; (0, 1) without torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def local_rows(*tensors):
+    """This process's slice of the rows of tensors that every process holds whole. Raises ValueError for fewer
+    rows than processes."""
+    rank, world = ranks()
+    rows = len(tensors[0])
+    if rows < world:
+        raise ValueError(f"{rows} sequences cannot be shared by {world} processes")
+    return tuple(t[rows * rank // world : rows * (rank + 1) // world] for t in tensors)
+
+
+def sum_over_processes(*tensors):
+    """Each tensor's sum over the processes, with the same bits on all of them; all of one dtype. In one
+    process, what was given."""
+    if ranks()[1] == 1 or not tensors:
+        return tensors
+    flat = flatten(tensors)
+    dist.all_reduce(flat)
+    return unflatten(flat, tensors)
+
+
+def sum_number(x):
+    """The same for a float or an int, in float64."""
+    if ranks()[1] == 1:
+        return x
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return sum_over_processes(torch.tensor(x, dtype=torch.float64, device=device))[0].item()
+
+
+def same_everywhere(number):
+    """Whether all processes have the same integer, below 2^53."""
+    return sum_number(number) == ranks()[1] * number
+
+
+def free_memory(device):
+    """Bytes that this process can take on the device. On a CPU: its part of what the machine has left or, if
+    that is less, a control group (a container's, a job's). 4 GB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(left_on_cpu(), default=4e9) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def left_on_cpu():
+    """Yields what the machine has left, then what each of this process's control groups has: its limit less
+    what is used. Pages of files do not count as used: the system can take them back."""
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as f:
+        yield next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controller, path = line.split(":", 2)
+            if controller not in CONTROL_GROUPS:
+                continue
+            root, cached, *names = CONTROL_GROUPS[controller]
+            for folder in (Path(root + path) / "memory.stat").parents:  # the group's, and those above
+                with suppress(OSError, ValueError, KeyError):  # not mounted here, or "max"
+                    limit, used, stat = ((folder / name).read_text() for name in names)
+                    sizes = dict(line.split() for line in stat.splitlines())
+                    yield int(limit) - int(used) + int(sizes[cached])
+
+
+CONTROL_GROUPS = {  # by the controller that a line of /proc/self/cgroup names; version 2 names none
+    "": "/sys/fs/cgroup inactive_file memory.max memory.current memory.stat".split(),
+    "memory": "/sys/fs/cgroup/memory total_inactive_file "
+    "memory.limit_in_bytes memory.usage_in_bytes memory.stat".split(),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss: mean cross-entropy in nats per token
+
+
+# The target of tokens that are left out of loss and count, as in torch.nn.functional.cross_entropy.
+IGNORED = -100
+
+
+def check_targets(inputs, targets):
+    """The targets as int64, and how many count. Raises ValueError for what are not classes for these
+    inputs."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(
+            f"targets must be class numbers (int64), not {targets.dtype}: soft targets are not supported"
+        )
+    if len(inputs) != len(targets):
+        raise ValueError(f"inputs have {len(inputs)} rows and targets {len(targets)}")
+    targets = targets.long()
+    n = int((targets != IGNORED).sum())
+    if n == 0:
+        raise ValueError(f"the batch is empty: it has {len(inputs)} rows and no target that counts")
+    return targets, n
+
+
+def check_logits(z, y):
+    """Raises ValueError unless z are logits (..., V) for the targets y (...)."""
+    if not torch.is_tensor(z):
+        raise ValueError(f"""the model must return logits, and it returns a {type(z).__name__}; wrap it:
+    class Logits(torch.nn.Module):
+        def __init__(self, model): super().__init__(); self.model = model
+        def forward(self, x): return self.model(x){".logits" if hasattr(z, "logits") else "[0]"}""")
+    if z.shape[:-1] != y.shape:
+        raise ValueError(
+            f"logits of shape {tuple(z.shape)} do not fit targets of shape {tuple(y.shape)}: "
+            "there must be one row of logits, over all classes, for each target"
+        )
+    low, high = torch.aminmax(torch.where(y == IGNORED, 0, y))
+    if low < 0 or high >= z.shape[-1]:
+        raise ValueError(
+            f"targets reach from {low} to {high}, and the model has classes 0 .. {z.shape[-1] - 1} "
+            f"({IGNORED} marks targets to leave out)"
+        )
+
+
+def logits(model, x, y=None):
+    """z = model(x) (..., V), in float32 at least; checked against the targets, if they are given."""
+    z = model(x)
+    if y is not None:
+        check_logits(z, y)
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def counted_rows(inputs, targets):
+    """The rows that have a target that counts, so that every share of them has some."""
+    counted = (targets != IGNORED).reshape(len(targets), -1).any(1)
+    return inputs[counted], targets[counted]
+
+
+def per_token(targets, n):
+    """What each token's loss is divided by, (...,) -> (..., 1): n, or infinity for those that are left
+    out."""
+    return torch.where(targets == IGNORED, math.inf, n).unsqueeze(-1)
+
+
+def cross_entropy_sum(z, targets):
+    return F.cross_entropy(z.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED)
+
+
+def cross_entropy_grad(probs, targets, n):
+    """∂L/∂z = (p − onehot(y)) / n.  probs (..., V), targets (...), n a number or `per_token` -> (..., V)."""
+    own = targets.clamp_min(0).unsqueeze(-1)  # (..., 1)
+    return probs.scatter(-1, own, probs.gather(-1, own) - 1).div_(n)
+
+
+def evaluate(model, x, y=None):
+    """Logits without a graph. With gradients off, nn.TransformerEncoder would take a faster path, which is
+    another function than the one that is differentiated: here it does not."""
+    fast = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            return logits(model, x, y).detach()
+    finally:
+        mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def full_precision(model):
+    """Autocast is off inside, for a solver's own algebra; calls of `model` keep the caller's. Its cache of
+    bfloat16 weights is off too: inside a context it would outlive a change of the weights."""
+    device_type = next(model.parameters()).device.type
+    outside = torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type), cache_enabled=False)
+
+    def enter(*_):
+        torch.clear_autocast_cache()  # of a forward that @torch.autocast decorates
+        outside.__enter__()
+
+    def leave(*_):
+        outside.__exit__(None, None, None)
+
+    with (
+        model.register_forward_pre_hook(enter),
+        model.register_forward_hook(leave, always_call=True),
+        torch.autocast(device_type, enabled=False, cache_enabled=False),
+    ):
+        yield
+
+
+def batch_loss(model, inputs, targets, micro_batch=None):
+    """Mean cross-entropy (nats per token) without a graph, as a float; attention may be fused."""
+    targets, n = check_targets(inputs, targets)
+    batches = pieces(*local_rows(inputs, targets), micro_batch)
+    return sum_number(sum(cross_entropy_sum(evaluate(model, x, y), y).item() for x, y in batches)) / n
+
+
+@torch.enable_grad()
+def batch_grad(model, inputs, targets, micro_batch=None):
+    """Loss (float) and flat gradient by ordinary backward passes."""
+    targets, n = check_targets(inputs, targets)
+    params = trainable(model)
+    loss = 0.0
+    grad = 0.0
+    for x, y in pieces(*local_rows(inputs, targets), micro_batch):
+        mean = cross_entropy_sum(logits(model, x, y), y) / n
+        loss += mean.item()
+        grad += flatten(torch.autograd.grad(mean, params, materialize_grads=True))
+    return sum_number(loss), sum_over_processes(grad)[0]

@@ -52,13 +52,13 @@ from baselines import (
     free_memory,
     full_precision,
     graph_of,
+    local_rows,
     logits,
     make_optimizer,
     per_token,
     pieces,
-    reduce,
-    reduce_number,
-    share,
+    sum_number,
+    sum_over_processes,
     trainable,
     unflatten,
 )
@@ -147,6 +147,10 @@ class GaussNewton:
         self.solver.adapt(record["rho"], record["alpha"])
         self.rejections = 0 if accepted else self.rejections + 1
         return {**record, "accepted": accepted, "reason": reason}
+
+    def least_rows(self, rows, n_targets):
+        """Of a batch: the fewest rows that processes divide among them in a step."""
+        return min(some_rows(rows, n_targets, SEARCH_FRAC), self.solver.least_rows(rows, n_targets))
 
     def _search(self, theta, found, x, y, cost, record):
         """θ ← θ + αd for the best α found on x, y, each for the work `cost`; returns "", or why there is
@@ -307,7 +311,7 @@ class ConjugateGradients:
             self._precondition(idx, targets, n, torch.ones_like(grad), record)
         states = [self._start(part, grad) for part in parts]
         solves = []  # (iterations, reason) of each Newton step of each part
-        rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps)
+        rows = self.least_rows(len(idx), n)
         steps = min(self.newton_steps, len(idx) // rows)
         if self.keep_rows is None:
             self.keep_rows = self._rows_that_fit(idx, targets, rows)
@@ -337,6 +341,10 @@ class ConjugateGradients:
         )
         trouble = f"no descent direction ({bad[0]})" if bad else ""
         return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
+
+    def least_rows(self, rows, n_targets):
+        """Those of a Newton step."""
+        return some_rows(rows, n_targets, self.curvature_frac / self.newton_steps)
 
     def _rows_that_fit(self, idx, targets, rows):
         """How many rows' graphs three eighths of the free memory hold; with a piece of an eighth it is half.
@@ -524,6 +532,10 @@ class InnerSolver:
         record = {"work": passes * work, "inner_steps": len(batches)}
         return Solution(loss, flatten(self.v).detach(), slope, -change, trouble, record)
 
+    def least_rows(self, rows, n_targets):
+        """Those of the last micro-batch."""
+        return rows % self.rows or self.rows
+
     def _inner_step(self, parts, gradient, k, steps):
         """v ← optimizer(v, ∇) by the k-th micro-batch's gradient, clipped for each part."""
         for part in parts:
@@ -539,7 +551,7 @@ class InnerSolver:
     def _expand(self, x, y, parts):
         """expand_once for a micro-batch, all processes' rows of it."""
         n = (y != IGNORED).sum()
-        x, y = share(x, y)
+        x, y = local_rows(x, y)
         theta = [p.detach() for p in self.params]
         v = [t.detach() for t in self.v]
         function = partial(expand_once, self.model, parts, self.prox_linear, self.eps)
@@ -549,7 +561,7 @@ class InnerSolver:
             anywhere = [p.clone() for p in theta]  # v may be 0, where J v would tell nothing
             tolerance = self.eps**0.25  # two differences of logits are some √eps apart
             self.programs[key] = compiled_or_eager(function, tolerance, theta, x, y, anywhere, n)
-        return reduce(*self.programs.get(key, function)(theta, x, y, v, n))
+        return sum_over_processes(*self.programs.get(key, function)(theta, x, y, v, n))
 
     def adapt(self, rho, alpha):
         """After a step by αv: what is left of v."""
@@ -561,7 +573,12 @@ class InnerSolver:
         self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
         with placed(self.model, self.v):
             self.optimizer = make_optimizer(
-                self.name, self.model, self.lr, self.damping, self.betas, muon_scale=self.muon_scale
+                self.name,
+                self.model,
+                lr=self.lr,
+                weight_decay=self.damping,
+                betas=self.betas,
+                muon_scale=self.muon_scale,
             )
 
     def state_dict(self):
@@ -748,7 +765,7 @@ class GGN:
         targets, self.n = check_targets(idx, targets)
         self.model = model
         self.params = trainable(model)
-        self.data = pieces(*share(idx, targets), micro_batch)
+        self.data = pieces(*local_rows(idx, targets), micro_batch)
         self.cache = []
         self.offset = None  # (d, part): where H is, if not at z
         self.shifts = []  # J d of the kept pieces, where it is known already
@@ -764,7 +781,7 @@ class GGN:
             rows += len(piece.y)
             if keep_rows is None or rows <= keep_rows:
                 self.cache.append(piece)
-        self.loss, self.grad = reduce_number(self.loss), reduce(self.grad)[0]
+        self.loss, self.grad = sum_number(self.loss), sum_over_processes(self.grad)[0]
 
     def matvec(self, v, part=None):
         """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those
@@ -776,7 +793,7 @@ class GGN:
             out += piece.vjp(HJv, part)
         self.products += 1
         self.work += 2 * backward_work(self.params, part)
-        return reduce(out)[0]
+        return sum_over_processes(out)[0]
 
     def best_length(self, d, delta, lengths, extra_slope, part, prox_linear):
         """The t of `lengths` with the least m(d + tδ) + t extra_slope, m the local model (see local_change);
@@ -792,7 +809,7 @@ class GGN:
                 totals[j] += local_change(piece.z.detach(), s, piece.y, self.n, prox_linear, False)[0]
             if len(along) < len(self.cache):
                 along.append((Jd, Jdelta))
-        _, t = min((reduce_number(m.item()) + t * extra_slope, t) for m, t in zip(totals, lengths))
+        _, t = min((sum_number(m.item()) + t * extra_slope, t) for m, t in zip(totals, lengths))
         self.shifts = [Jd + t * Jdelta for Jd, Jdelta in along]
         return t
 
@@ -811,7 +828,7 @@ class GGN:
             change += m.item()
             gradient += piece.vjp(w, part)
         self.offset = (d, part) if prox_linear else None
-        return reduce_number(change), reduce(gradient)[0]
+        return sum_number(change), sum_over_processes(gradient)[0]
 
     def _pieces(self, offset=None):
         """The linearised pieces: first those that were kept, then the others, linearised one by one, and

@@ -40,19 +40,16 @@ from baselines import (
     BASELINES,
     DEFAULT_LR,
     DEFAULTS,
-    KFACOptimizer,
-    assign,
-    batch_grad,
+    FirstOrder,
     batch_loss,
     flatten,
     free_memory,
-    lr_schedule,
+    local_rows,
     make_optimizer,
     ranks,
-    reduce_number,
-    share,
+    same_everywhere,
+    sum_number,
     trainable,
-    unflatten,
 )
 from data import TOKENIZERS, get_batch, prepare, val_batch
 from gauss_newton import (
@@ -68,19 +65,428 @@ from gauss_newton import (
 )
 from model import GPT, PRESETS, GPTConfig
 
-# By kind of run: Gauss-Newton (by CG or by an inner optimizer) takes few, large steps, all else many.
+MAX_REJECTIONS = 8  # in a row, before a run gives up
+
+
+def main(argv):
+    """Flags as typed -> the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot
+    be used, 130 where Ctrl-C ended it at once."""
+    with suppress(AttributeError):  # it may be no file
+        sys.stdout.reconfigure(errors="replace")  # for terminals that do not have λ
+    process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
+    try:
+        args, given = resolve(argv)
+        checkpoint = None
+        if args.resume:
+            args, checkpoint = stored_settings(args, given)
+        if process:
+            join_group(args)
+        status = start(args, given, checkpoint, shlex.join(["python", "train.py", *argv]))
+    except UsageError as e:
+        if not process or os.environ["LOCAL_RANK"] == "0":  # all of a machine's processes found it
+            complain(e)
+        status = 2
+    except (OSError, MemoryError, RuntimeError) as e:  # a full disk, too large a batch, another process gone
+        if isinstance(e, RuntimeError) and not process and "allocate" not in str(e):
+            raise
+        who = f"process {process}: " if process else ""
+        complain(f"{who}{first_line(e)}; the last checkpoint, if there is one, is whole")
+        return 1
+    except KeyboardInterrupt:
+        complain("interrupted; the last checkpoint, if there is one, is whole")
+        return 130
+    if process and dist.is_initialized():  # threads that outlive the interpreter abort it
+        dist.destroy_process_group()
+    return status
+
+
+def start(args, given, checkpoint, command):
+    """A run from set-up to the closing lines; returns the exit status."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
+    tune_allocator()
+    try:
+        run = Run(args, checkpoint)
+    except (ValueError, OSError) as e:  # of settings that do not fit, say
+        raise UsageError(first_line(e)) from e
+    run.introduce(given)
+    path = run.out / "log.jsonl" if is_first() else Path(os.devnull)
+    step = run.progress["step"]
+    kept, last = lines_until(path, step) if checkpoint else (0, None)
+    with open(path, "a" if kept else "w") as log, signals(run.on_signal):
+        if kept:
+            log.truncate(kept)
+        else:
+            write_row(log, run.header(command))
+        if checkpoint:
+            say(f"resuming {run.out} after step {step}")
+            if last != step:
+                say(f"note: {path} lacks rows up to this step; it goes on after what is whole in it")
+        else:
+            write_row(log, {**run.progress, "train_loss": None, "val_loss": run.evaluate()})
+            if args.resume:
+                say(f"no run to resume in {run.out}: it begins")
+            say(f"step 0/{args.steps} | val {run.last_loss():.3f}")
+            run.save()
+        status = run.train(log)
+    run.finish()
+    return status
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run
+
+STEP_FIELDS = dict.fromkeys(  # in every row of every method, null where it has no such thing
+    "predicted actual actual_fresh rho alpha damping cosine layer_norms products cg_iterations "
+    "cg_reason repaired".split()
+)
+
+
+class Run:
+    """Data, model, optimizer and folder of one run, and where it stands."""
+
+    def __init__(self, args, checkpoint):
+        """checkpoint: from where to go on. ValueError for what cannot be used, before there is a folder."""
+        self.args = args
+        self.progress = {"step": 0, "tokens": 0, "seconds": 0.0, "grad_equivalents": 0.0}
+        self.losses = {}  # step: validation loss, where it was evaluated
+        self.rejections = 0  # in a row
+        self.began = self.told = time.time()  # the step; the last line about one that is long
+        self.asked = False  # to stop, by a signal
+        self.stopped = False  # once all processes know
+        block_size = args.block_size or PRESETS[args.model]["block_size"]
+        self.data = prepare(  # by one process at a time
+            args.data,
+            args.tokenizer,
+            cache_dir=args.data_dir,
+            block_size=block_size,
+            progress=partial(self.bar, "data"),
+            shards=args.shards,
+        )
+        found = self.data.meta["sha256"]
+        if vars(args).setdefault("data_sha256", found) != found:
+            raise ValueError(
+                f"--data {args.data} is no longer what this run began with (other files? another Python?)"
+            )
+        self.val = [t.to(args.device) for t in val_batch(self.data.val, block_size, args.eval_tokens)]
+        self.model = build_model(args, self.data.vocab_size)
+        if checkpoint or args.init_from:
+            load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
+        self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
+        frac = {"same": 0, "fresh": SEARCH_FRAC, "fresh_batch": 1}[args.line_search_data]
+        searches = frac and args.kind != "baseline"  # on fresh data
+        self.search_rows = some_rows(self.rows, args.batch_tokens, frac) if searches else 0
+        args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
+        self.stepper = make_stepper(self.model, args, self.bar)
+        self.size = sum(p.numel() for p in trainable(self.model))
+        least = self.stepper.least_rows(self.rows, args.batch_tokens)
+        local_rows(range(min(least, len(self.val[0]))))  # ValueError where a process would get none
+        if checkpoint:
+            self.stepper.load_state_dict(checkpoint["optimizer"])
+            self.rejections = checkpoint["rejections"] % MAX_REJECTIONS  # all tries again after giving up
+            self.progress = checkpoint["progress"]
+            self.losses = checkpoint["losses"]
+        self.out = open_out_dir(args)
+
+    def introduce(self, given):
+        args = self.args
+        meta = self.data.meta
+        say(
+            f"{args.opt} | {args.model} GPT, {self.size:,} parameters | {device_name(args.device)}, "
+            f"torch {torch.__version__} | seed {args.seed}\n"
+            f"data: {args.data}, {meta['documents']:,} documents, {meta['train_tokens']:,} training and "
+            f"{meta['val_tokens']:,} validation tokens ({args.tokenizer}), sha256 {meta['sha256'][:12]}\n"
+            f"batch: {args.batch_tokens:,} tokens = {self.rows:,} x {self.model.config.block_size} | "
+            f"guessing evenly is a loss of {math.log(self.data.vocab_size):.3f} nats per token"
+        )
+        if meta["left_out"]:
+            say(f"note: left out of --data {args.data}: {meta['left_out']}")
+        optimizer = args.solver if args.kind == "inner" else args.opt
+        others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(optimizer, ()))  # only others have these
+        unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds or key in others]
+        if unused:
+            say(f"note: {args.opt} ({args.kind}) does not use {', '.join(unused)}")
+
+    def header(self, command):
+        """The log's first line: all that it takes to make the run again."""
+        return {
+            "config": vars(self.args),
+            "parameters": self.size,
+            "torch": torch.__version__,
+            "commit": git_commit(),
+            "device": device_name(self.args.device),
+            "model": vars(self.model.config),
+            "data": self.data.meta,
+            "command": command,
+        }
+
+    def train(self, log):
+        """Steps until the run is over; returns the exit status."""
+        while not self.over():
+            row = self.step()
+            write_row(log, row)
+            say(step_line(row, self.args))
+            if self.over() or row["step"] % self.args.checkpoint_interval == 0:
+                self.save()
+        if self.rejections < MAX_REJECTIONS:
+            return 0
+        say(
+            f"stopped: {MAX_REJECTIONS} steps in a row were rejected, the last because of: {row['reason']}; "
+            f"{self.out}/checkpoint.pt holds the parameters before them"
+        )
+        return 1
+
+    def over(self):
+        """After the last step, at the target, by a signal, or for too many rejections in a row."""
+        return (
+            self.last_loss() <= self.args.target_loss
+            or self.rejections >= MAX_REJECTIONS
+            or self.stopped
+            or self.progress["step"] >= self.args.steps
+        )
+
+    def step(self):
+        """One step and, where it is due, an evaluation; returns its row of the log."""
+        args = self.args
+        progress = self.progress
+        self.began = self.told = time.time()
+        before = [flatten(layer).detach() for layer in self.model.layers()]
+        batch = self.batch(0, self.rows)
+        fresh = {"search": self.batch(2, self.search_rows)} if self.search_rows else {}
+        record = {**STEP_FIELDS, **self.stepper.step(*batch, **fresh)}
+        self.rejections = 0 if record["accepted"] else self.rejections + 1
+        seconds = time.time() - self.began
+        progress["step"] += 1
+        progress["tokens"] += (self.rows + self.search_rows) * self.model.config.block_size
+        progress["grad_equivalents"] += record.pop("work")
+        progress["seconds"] += seconds
+        self.stopped = sum_number(self.asked) > 0
+        due = self.over() or progress["step"] % args.eval_interval == 0
+        last = self.losses.get(progress["step"] - 1)
+        val_loss = self.evaluate() if due else None
+        if record["accepted"]:
+            record["layer_norms"] = [
+                (flatten(layer).detach() - old).norm().item()
+                for layer, old in zip(self.model.layers(), before)
+            ]
+            if last and val_loss:  # both evaluated, on tokens that the step has not seen
+                record["actual_fresh"] = val_loss - last
+            if val_loss is not None and record["actual"] is None:  # a baseline: on its batch
+                record["actual"] = batch_loss(self.model, *batch, args.micro_batch) - record["loss"]
+                record["rho"] = record["actual"] / record["predicted"] if record["predicted"] < 0 else 0.0
+        return {
+            **progress,
+            "train_loss": record.pop("loss"),
+            "val_loss": val_loss,
+            "step_seconds": seconds,
+            **record,
+            "peak_memory_mb": peak_memory_mb(args.device),
+        }
+
+    def batch(self, stream, rows):
+        """Random sequences and their targets, (rows, block size) each: a function of step and stream."""
+        return [
+            t.to(self.args.device)
+            for t in get_batch(
+                self.data.train,
+                self.model.config.block_size,
+                rows,
+                self.args.seed,
+                self.progress["step"],
+                stream,
+            )
+        ]
+
+    def evaluate(self):
+        """Validation loss."""
+        self.bar("evaluate")
+        loss = batch_loss(self.model, *self.val, self.args.micro_batch)
+        self.losses[self.progress["step"]] = loss
+        return loss
+
+    def last_loss(self):
+        return self.losses[max(self.losses)]
+
+    def save(self):
+        """Raises RuntimeError where the processes' parameters differ in a bit: they have come apart."""
+        if ranks()[1] > 1:
+            weights = flatten(self.model.parameters()).detach().cpu()
+            if not same_everywhere(zlib.crc32(weights.numpy())):
+                raise RuntimeError(
+                    f"after step {self.progress['step']} the processes' parameters are not "
+                    "the same; the last checkpoint is whole"
+                )
+        if is_first():
+            save_checkpoint(
+                self.out / "checkpoint.pt",
+                config=vars(self.args),
+                model_config=vars(self.model.config),
+                model=self.model.state_dict(),
+                optimizer=self.stepper.state_dict(),
+                progress=self.progress,
+                losses=self.losses,
+                rejections=self.rejections,
+            )
+
+    def finish(self):
+        """The closing lines: what was reached, at what cost, where it lies, and text of the model's own."""
+        args = self.args
+        reached = "reached" if self.last_loss() <= args.target_loss else "not reached"
+        target = f"target {args.target_loss:g} {reached}: " if args.target_loss else ""
+        how = f"; go on with: python train.py --resume --out_dir {self.out}" if self.stopped else ""
+        say(
+            f"{target}val {self.last_loss():.4f} after {self.progress['step']} steps, "
+            f"{self.progress['tokens']:,} tokens, {self.progress['grad_equivalents']:.0f} "
+            f"gradient-equivalents, {duration(self.progress['seconds'])}\n"
+            f"records: {self.out}/log.jsonl and checkpoint.pt{how}"
+        )
+        if args.sample and not self.stopped and math.isfinite(self.last_loss()) and is_first():
+            encoding = self.data.encoding
+            torch.manual_seed(args.seed)
+            newline = torch.tensor([encoding.encode_ordinary("\n")], device=args.device)
+            tokens = self.model.generate(newline, args.sample)[0].tolist()
+            text = encoding.decode(tokens).strip("\n")
+            say(f"\n{args.sample} tokens from the model:\n{text}")
+
+    def on_signal(self, number, frame):
+        """The first Ctrl-C or SIGTERM ends the run after its step, a second one at once."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("\nstopping after this step, with a checkpoint (once more: at once, from the last one)")
+
+    def bar(self, what, done=0, total=0):
+        """Say where a long step stands: on a terminal in its last line, in a file twice a minute."""
+        text = f"{self.progress['step']}/{self.args.steps} steps | {what}"
+        if done and total:
+            left = (time.time() - self.began) * (total - done) / done
+            text += f" [{'#' * (20 * done // total):.<20}] {done}/{total} | eta {duration(left)}"
+        if sys.stdout.isatty():
+            say(text, end="\r")  # go back to the line's start
+        elif time.time() > self.told + 30:
+            self.told = time.time()
+            say(text)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Set-up
+
+
+def build_model(args, vocab_size):
+    sizes = {key: getattr(args, key, None) or preset for key, preset in PRESETS[args.model].items()}
+    torch.manual_seed(args.seed)
+    model = GPT(GPTConfig(vocab_size, tie_weights=args.tie_weights, **sizes))
+    model.bf16 = args.dtype == "bf16"
+    return model.to(args.device)
+
+
+def load_weights(model, checkpoint):
+    stored = vars(GPTConfig(1)) | checkpoint["model_config"]  # an older one's, with defaults for the rest
+    differ = dict(stored.items() - vars(model.config).items())
+    if differ:
+        raise UsageError(f"the checkpoint's model is another one: it has {differ}")
+    model.load_state_dict(checkpoint["model"])
+
+
+def in_blocks(flag, tokens, block_size):
+    """How many sequences they are."""
+    if tokens % block_size:
+        raise UsageError(f"{flag} {tokens} is not a multiple of the block size {block_size}")
+    return tokens // block_size
+
+
+def default_micro_batch(model, x, y):
+    """Sequences: 8,192 tokens fit a CPU's caches, a GPU wants more. Their logits stay under 256 MB, and what
+    is kept of them to be differentiated under an eighth of the memory that is free."""
+    c = model.config
+    tokens = max(8192, 2**23 // (c.n_layer * c.n_embd)) if on_gpu(x.device) else 8192
+    fit = int(free_memory(x.device) / 8 / row_bytes(model, x, y))
+    return max(1, min(min(tokens, 2**26 // c.vocab_size) // c.block_size, fit))
+
+
+def make_stepper(model, args, progress=None):
+    """The optimizer, with step(inputs, targets) -> record and state_dict."""
+    if args.kind == "baseline":
+        names = "lr weight_decay betas momentum precondition_frequency muon_scale"
+        return FirstOrder(
+            model,
+            make_optimizer(args.opt, model, **settings(args, names)),
+            total_steps=args.steps,
+            **settings(args, "schedule warmup_steps clip micro_batch"),
+        )
+    if args.kind == "cg":
+        solver = ConjugateGradients(
+            model,
+            **settings(args, "local_model newton_steps cg_iters damping precond curvature_frac micro_batch"),
+        )
+    else:
+        rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
+        solver = InnerSolver(
+            model,
+            name=args.solver,
+            rows=rows,
+            outer_steps=args.steps,
+            **settings(
+                args,
+                "local_model muon_scale compile inner_passes inner_lr inner_betas inner_damping "
+                "inner_schedule inner_warmup inner_reset",
+            ),
+        )
+    parts = model.layers() if args.opt == "layerwise_gn" else None
+    search = settings(args, "line_search micro_batch")
+    return GaussNewton(model, solver, parts=parts, progress=progress, **search)
+
+
+def settings(args, names):
+    """{argument: value} of the flags in `names`; an argument has the name of its flag, without "inner_"."""
+    return {name.removeprefix("inner_"): getattr(args, name) for name in names.split()}
+
+
+def open_out_dir(args):
+    """The run's folder: a fresh one under out/, or the named one if there is no run to lose in it."""
+    out = Path(args.out_dir or f"out/{args.opt}-{args.model}-{time.strftime('%m%d-%H%M%S')}")
+    while args.out_dir is None and out.exists():
+        out = out.with_name(f"{out.name}-2")
+    if out.exists() and any(out.iterdir()) and not (args.resume or args.overwrite):
+        raise UsageError(
+            f"--out_dir {out} is not empty; give --resume to go on with its run or --overwrite to replace it"
+        )
+    sum_number(0)  # every process has looked
+    if is_first():
+        out.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            for file in ("log.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.tmp"):
+                (out / file).unlink(missing_ok=True)
+    args.out_dir = str(out)
+    return out
+
+
+def device_name(device):
+    cpu = f"cpu, {torch.get_num_threads()} thread(s)"
+    name = torch.cuda.get_device_name(device) if on_gpu(device) else cpu
+    return f"{ranks()[1]} processes, {name} each" if ranks()[1] > 1 else name
+
+
+def git_commit():
+    """Of the folder that this file is in; None without a repository or without git."""
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Flags
+
+# By kind of run. Gauss-Newton, by CG or by an inner optimizer, takes few, large steps; a baseline many.
 RUN_DEFAULTS = {
     "cg": {"steps": 30, "batch_tokens": 131072, "eval_interval": 1, "checkpoint_interval": 1},
     "inner": {"steps": 15, "batch_tokens": 262144, "eval_interval": 1, "checkpoint_interval": 1},
     "baseline": {"steps": 300, "batch_tokens": 16384, "eval_interval": 10, "checkpoint_interval": 50},
 }
-MAX_REJECTIONS = 8  # in a row, before a run gives up
+
 # What --resume may change; every other setting is the stored run's.
 RESUMABLE = "resume out_dir data_dir steps target_loss sample threads device checkpoint_interval".split()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Flags
 
 
 class UsageError(ValueError):
@@ -370,450 +776,6 @@ def stored_settings(args, given):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Set-up
-
-
-def build_model(args, vocab_size):
-    sizes = {key: getattr(args, key, None) or preset for key, preset in PRESETS[args.model].items()}
-    torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(vocab_size, tie_weights=args.tie_weights, **sizes))
-    model.bf16 = args.dtype == "bf16"
-    return model.to(args.device)
-
-
-def load_weights(model, checkpoint):
-    stored = vars(GPTConfig(1)) | checkpoint["model_config"]  # an older one's, with defaults for the rest
-    differ = dict(stored.items() - vars(model.config).items())
-    if differ:
-        raise UsageError(f"the checkpoint's model is another one: it has {differ}")
-    model.load_state_dict(checkpoint["model"])
-
-
-def in_blocks(flag, tokens, block_size):
-    """How many sequences they are."""
-    if tokens % block_size:
-        raise UsageError(f"{flag} {tokens} is not a multiple of the block size {block_size}")
-    return tokens // block_size
-
-
-def check_shares(args, rows, block_size, val_rows):
-    """Raises ValueError unless every process gets a row of each piece of a batch that all processes share."""
-    some = partial(some_rows, rows, rows * block_size)
-    shared = [rows, val_rows]
-    if args.opt == "kfac":
-        shared.append(rows * KFACOptimizer.CURVATURE_FRAC)
-    if args.kind == "cg":
-        shared += [some(args.curvature_frac / args.newton_steps), some(SEARCH_FRAC)]
-    if args.kind == "inner":
-        piece = args.inner_tokens // block_size
-        shared += [piece, rows % piece or piece, some(SEARCH_FRAC)]
-    share(range(math.ceil(min(shared))))
-
-
-def default_micro_batch(model, x, y):
-    """Sequences: 8,192 tokens fit a CPU's caches, a GPU wants more. Their logits stay under 256 MB, and what
-    is kept of them to be differentiated under an eighth of the memory that is free."""
-    c = model.config
-    tokens = max(8192, 2**23 // (c.n_layer * c.n_embd)) if on_gpu(x.device) else 8192
-    fit = int(free_memory(x.device) / 8 / row_bytes(model, x, y))
-    return max(1, min(min(tokens, 2**26 // c.vocab_size) // c.block_size, fit))
-
-
-def make_stepper(model, args, progress):
-    """The optimizer, with step(idx, targets) -> record, rejections (in a row) and state_dict."""
-    if args.kind == "baseline":
-        return FirstOrder(model, args)
-    if args.kind == "cg":
-        solver = ConjugateGradients(
-            model,
-            **settings(args, "local_model newton_steps cg_iters damping precond curvature_frac micro_batch"),
-        )
-    else:
-        rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
-        solver = InnerSolver(
-            model,
-            args.solver,
-            rows,
-            outer_steps=args.steps,
-            **settings(
-                args,
-                "local_model muon_scale compile inner_passes inner_lr inner_betas inner_damping "
-                "inner_schedule inner_warmup inner_reset",
-            ),
-        )
-    parts = model.layers() if args.opt == "layerwise_gn" else None
-    return GaussNewton(model, solver, parts, args.line_search, args.micro_batch, progress)
-
-
-def settings(args, names):
-    """{argument: value} of the flags in `names`; an argument has the name of its flag, without "inner_"."""
-    return {name.removeprefix("inner_"): getattr(args, name) for name in names.split()}
-
-
-class FirstOrder:
-    """A baseline behind the interface of GaussNewton: gradient, clipping, schedule, one optimizer step."""
-
-    def __init__(self, model, args):
-        self.model = model
-        self.args = args
-        self.optimizer = make_optimizer(
-            args.opt,
-            model,
-            **settings(args, "lr weight_decay betas momentum precondition_frequency muon_scale"),
-        )
-        self.lr = args.lr or DEFAULT_LR[args.opt]
-        self.steps = 0
-        self.rejections = 0
-
-    @torch.no_grad()
-    def step(self, idx, targets):
-        args = self.args
-        params = trainable(self.model)
-        lr = self.lr * lr_schedule(self.steps, args.steps, args.schedule, args.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.steps += 1
-        self.rejections += 1  # until it is accepted
-        loss, grad = batch_grad(self.model, idx, targets, args.micro_batch)
-        norm = grad.norm().item()
-        record = {
-            "accepted": False,
-            "reason": "loss or gradient not finite",
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": lr,
-            "alpha": 0.0,
-            "work": 1.0,
-        }
-        if not math.isfinite(loss + norm):
-            return record
-        if args.opt == "kfac":  # curvature from this batch
-            record["work"] += self.optimizer.observe(idx, targets, args.micro_batch)
-            record["repaired"] = self.optimizer.kfac.repaired or None
-        clipped = grad * (args.clip / norm) if 0 < args.clip < norm else grad
-        for p, g in zip(params, unflatten(clipped, params)):
-            p.grad = g
-        before = flatten(params)
-        self.optimizer.step()
-        d = flatten(params) - before
-        length = d.norm().item()
-        if not math.isfinite(length):
-            assign(params, unflatten(before, params))
-            return {**record, "reason": "step not finite"}
-        self.rejections = 0
-        slope = grad.dot(d).item()  # what a first-order method promises
-        return {
-            **record,
-            "accepted": True,
-            "reason": "",
-            "alpha": 1.0,
-            "predicted": slope,
-            "cosine": -slope / (norm * length + 1e-30),
-        }
-
-    def state_dict(self):
-        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "rejections": self.rejections}
-
-    def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"]
-        self.rejections = state["rejections"]
-
-
-def open_out_dir(args):
-    """The run's folder: a fresh one under out/, or the named one if there is no run to lose in it."""
-    out = Path(args.out_dir or f"out/{args.opt}-{args.model}-{time.strftime('%m%d-%H%M%S')}")
-    while args.out_dir is None and out.exists():
-        out = out.with_name(f"{out.name}-2")
-    if out.exists() and any(out.iterdir()) and not (args.resume or args.overwrite):
-        raise UsageError(
-            f"--out_dir {out} is not empty; give --resume to go on with its run or --overwrite to replace it"
-        )
-    reduce_number(0)  # every process has looked
-    if is_first():
-        out.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            for file in ("log.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.tmp"):
-                (out / file).unlink(missing_ok=True)
-    args.out_dir = str(out)
-    return out
-
-
-def device_name(device):
-    cpu = f"cpu, {torch.get_num_threads()} thread(s)"
-    name = torch.cuda.get_device_name(device) if on_gpu(device) else cpu
-    return f"{ranks()[1]} processes, {name} each" if ranks()[1] > 1 else name
-
-
-def git_commit():
-    """Of the folder that this file is in; None without a repository or without git."""
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The run
-
-STEP_FIELDS = dict.fromkeys(  # in every row of every method, null where it has no such thing
-    "predicted actual actual_fresh rho alpha damping cosine layer_norms products cg_iterations "
-    "cg_reason repaired".split()
-)
-
-
-class Run:
-    """Data, model, optimizer and folder of one run, and where it stands."""
-
-    def __init__(self, args, checkpoint):
-        """checkpoint: from where to go on. ValueError for what cannot be used, before there is a folder."""
-        self.args = args
-        self.progress = {"step": 0, "tokens": 0, "seconds": 0.0, "grad_equivalents": 0.0}
-        self.losses = {}  # step: validation loss, where it was evaluated
-        self.began = self.told = time.time()  # the step; the last line about one that is long
-        self.asked = False  # to stop, by a signal
-        self.stopped = False  # once all processes know
-        block_size = args.block_size or PRESETS[args.model]["block_size"]
-        self.data = prepare(
-            args.data, args.tokenizer, args.data_dir, block_size, partial(self.bar, "data"), args.shards
-        )  # by one process at a time
-        found = self.data.meta["sha256"]
-        if vars(args).setdefault("data_sha256", found) != found:
-            raise ValueError(
-                f"--data {args.data} is no longer what this run began with (other files? another Python?)"
-            )
-        self.val = [t.to(args.device) for t in val_batch(self.data.val, block_size, args.eval_tokens)]
-        self.model = build_model(args, self.data.vocab_size)
-        if checkpoint or args.init_from:
-            load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
-        self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
-        frac = {"same": 0, "fresh": SEARCH_FRAC, "fresh_batch": 1}[args.line_search_data]
-        fresh = frac and args.kind != "baseline"
-        self.search_rows = fresh and some_rows(self.rows, args.batch_tokens, frac)
-        args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
-        self.stepper = make_stepper(self.model, args, self.bar)
-        self.size = sum(p.numel() for p in trainable(self.model))
-        check_shares(args, self.rows, block_size, len(self.val[0]))
-        if checkpoint:
-            self.stepper.load_state_dict(checkpoint["optimizer"])
-            self.stepper.rejections %= MAX_REJECTIONS  # a run that gave up has all its tries again
-            self.progress = checkpoint["progress"]
-            self.losses = checkpoint["losses"]
-        self.out = open_out_dir(args)
-
-    def introduce(self, given):
-        args = self.args
-        meta = self.data.meta
-        say(
-            f"{args.opt} | {args.model} GPT, {self.size:,} parameters | {device_name(args.device)}, "
-            f"torch {torch.__version__} | seed {args.seed}\n"
-            f"data: {args.data}, {meta['documents']:,} documents, {meta['train_tokens']:,} training and "
-            f"{meta['val_tokens']:,} validation tokens ({args.tokenizer}), sha256 {meta['sha256'][:12]}\n"
-            f"batch: {args.batch_tokens:,} tokens = {self.rows:,} x {self.model.config.block_size} | "
-            f"guessing evenly is a loss of {math.log(self.data.vocab_size):.3f} nats per token"
-        )
-        if meta["left_out"]:
-            say(f"note: left out of --data {args.data}: {meta['left_out']}")
-        # settings that only other optimizers have
-        others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(args.opt, DEFAULTS.get(args.solver, ())))
-        unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds or key in others]
-        if unused:
-            say(f"note: {args.opt} ({args.kind}) does not use {', '.join(unused)}")
-
-    def header(self, command):
-        """The log's first line: all that it takes to make the run again."""
-        return {
-            "config": vars(self.args),
-            "parameters": self.size,
-            "torch": torch.__version__,
-            "commit": git_commit(),
-            "device": device_name(self.args.device),
-            "model": vars(self.model.config),
-            "data": self.data.meta,
-            "command": command,
-        }
-
-    def train(self, log):
-        """Steps until the run is over; returns the exit status."""
-        while not self.over():
-            row = self.step()
-            write_row(log, row)
-            say(step_line(row, self.args))
-            if self.over() or row["step"] % self.args.checkpoint_interval == 0:
-                self.save()
-        if self.stepper.rejections < MAX_REJECTIONS:
-            return 0
-        say(
-            f"stopped: {MAX_REJECTIONS} steps in a row were rejected, the last because of: {row['reason']}; "
-            f"{self.out}/checkpoint.pt holds the parameters before them"
-        )
-        return 1
-
-    def over(self):
-        """After the last step, at the target, by a signal, or for too many rejections in a row."""
-        return (
-            self.last_loss() <= self.args.target_loss
-            or self.stepper.rejections >= MAX_REJECTIONS
-            or self.stopped
-            or self.progress["step"] >= self.args.steps
-        )
-
-    def step(self):
-        """One step and, where it is due, an evaluation; returns its row of the log."""
-        args = self.args
-        progress = self.progress
-        self.began = self.told = time.time()
-        before = [flatten(layer).detach() for layer in self.model.layers()]
-        batch = self.batch(0, self.rows)
-        fresh = {"search": self.batch(2, self.search_rows)} if self.search_rows else {}
-        record = {**STEP_FIELDS, **self.stepper.step(*batch, **fresh)}
-        seconds = time.time() - self.began
-        progress["step"] += 1
-        progress["tokens"] += (self.rows + self.search_rows) * self.model.config.block_size
-        progress["grad_equivalents"] += record.pop("work")
-        progress["seconds"] += seconds
-        self.stopped = reduce_number(self.asked) > 0
-        due = self.over() or progress["step"] % args.eval_interval == 0
-        last = self.losses.get(progress["step"] - 1)
-        val_loss = self.evaluate() if due else None
-        if record["accepted"]:
-            record["layer_norms"] = [
-                (flatten(layer).detach() - old).norm().item()
-                for layer, old in zip(self.model.layers(), before)
-            ]
-            if last and val_loss:  # both evaluated, on tokens that the step has not seen
-                record["actual_fresh"] = val_loss - last
-            if val_loss is not None and record["actual"] is None:  # a baseline: on its batch
-                record["actual"] = batch_loss(self.model, *batch, args.micro_batch) - record["loss"]
-                record["rho"] = record["actual"] / record["predicted"] if record["predicted"] < 0 else 0.0
-        return {
-            **progress,
-            "train_loss": record.pop("loss"),
-            "val_loss": val_loss,
-            "step_seconds": seconds,
-            **record,
-            "peak_memory_mb": peak_memory_mb(args.device),
-        }
-
-    def batch(self, stream, rows):
-        """Random sequences and their targets, (rows, block size) each: a function of step and stream."""
-        return [
-            t.to(self.args.device)
-            for t in get_batch(
-                self.data.train,
-                self.model.config.block_size,
-                rows,
-                self.args.seed,
-                self.progress["step"],
-                stream,
-            )
-        ]
-
-    def evaluate(self):
-        """Validation loss."""
-        self.bar("evaluate")
-        loss = batch_loss(self.model, *self.val, self.args.micro_batch)
-        self.losses[self.progress["step"]] = loss
-        return loss
-
-    def last_loss(self):
-        return self.losses[max(self.losses)]
-
-    def on_signal(self, number, frame):
-        """The first Ctrl-C or SIGTERM ends the run after its step, a second one at once."""
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        say("\nstopping after this step, with a checkpoint (once more: at once, from the last one)")
-
-    def save(self):
-        """Raises RuntimeError where the processes' parameters differ in a bit: they have come apart."""
-        world = ranks()[1]
-        if world > 1:
-            checksum = zlib.crc32(flatten(self.model.parameters()).detach().cpu().numpy())
-            if reduce_number(checksum) != world * checksum:
-                raise RuntimeError(
-                    f"after step {self.progress['step']} the processes' parameters are not "
-                    "the same; the last checkpoint is whole"
-                )
-        if is_first():
-            save_checkpoint(
-                self.out / "checkpoint.pt",
-                config=vars(self.args),
-                model_config=vars(self.model.config),
-                model=self.model.state_dict(),
-                optimizer=self.stepper.state_dict(),
-                progress=self.progress,
-                losses=self.losses,
-            )
-
-    def finish(self):
-        """The closing lines: what was reached, at what cost, where it lies, and text of the model's own."""
-        args = self.args
-        reached = "reached" if self.last_loss() <= args.target_loss else "not reached"
-        target = f"target {args.target_loss:g} {reached}: " if args.target_loss else ""
-        how = f"; go on with: python train.py --resume --out_dir {self.out}" if self.stopped else ""
-        say(
-            f"{target}val {self.last_loss():.4f} after {self.progress['step']} steps, "
-            f"{self.progress['tokens']:,} tokens, {self.progress['grad_equivalents']:.0f} "
-            f"gradient-equivalents, {duration(self.progress['seconds'])}\n"
-            f"records: {self.out}/log.jsonl and checkpoint.pt{how}"
-        )
-        if args.sample and not self.stopped and math.isfinite(self.last_loss()) and is_first():
-            encoding = self.data.encoding
-            torch.manual_seed(args.seed)
-            newline = torch.tensor([encoding.encode_ordinary("\n")], device=args.device)
-            tokens = self.model.generate(newline, args.sample)[0].tolist()
-            text = encoding.decode(tokens).strip("\n")
-            say(f"\n{args.sample} tokens from the model:\n{text}")
-
-    def bar(self, what, done=0, total=0):
-        """Say where a long step stands: on a terminal in its last line, in a file twice a minute."""
-        text = f"{self.progress['step']}/{self.args.steps} steps | {what}"
-        if done and total:
-            left = (time.time() - self.began) * (total - done) / done
-            text += f" [{'#' * (20 * done // total):.<20}] {done}/{total} | eta {duration(left)}"
-        if sys.stdout.isatty():
-            say(text, end="\r")  # go back to the line's start
-        elif time.time() > self.told + 30:
-            self.told = time.time()
-            say(text)
-
-
-def start(args, given, checkpoint, command):
-    """A run from set-up to the closing lines; returns the exit status."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
-    tune_allocator()
-    try:
-        run = Run(args, checkpoint)
-    except (ValueError, OSError) as e:  # of settings that do not fit, say
-        raise UsageError(first_line(e)) from e
-    run.introduce(given)
-    path = run.out / "log.jsonl" if is_first() else Path(os.devnull)
-    step = run.progress["step"]
-    kept, last = lines_until(path, step) if checkpoint else (0, None)
-    with open(path, "a" if kept else "w") as log, signals(run.on_signal):
-        if kept:
-            log.truncate(kept)
-        else:
-            write_row(log, run.header(command))
-        if checkpoint:
-            say(f"resuming {run.out} after step {step}")
-            if last != step:
-                say(f"note: {path} lacks rows up to this step; it goes on after what is whole in it")
-        else:
-            write_row(log, {**run.progress, "train_loss": None, "val_loss": run.evaluate()})
-            if args.resume:
-                say(f"no run to resume in {run.out}: it begins")
-            say(f"step 0/{args.steps} | val {run.last_loss():.3f}")
-            run.save()
-        status = run.train(log)
-    run.finish()
-    return status
-
-
-# ---------------------------------------------------------------------------------------------------------
 # What a person sees
 
 LINE = {  # what a step's line shows of its row, each where the row has it
@@ -858,6 +820,10 @@ def say(text, end="\n"):
         print(f"{text}{clear}", end=end, flush=True)
 
 
+def complain(message):
+    print(f"train.py: error: {message}", file=sys.stderr)
+
+
 def duration(seconds):
     s = round(seconds)
     if s < 100:
@@ -868,7 +834,9 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------------------
 # The log and checkpoints
 
-FORMAT = 8  # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
+CHECKPOINT_FORMAT = (
+    9  # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
+)
 
 
 def lines_until(path, step):
@@ -901,11 +869,11 @@ def load_checkpoint(path):
             if archive.testzip():
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT:
+        if checkpoint["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"it has format {checkpoint['format']}")
     except Exception as e:
         raise UsageError(
-            f"{path} is missing, damaged or no checkpoint of format {FORMAT} ({type(e).__name__}"
+            f"{path} is missing, damaged or no checkpoint of format {CHECKPOINT_FORMAT} ({type(e).__name__}"
             f": {first_line(e)}); a run keeps the one before as checkpoint.previous.pt"
         ) from e
     return checkpoint
@@ -918,7 +886,7 @@ def save_checkpoint(path, **content):
     previous = path.with_name("checkpoint.previous.pt")
     try:
         with open(temp, "wb") as f:
-            torch.save({"format": FORMAT, **content}, f)
+            torch.save({"format": CHECKPOINT_FORMAT, **content}, f)
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch's writer turns the one into the other
@@ -985,45 +953,6 @@ def peak_memory_mb(device):
 
         unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-# ---------------------------------------------------------------------------------------------------------
-
-
-def main(argv):
-    """Flags as typed -> the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot
-    be used, 130 where Ctrl-C ended it at once."""
-    with suppress(AttributeError):  # no file
-        sys.stdout.reconfigure(errors="replace")  # for terminals that do not have λ
-    process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
-    try:
-        args, given = resolve(argv)
-        checkpoint = None
-        if args.resume:
-            args, checkpoint = stored_settings(args, given)
-        if process:
-            join_group(args)
-        status = start(args, given, checkpoint, shlex.join(["python", "train.py", *argv]))
-    except UsageError as e:
-        if not process or os.environ["LOCAL_RANK"] == "0":  # all of a machine's processes found it
-            complain(e)
-        status = 2
-    except (OSError, MemoryError, RuntimeError) as e:  # a full disk, too large a batch, another process gone
-        if isinstance(e, RuntimeError) and not process and "allocate" not in str(e):
-            raise
-        who = f"process {process}: " if process else ""
-        complain(f"{who}{first_line(e)}; the last checkpoint, if there is one, is whole")
-        return 1
-    except KeyboardInterrupt:
-        complain("interrupted; the last checkpoint, if there is one, is whole")
-        return 130
-    if process and dist.is_initialized():  # threads that outlive the interpreter abort it
-        dist.destroy_process_group()
-    return status
-
-
-def complain(message):
-    print(f"train.py: error: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

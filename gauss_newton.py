@@ -113,28 +113,28 @@ class GaussNewton:
         self.rejections = 0  # in a row
 
     @torch.inference_mode(False)
-    def step(self, idx, targets, search=None):
+    def step(self, inputs, targets, search=None):
         """One outer step on a batch, inputs (B, ...) and int64 classes (B, ...); returns its record, a flat
         dict.
 
-        search    (idx, targets) of other data for the line search; default: the batch's last rows.
+        search    (inputs, targets) of other data for the line search; default: the batch's last rows.
         Rows must be in random order: some stand for all, in the search, in Newton steps and for K-FAC.
         A loss, gradient or product that is not finite, an indefinite product, or a search without a decrease
         rejects the step: parameters stay bitwise as they were, and record["reason"] says why ("" when all
         went well). Inside torch.autocast the model's forward alone has its dtype, the solver keeps float32.
         """
         self._check_parameters()
-        batch = idx, targets, *(search or ())  # tensors of inference mode have no derivatives, copies do
-        idx, targets, *search = (t.clone() if t.is_inference() else t for t in batch)
-        targets, n = check_targets(idx, targets)
-        idx, targets = counted_rows(idx, targets)
+        batch = inputs, targets, *(search or ())  # tensors of inference mode have no derivatives, copies do
+        inputs, targets, *search = (t.clone() if t.is_inference() else t for t in batch)
+        targets, n_targets = check_targets(inputs, targets)
+        inputs, targets = counted_rows(inputs, targets)
         theta = [p.detach().clone() for p in self.params]
-        rows = some_rows(len(idx), n, SEARCH_FRAC)
-        x, y = search or (idx[-rows:], targets[-rows:])
+        rows = subset_rows(len(inputs), n_targets, SEARCH_FRAC)
+        x, y = search or (inputs[-rows:], targets[-rows:])
         accepted = False
         try:
             with full_precision(self.model):
-                found = self.solver.solve(self.parts, idx, targets)
+                found = self.solver.solve(self.parts, inputs, targets)
                 refuse_writing(self.model, theta)
                 record = {"alpha": 0.0, "rho": None, **found.record, "loss": found.loss}
                 cost = y.numel() / targets.numel() / 3
@@ -212,10 +212,10 @@ class GaussNewton:
         self.rejections = state["rejections"]
 
 
-def some_rows(rows, n, frac, least=32):
-    """How many of a batch's rows, with n targets that count, stand for all: a share of them, enough to hold
-    `least` such targets where all rows hold alike, and at most all."""
-    enough = math.ceil(least * rows / n)
+def subset_rows(rows, n_targets, frac, least=32):
+    """How many of a batch's rows stand for all of them: the share `frac`, but enough to hold `least` of the
+    n_targets targets that count, if each row holds as many."""
+    enough = math.ceil(least * rows / n_targets)
     return min(rows, max(enough, int(frac * rows)))
 
 
@@ -292,33 +292,33 @@ class ConjugateGradients:
         self.prox_linear = self.local_model == "prox_linear"
         self.keep_rows = None  # found in the first step, since torch keeps the memory that it frees
         self.progress = no_progress
-        self.scale = 1.0  # mean eigenvalue of K
+        self.mean_eigenvalue = 1.0  # mean eigenvalue of K
         self.direction = None  # of the last outer step, at the length that was taken
 
-    def solve(self, parts, idx, targets):
-        check_model(self.model, idx, targets, twice=True)
-        n = (targets != IGNORED).sum().item()
+    def solve(self, parts, inputs, targets):
+        check_model(self.model, inputs, targets, twice=True)
+        n_targets = (targets != IGNORED).sum().item()
         self.progress("gradient")
-        loss, grad = batch_grad(self.model, idx, targets, self.micro_batch)
+        loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
         record = {"work": 1.0, "grad_norm": grad.norm().item(), "products": 0}
         if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
-            self._precondition(idx, targets, n, torch.ones_like(grad), record)
+            self._precondition(inputs, targets, n_targets, torch.ones_like(grad), record)
         states = [self._start(part, grad) for part in parts]
         solves = []  # (iterations, reason) of each Newton step of each part
-        rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps)
-        steps = min(self.newton_steps, len(idx) // rows)
+        rows = subset_rows(len(inputs), n_targets, self.curvature_frac / self.newton_steps)
+        steps = min(self.newton_steps, len(inputs) // rows)
         if self.keep_rows is None:
-            self.keep_rows = self._rows_that_fit(idx, targets, rows)
+            self.keep_rows = self._rows_that_fit(inputs, targets, rows)
         products = len(parts) * self.cg_iters  # of a Newton step, at most
-        for k, (x, y) in enumerate(pieces(idx[: rows * steps], targets[: rows * steps], rows)):
+        for k, (x, y) in enumerate(pieces(inputs[: rows * steps], targets[: rows * steps], rows)):
             self.progress("linearise", k, steps)
             ggn = GGN(self.model, x, y, self.micro_batch, self.keep_rows)
             for s in states:
                 solves.append(self._newton_step(s, ggn, k * products, steps * products))
             record["products"] += ggn.products
-            record["work"] += ggn.work * rows / len(idx)
+            record["work"] += ggn.work * rows / len(inputs)
             del ggn  # before the next one is made: the memory is one Newton step's
         d = self.direction = torch.zeros_like(grad)  # of all parts together
         views = unflatten(d, self.params)
@@ -338,11 +338,11 @@ class ConjugateGradients:
         trouble = f"no descent direction ({bad[0]})" if bad else ""
         return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
 
-    def _rows_that_fit(self, idx, targets, rows):
+    def _rows_that_fit(self, inputs, targets, rows):
         """How many rows' graphs three eighths of the free memory hold; with a piece of an eighth it is half.
         Raises MemoryError where all of it does not hold a piece."""
-        free = free_memory(idx.device)
-        each = row_bytes(self.model, idx, targets)
+        free = free_memory(inputs.device)
+        each = row_bytes(self.model, inputs, targets)
         needed = each * min(self.micro_batch or rows, rows)
         if needed > free:
             raise MemoryError(
@@ -382,20 +382,20 @@ class ConjugateGradients:
         s.decrease = damped - found.values[-1] - change - correction.dot(s.d).item()
         return found.iterations, found.reason
 
-    def _precondition(self, idx, targets, n, ones, record):
+    def _precondition(self, inputs, targets, n_targets, ones, record):
         """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
         self.progress("kfac")
-        rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
-        signs = torch.Generator(device=idx.device).manual_seed(0)
-        self.kfac.update(idx[:rows], targets[:rows], self.micro_batch, signs)
+        rows = subset_rows(len(inputs), n_targets, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
+        signs = torch.Generator(device=inputs.device).manual_seed(0)
+        self.kfac.update(inputs[:rows], targets[:rows], self.micro_batch, signs)
         self.kfac.decompose()
-        self.scale = self.kfac.apply(ones, lambda S: S.mean().expand_as(S)).mean().item() + 1e-30
+        self.mean_eigenvalue = self.kfac.apply(ones, lambda S: S.mean().expand_as(S)).mean().item() + 1e-30
         record["repaired"] = self.kfac.repaired or None
-        record["work"] += 2 / 3 * rows / len(idx)  # a forward, and a backward for the activations alone
+        record["work"] += 2 / 3 * rows / len(inputs)  # a forward, and a backward for the activations alone
 
     def metric(self, S):
         """K-FAC's eigenvalues -> those of M; kept away from 0 where S is: tokens never seen."""
-        s = (self.scale * (S.mean() + 1e-6 * self.scale)).sqrt()
+        s = (self.mean_eigenvalue * (S.mean() + 1e-6 * self.mean_eigenvalue)).sqrt()
         return s ** (1 - self.POWER) * (S + 0.01 * s) ** self.POWER
 
     def _damp(self, v, part):
@@ -453,9 +453,9 @@ class InnerSolver:
     λ, a damping, keeps v near 0 where micro-batches do not agree and its entries below some 1 / λ where they
     do. (adam and sgd have no such decay: λ v is added to ∇.)
 
-    J v is a difference of logits (see expand_once), so that the model's graph must differentiate what the
-    model computes: no straight-through estimators, no stopped gradients, no jumps (a top-k router's make
-    J v huge for the tokens that change experts).
+    J v is a difference of logits (see local_model_once). So the model's backward must be the derivative of
+    its forward: no straight-through estimators, no stopped gradients, no jumps. (A top-k router's jumps make
+    J v huge for the tokens that change experts.)
 
     Slope gᵀv and decrease m(0) − m(v) are means over the last sixteenth of the batch in the last pass, each
     at the v that its micro-batch began with: on data that v has been fitted to in the passes before, if any.
@@ -475,7 +475,7 @@ class InnerSolver:
     schedule: str = "constant_with_inner_cosine"  # of lr, with the next two: see inner_schedule
     warmup: int = 0
     outer_steps: int = 100
-    reset: bool = False  # start every outer step at v = 0 with fresh moments, not with the old ones
+    reset: bool = False  # start every outer step at v = 0, and the moments at 0
     compile: bool = False  # what is done per micro-batch; eager, with a warning, where that fails
 
     def __post_init__(self):
@@ -493,25 +493,25 @@ class InnerSolver:
         self.outer = 0
         self.forget()
 
-    def solve(self, parts, idx, targets):
-        check_model(self.model, idx, targets, twice=False)
-        self.eps = working_eps(self.model, idx, targets)
-        batches = pieces(idx, targets, self.rows)
+    def solve(self, parts, inputs, targets):
+        check_model(self.model, inputs, targets, twice=False)
+        self.eps = working_eps(self.model, inputs, targets)
+        batches = pieces(inputs, targets, self.rows)
         passes = max(self.passes, 3 - len(batches))  # the first inner step, where v is 0, has no slope
         counts = [(y != IGNORED).sum().item() for _, y in batches] * passes
         late = len(counts) - math.ceil(len(batches) / 16)
         batches *= passes
         if self.reset:
             self.forget()
-        n = sum(counts)
+        n_targets = sum(counts)
         n_late = sum(counts[late:])
         loss = 0.0
         change = 0.0
         slope = 0.0
         for k, (x, y) in enumerate(batches):
             self.progress("inner", k, len(batches))
-            L, m, gv, *gradient = self._expand(x, y, parts)
-            loss += L * (counts[k] / n)
+            L, m, gv, *gradient = self._local_model(x, y, parts)
+            loss += L * (counts[k] / n_targets)
             if k >= late:
                 change += m * (counts[k] / n_late)
                 slope += gv * (counts[k] / n_late)
@@ -519,7 +519,7 @@ class InnerSolver:
         self.outer += 1
         loss, change, slope = map(float, (loss, change, slope))
         trouble = "" if math.isfinite(loss + change + slope) else "loss or local model not finite"
-        # A forward, a J v for each part, and their backward passes: by expand_once
+        # A forward, a J v for each part, and their backward passes: by local_model_once
         work = (1 + len(parts)) / 3 + sum(backward_work(self.params, part) for part in parts)
         record = {"work": passes * work, "inner_steps": len(batches)}
         return Solution(loss, flatten(self.v).detach(), slope, -change, trouble, record)
@@ -536,20 +536,20 @@ class InnerSolver:
             group["lr"] = self.lr * factor
         self.optimizer.step()
 
-    def _expand(self, x, y, parts):
-        """expand_once for a micro-batch, all processes' rows of it."""
-        n = (y != IGNORED).sum()
+    def _local_model(self, x, y, parts):
+        """local_model_once for a micro-batch, all processes' rows of it."""
+        n_targets = (y != IGNORED).sum()
         x, y = share(x, y)
         theta = [p.detach() for p in self.params]
         v = [t.detach() for t in self.v]
-        function = partial(expand_once, self.model, parts, self.prox_linear, self.eps)
+        function = partial(local_model_once, self.model, parts, self.prox_linear, self.eps)
         modes = tuple(m.training for m in self.model.modules())
         key = x.shape, self.eps, str(parts), modes
         if self.compile and key not in self.programs:
             anywhere = [p.clone() for p in theta]  # v may be 0, where J v would tell nothing
             tolerance = self.eps**0.25  # two differences of logits are some √eps apart
-            self.programs[key] = compiled_or_eager(function, tolerance, theta, x, y, anywhere, n)
-        return reduce(*self.programs.get(key, function)(theta, x, y, v, n))
+            self.programs[key] = compiled_or_eager(function, tolerance, theta, x, y, anywhere, n_targets)
+        return reduce(*self.programs.get(key, function)(theta, x, y, v, n_targets))
 
     def adapt(self, rho, alpha):
         """After a step by αv: what is left of v."""
@@ -557,9 +557,9 @@ class InnerSolver:
 
     @torch.inference_mode(False)
     def forget(self):
-        """The next solve starts at v = 0 with fresh moments."""
+        """The next solve starts at v = 0, and the moments at 0."""
         self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
-        with placed(self.model, self.v):
+        with swapped_parameters(self.model, self.v):
             self.optimizer = make_optimizer(
                 self.name, self.model, self.lr, self.damping, self.betas, muon_scale=self.muon_scale
             )
@@ -582,8 +582,8 @@ class InnerSolver:
 SCHEDULES = ("constant_with_inner_cosine", "cosine_with_global_schedule", "global_cosine")
 
 
-def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
-    """Factor of the inner rate at inner step k of n in outer step `outer` (all counted from 0).
+def inner_schedule(kind, outer, outer_steps, k, steps, warmup=0):
+    """Factor of the inner rate in inner step k, one of `steps`, in outer step `outer` (counted from 0).
 
     global_cosine                  one cosine over all inner steps of all outer steps
     cosine_with_global_schedule    a cosine inside each outer step, whose peaks follow a cosine over the outer
@@ -591,11 +591,11 @@ def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
     constant_with_inner_cosine     a cosine inside each outer step, constant peaks
     The first `warmup` inner steps of the run are scaled by (steps done + 1) / warmup.
     """
-    done = outer * n + k
+    done = outer * steps + k
     factor = {
-        "global_cosine": cosine(done / (outer_steps * n)),
-        "cosine_with_global_schedule": cosine(outer / outer_steps) * cosine(k / n),
-        "constant_with_inner_cosine": cosine(k / n),
+        "global_cosine": cosine(done / (outer_steps * steps)),
+        "cosine_with_global_schedule": cosine(outer / outer_steps) * cosine(k / steps),
+        "constant_with_inner_cosine": cosine(k / steps),
     }[kind]
     return factor * (min(1.0, (done + 1) / warmup) if warmup else 1.0)
 
@@ -725,7 +725,7 @@ class GGN:
     """One batch linearised at the model's current parameters: `loss`, `grad`, and `matvec(v)` = JᵀHJ v, where
     H is the loss's Hessian at the logits, or at those that `move_to` has moved it to.
 
-    idx, targets   inputs (B, ...) and int64 classes (B, ...), as the model takes them; logits are (B, ..., V)
+    inputs, targets   (B, ...), as the model takes them, and int64 classes (B, ...); logits are (B, ..., V)
     micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
     keep_rows      of so many rows (None: of all) pieces keep their graphs, so that a product repeats no
                    forward; the others are linearised anew at each product, in memory that does not grow with
@@ -737,18 +737,18 @@ class GGN:
                      a gradient has 3 per weight, a product 4, with a block alone 4 for its own weights and 2
                      for those behind it
 
-    With several processes idx and targets are the whole batch on each; each works on its share, and sums are
-    reduced. The parameters must not change while the object is in use. Raises ValueError for a model or batch
-    that it cannot work with. Double backward (`create_graph`) instead of torch.func: the graph of the
+    With several processes inputs and targets are the whole batch on each; each works on its share, and sums
+    are reduced. The parameters must not change while the object is in use. Raises ValueError for a model or
+    batch that it cannot work with. Double backward (`create_graph`) instead of torch.func: the graph of the
     gradient is the graph of J's transpose, and it is reused by every product: 1.3 gradients each, where jvp +
     vjp take 2.3.
     """
 
-    def __init__(self, model, idx, targets, micro_batch=None, keep_rows=None):
-        targets, self.n = check_targets(idx, targets)
+    def __init__(self, model, inputs, targets, micro_batch=None, keep_rows=None):
+        targets, self.n_targets = check_targets(inputs, targets)
         self.model = model
         self.params = trainable(model)
-        self.data = pieces(*share(idx, targets), micro_batch)
+        self.data = pieces(*share(inputs, targets), micro_batch)
         self.cache = []
         self.offset = None  # (d, part): where H is, if not at z
         self.shifts = []  # J d of the kept pieces, where it is known already
@@ -759,7 +759,7 @@ class GGN:
         check_model(model, *self.data[0], twice=True)
         rows = 0
         for piece in self._pieces():
-            self.loss += cross_entropy_sum(piece.z.detach(), piece.y).item() / self.n
+            self.loss += cross_entropy_sum(piece.z.detach(), piece.y).item() / self.n_targets
             self.grad += piece.grad()
             rows += len(piece.y)
             if keep_rows is None or rows <= keep_rows:
@@ -789,7 +789,7 @@ class GGN:
             Jdelta = piece.jvp(delta, part)
             for j, t in enumerate(lengths):
                 s = Jd + t * Jdelta
-                totals[j] += local_change(piece.z.detach(), s, piece.y, self.n, prox_linear, False)[0]
+                totals[j] += local_change(piece.z.detach(), s, piece.y, self.n_targets, prox_linear, False)[0]
             if len(along) < len(self.cache):
                 along.append((Jd, Jdelta))
         _, t = min((reduce_number(m.item()) + t * extra_slope, t) for m, t in zip(totals, lengths))
@@ -806,7 +806,7 @@ class GGN:
         gradient = 0.0
         for piece in self._pieces():
             s = self.shifts.pop(0) if self.shifts else piece.jvp(d, part)
-            m, w = local_change(piece.z.detach(), s, piece.y, self.n, prox_linear)
+            m, w = local_change(piece.z.detach(), s, piece.y, self.n_targets, prox_linear)
             piece.set_hessian_at(s if prox_linear else 0.0)
             change += m.item()
             gradient += piece.vjp(w, part)
@@ -818,7 +818,7 @@ class GGN:
         moved by the offset."""
         yield from self.cache
         for x, y in self.data[len(self.cache) :]:
-            piece = Piece(self.model, self.params, x, y, self.n)
+            piece = Piece(self.model, self.params, x, y, self.n_targets)
             if offset:
                 piece.set_hessian_at(piece.jvp(*offset))
             self.work += (5 / 3 if offset else 1) / len(self.data)
@@ -832,10 +832,10 @@ class Piece:
     jvp   J v: the gradient g = Jᵀu with its graph is linear in u, so that differentiating gᵀv by u gives J v
     """
 
-    def __init__(self, model, params, x, y, n):
+    def __init__(self, model, params, x, y, n_targets):
         self.params = params
         self.y = y
-        self.divisor = per_token(y, n)
+        self.divisor = per_token(y, n_targets)
         with differentiable_attention(), torch.enable_grad():
             self.z = logits(model, x, y)
             self.probs = torch.softmax(self.z.detach(), dim=-1)
@@ -881,9 +881,9 @@ def graph_bytes(model, x, y):
 
 
 @torch.no_grad()
-def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
+def local_model_once(model, parts, prox_linear, eps, theta, x, y, v, n_targets):
     """The local model of a micro-batch that is used once, at v, each of the parts with the others at rest.
-    theta, v: lists of tensors; sums over tokens are divided by n; eps: see working_eps.
+    theta, v: lists of tensors; sums over tokens are divided by n_targets; eps: see working_eps.
 
         forward        z, with its graph                        1/3 of a gradient by matrix multiplications
         difference     J v ≈ (z(θ + hv) − z(θ)) / h             1/3, for each part
@@ -894,7 +894,7 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
     Returns [L(θ), m(v) − L(θ), gᵀv = ⟨u, J v⟩, *∇m(v)].
     """
     leaves = [p.detach().requires_grad_() for p in theta]
-    with torch.enable_grad(), placed(model, leaves):
+    with torch.enable_grad(), swapped_parameters(model, leaves):
         z = logits(model, x)
     z0 = z.detach()
     change = 0.0
@@ -902,13 +902,13 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
     gradient = [None] * len(theta)
     for part in parts:
         Jv, _ = difference(model, x, z0, theta, v, part, eps)
-        part_change, w = local_change(z0, Jv, y, n, prox_linear)
+        part_change, w = local_change(z0, Jv, y, n_targets, prox_linear)
         change = change + part_change
-        slope = slope + cross_entropy_slope(z0, Jv, y, n)
+        slope = slope + cross_entropy_slope(z0, Jv, y, n_targets)
         found = derivative(z, [leaves[i] for i in part], w, retain_graph=part is not parts[-1])
         for i, g in zip(part, found):
             gradient[i] = g
-    return [cross_entropy_sum(z0, y) / n, change, slope, *gradient]
+    return [cross_entropy_sum(z0, y) / n_targets, change, slope, *gradient]
 
 
 def difference(model, x, z0, theta, v, part, eps):
@@ -922,7 +922,7 @@ def difference(model, x, z0, theta, v, part, eps):
     there = list(theta)
     for i in part:
         there[i] = theta[i] + h * v[i]
-    with placed(model, there):
+    with swapped_parameters(model, there):
         z1 = evaluate(model, x)
     return torch.where(z1 == z0, 0.0, (z1 - z0) / h), h  # 0 between logits of −inf
 
@@ -943,16 +943,16 @@ def derivative(outputs, inputs, cotangents, retain_graph=True, create_graph=Fals
     )
 
 
-def local_change(z, s, y, n, prox_linear, differentiate=True):
+def local_change(z, s, y, n_targets, prox_linear, differentiate=True):
     """The local model of the loss at logits z + s, (..., V): its change from z, and its derivative by s (or
-    None); sums over tokens are divided by n.
+    None); sums over tokens are divided by n_targets.
 
     prox-linear    L(z + s) − L(z)              ∂L/∂z at z + s
     GN             ⟨u, s⟩ + ½ ⟨s, H s⟩          u + H s,        u = ∂L/∂z and H = ∂²L/∂z² at z
     """
-    divisor = per_token(y, n)
+    divisor = per_token(y, n_targets)
     if prox_linear:
-        change = (cross_entropy_sum(z + s, y) - cross_entropy_sum(z, y)) / n
+        change = (cross_entropy_sum(z + s, y) - cross_entropy_sum(z, y)) / n_targets
         if not differentiate:
             return change, None
         return change, cross_entropy_grad(torch.softmax(z + s, dim=-1), y, divisor)
@@ -962,19 +962,19 @@ def local_change(z, s, y, n, prox_linear, differentiate=True):
     return (s * (u + 0.5 * Hs)).sum(), u + Hs
 
 
-def cross_entropy_slope(z, s, y, n):
-    """⟨∂L/∂z, s⟩ = Σ (⟨p, s⟩ − s_y) / n over tokens, without ∂L/∂z, which with large vocabularies takes
-    time."""
+def cross_entropy_slope(z, s, y, n_targets):
+    """⟨∂L/∂z, s⟩ = Σ (⟨p, s⟩ − s_y) / n_targets over tokens. It makes no ∂L/∂z, which takes time with large
+    vocabularies."""
     mean = torch.einsum("...v,...v->...", torch.softmax(z, dim=-1), s).unsqueeze(-1)
     own = s.gather(-1, y.clamp_min(0).unsqueeze(-1))
-    return ((mean - own) / per_token(y, n)).sum()
+    return ((mean - own) / per_token(y, n_targets)).sum()
 
 
-def cross_entropy_hvp(probs, t, n):
-    """H t = p ∘ (t − ⟨p, t⟩) / n, the logit Hessian in closed form: differentiating cross-entropy twice would
-    hold about ten times the logits."""
+def cross_entropy_hvp(probs, t, divisor):
+    """H t = p ∘ (t − ⟨p, t⟩) / divisor, the logit Hessian in closed form. Differentiating cross-entropy
+    twice would hold about ten times the logits."""
     mean = torch.einsum("...v,...v->...", probs, t).unsqueeze(-1)
-    return (t - mean).mul_(probs).div_(n)  # one tensor of the logits' size
+    return (t - mean).mul_(probs).div_(divisor)  # one tensor of the logits' size
 
 
 def select(vector, like, part):
@@ -985,7 +985,7 @@ def select(vector, like, part):
 
 
 @contextmanager
-def placed(model, tensors):
+def swapped_parameters(model, tensors):
     """While open, the model has other tensors in place of its trainable parameters; whatever happens, it gets
     back the very objects it had. (torch.func.functional_call leaves tensors behind where a module stands in
     several places.)
@@ -1103,9 +1103,9 @@ def refuse_derivatives(model, x, y, twice):
             with torch.enable_grad():
                 z = logits(model, x)
         z0 = z.detach()
-        n = per_token(y, 1.0)
+        divisor = per_token(y, 1.0)
         probs = torch.softmax(z0, dim=-1)
-        c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, n), n)
+        c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, divisor), divisor)
         rounding = 5 * eps * (c * z0).nan_to_num_(0).norm()
         gradient = derivative(z, params, c, retain_graph=twice)
         own = {t.name() for t in graph_of(z) if isinstance(t, torch.autograd.function.BackwardCFunction)}

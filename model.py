@@ -285,7 +285,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, causal):
         out = []
         P = []
-        for rows, keys in blocks(q.shape[-2], causal):
+        for rows, keys in causal_blocks(q.shape[-2], causal):
             scores = q[..., rows, :] @ k[..., keys, :].transpose(-1, -2)
             if causal:
                 future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
@@ -311,7 +311,7 @@ class _AttentionBackward(torch.autograd.Function):
         dq = []
         dk = torch.zeros_like(k)
         dv = torch.zeros_like(v)
-        for p, (rows, keys) in zip(P, blocks(q.shape[-2], causal)):
+        for p, (rows, keys) in zip(P, causal_blocks(q.shape[-2], causal)):
             W = w[..., rows, :] @ v[..., keys, :].transpose(-1, -2)
             t = torch.ops.aten._softmax_backward_data(W, p, -1, p.dtype)
             dq.append(t @ k[..., keys, :])
@@ -325,14 +325,14 @@ class _AttentionBackward(torch.autograd.Function):
         out = []
         left = torch.cat((dq, q), -1)
         right = torch.cat((k, dk), -1).transpose(-1, -2)
-        for p, (rows, keys) in zip(P, blocks(q.shape[-2], ctx.causal)):
+        for p, (rows, keys) in zip(P, causal_blocks(q.shape[-2], ctx.causal)):
             D = left[..., rows, :] @ right[..., keys]  # q' kᵀ + q k'ᵀ as one product
             t = torch.ops.aten._softmax_backward_data(D, p, -1, p.dtype)
             out.append(t @ v[..., keys, :] + p @ dv[..., keys, :])
         return torch.cat(out, -2), *[None] * (1 + len(ctx.saved_tensors))
 
 
-def blocks(T, causal):
+def causal_blocks(T, causal):
     """Rows of P, and the keys that they see: in four blocks, causal attention has 5/8 of the square."""
     size = max(64, -(-T // 4)) if causal else T
     starts = range(0, T, size)

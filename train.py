@@ -64,7 +64,7 @@ from gauss_newton import (
     InnerSolver,
     first_line,
     row_bytes,
-    some_rows,
+    subset_rows,
 )
 from model import GPT, PRESETS, GPTConfig
 
@@ -398,7 +398,7 @@ def in_blocks(flag, tokens, block_size):
 
 def check_shares(args, rows, block_size, val_rows):
     """Raises ValueError unless every process gets a row of each piece of a batch that all processes share."""
-    some = partial(some_rows, rows, rows * block_size)
+    some = partial(subset_rows, rows, rows * block_size)
     shared = [rows, val_rows]
     if args.opt == "kfac":
         shared.append(rows * KFACOptimizer.CURVATURE_FRAC)
@@ -556,7 +556,7 @@ def git_commit():
 # The run
 
 STEP_FIELDS = dict.fromkeys(  # in every row of every method, null where it has no such thing
-    "predicted actual actual_fresh rho alpha damping cosine layer_norms products cg_iterations "
+    "predicted actual actual_val rho alpha damping cosine layer_norms products cg_iterations "
     "cg_reason repaired".split()
 )
 
@@ -588,7 +588,7 @@ class Run:
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         frac = {"same": 0, "fresh": SEARCH_FRAC, "fresh_batch": 1}[args.line_search_data]
         fresh = frac and args.kind != "baseline"
-        self.search_rows = fresh and some_rows(self.rows, args.batch_tokens, frac)
+        self.search_rows = fresh and subset_rows(self.rows, args.batch_tokens, frac)
         args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in trainable(self.model))
@@ -681,7 +681,7 @@ class Run:
                 for layer, old in zip(self.model.layers(), before)
             ]
             if last and val_loss:  # both evaluated, on tokens that the step has not seen
-                record["actual_fresh"] = val_loss - last
+                record["actual_val"] = val_loss - last
             if val_loss is not None and record["actual"] is None:  # a baseline: on its batch
                 record["actual"] = batch_loss(self.model, *batch, args.micro_batch) - record["loss"]
                 record["rho"] = record["actual"] / record["predicted"] if record["predicted"] < 0 else 0.0
@@ -820,7 +820,7 @@ LINE = {  # what a step's line shows of its row, each where the row has it
     "train_loss": " | loss {:.3f}",
     "val_loss": " | val {:.3f}",
     "actual": " | change {:+.3f}",
-    "actual_fresh": ", fresh {:+.3f}",
+    "actual_val": ", on val {:+.3f}",
     "predicted": ", model {:+.3f}",
     "cg_iterations": " | cg {}",
     "cg_reason": " ({})",

@@ -19,7 +19,7 @@ from torch.utils.benchmark import timer
 
 sys.path.append(sys.path[0] + "/..")
 from baselines import KFAC, flatten, trainable, unflatten
-from gauss_newton import GGN, GaussNewton, batch_grad, batch_loss, cg, expand_once, select, working_eps
+from gauss_newton import GGN, GaussNewton, batch_grad, batch_loss, cg, local_model_once, select, working_eps
 from model import GPT, GPTConfig
 
 SMALL = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=512)
@@ -42,7 +42,7 @@ def ours(model, x, y, v):
         "gradient": lambda: batch_grad(model, x, y)[1],
         "product": lambda: ggn.matvec(v),
         "gradient, with all that products need": lambda: GGN(model, x, y).grad,
-        "local gradient, on a batch used once": lambda: flatten(expand_once(*local, *batch)[3:]),
+        "local gradient, on a batch used once": lambda: flatten(local_model_once(*local, *batch)[3:]),
         "layerwise products": lambda: [ggn.matvec(select(v, params, part), part) for part in layers],
         "line-search candidate": lambda: batch_loss(model, x, y),
         "K-FAC factors, a quarter of the sequences": lambda: kfac.update(*quarter),

@@ -132,58 +132,59 @@ class GaussNewton:
         rows = subset_rows(len(inputs), n_targets, SEARCH_FRAC)
         x, y = search or (inputs[-rows:], targets[-rows:])
         accepted = False
+
+        def move(alpha):
+            d = unflatten(found.direction, self.params)
+            assign(self.params, [t + alpha * v for t, v in zip(theta, d)])
+
+        def loss_at(alpha):
+            self.progress("line search")
+            record["work"] += y.numel() / targets.numel() / 3
+            move(alpha)
+            return batch_loss(self.model, x, y, self.micro_batch)
+
         try:
             with full_precision(self.model):
                 found = self.solver.solve(self.parts, inputs, targets)
                 refuse_writing(self.model, theta)
-                record = {"alpha": 0.0, "rho": None, **found.record, "loss": found.loss}
-                cost = y.numel() / targets.numel() / 3
-                reason = found.trouble or self._search(theta, found, x, y, cost, record)
-            accepted = reason == ""
+                record = {"alpha": 0.0, "rho": None, **found.record}
+                record.update(loss=found.loss, reason=found.trouble)
+                if not found.trouble:
+                    record.update(self._search(found, loss_at))
+            if not record["reason"]:
+                move(record["alpha"])
+                accepted = True
         finally:
             if not accepted:  # rejected or interrupted: θ is as it was
                 assign(self.params, theta)
                 self.solver.forget()
         self.solver.adapt(record["rho"], record["alpha"])
         self.rejections = 0 if accepted else self.rejections + 1
-        return {**record, "accepted": accepted, "reason": reason}
+        return {**record, "accepted": accepted}
 
-    def _search(self, theta, found, x, y, cost, record):
-        """θ ← θ + αd for the best α found on x, y, each for the work `cost`; returns "", or why there is
-        none."""
+    def _search(self, found, loss_at):
+        """What the record holds of a search along d: "reason", "" where it found an α to take."""
         slope = found.slope
-        d = unflatten(found.direction, self.params)
         if not slope < 0:
-            return f"no descent direction (slope {slope:.1e})"
-
-        def move(alpha):
-            assign(self.params, [t + alpha * v for t, v in zip(theta, d)])
-
-        def loss_at(alpha):
-            self.progress("line search")
-            move(alpha)
-            record["work"] += cost
-            return batch_loss(self.model, x, y, self.micro_batch)
-
+            return {"reason": f"no descent direction (slope {slope:.1e})"}
         loss0 = loss_at(0.0)
         alpha, loss, tries, reason = line_search(loss_at, loss0, slope, self.line_search)
         if alpha == 0:
-            return f"line search: {reason}"
+            return {"reason": f"line search: {reason}"}
         change = loss - loss0
         # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN by CG.
         predicted = alpha * slope + alpha**2 * (-found.decrease - slope)
         if self.line_search != "none" and change > 1e-4 * predicted:
             # the rounding of a huge loss can look like a small decrease
-            return f"the loss fell by {-change:.1e} where the model promised {-predicted:.1e}"
-        move(alpha)
-        record.update(
-            alpha=alpha,
-            search_tries=tries,
-            predicted=predicted,
-            actual=change,
-            rho=change / predicted if predicted < 0 else 0.0,
-        )
-        return ""
+            return {"reason": f"the loss fell by {-change:.1e} where the model promised {-predicted:.1e}"}
+        return {
+            "reason": "",
+            "alpha": alpha,
+            "search_tries": tries,
+            "predicted": predicted,
+            "actual": change,
+            "rho": change / predicted if predicted < 0 else 0.0,
+        }
 
     def _indices(self, parts):
         index = {p: i for i, p in enumerate(self.params)}
@@ -232,7 +233,6 @@ class Newton:
     """Where Newton's method stands that minimises one part's local model."""
 
     part: list  # indices of its parameters
-    g: torch.Tensor  # the whole batch's slope at d = 0
     d: torch.Tensor
     damping: float  # λ
     delta: torch.Tensor = None  # δ, the last Newton step: judged, then taken, by the next one
@@ -305,7 +305,12 @@ class ConjugateGradients:
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
             self._precondition(inputs, targets, n_targets, torch.ones_like(grad), record)
-        states = [self._start(part, grad) for part in parts]
+        if self.direction is None:
+            self.direction = torch.zeros_like(grad)
+        states = [
+            Newton(part, self.MOMENTUM * select(self.direction, self.params, part), self.damping)
+            for part in parts
+        ]
         solves = []  # (iterations, reason) of each Newton step of each part
         rows = subset_rows(len(inputs), n_targets, self.curvature_frac / self.newton_steps)
         steps = min(self.newton_steps, len(inputs) // rows)
@@ -316,7 +321,7 @@ class ConjugateGradients:
             self.progress("linearise", k, steps)
             ggn = GGN(self.model, x, y, self.micro_batch, self.keep_rows)
             for s in states:
-                solves.append(self._newton_step(s, ggn, k * products, steps * products))
+                solves.append(self._newton_step(s, grad, ggn, k * products, steps * products))
             record["products"] += ggn.products
             record["work"] += ggn.work * rows / len(inputs)
             del ggn  # before the next one is made: the memory is one Newton step's
@@ -351,18 +356,10 @@ class ConjugateGradients:
             )
         return int(3 / 8 * free / each)
 
-    def _start(self, part, grad):
-        """A part before its first Newton step."""
-        g = select(grad, self.params, part)
-        d = torch.zeros_like(g)
-        if self.direction is not None:
-            d = self.MOMENTUM * select(self.direction, self.params, part)
-        return Newton(part, g, d, self.damping)
-
-    def _newton_step(self, s, ggn, done, total):
-        """One Newton step of a part on rows of its own: they judge the last one, and make the next. Returns
-        how many iterations CG made, and its reason."""
-        correction = s.g - select(ggn.grad, self.params, s.part)
+    def _newton_step(self, s, grad, ggn, done, total):
+        """One Newton step of a part on the slice in `ggn`, which judges the last step and makes the next.
+        grad: of the whole batch. Returns how many iterations CG made, and its reason."""
+        correction = select(grad - ggn.grad, self.params, s.part)
         if s.delta is not None:
             slope = correction.dot(s.delta).item()
             t = ggn.best_length(s.d, s.delta, self.LENGTHS, slope, s.part, self.prox_linear)
@@ -759,8 +756,9 @@ class GGN:
         check_model(model, *self.data[0], twice=True)
         rows = 0
         for piece in self._pieces():
-            self.loss += cross_entropy_sum(piece.z.detach(), piece.y).item() / self.n_targets
-            self.grad += piece.grad()
+            self.loss += cross_entropy_sum(piece.z0, piece.y).item() / self.n_targets
+            self.grad += flatten(piece.g).detach()
+            piece.g = [get_gradient_edge(t) for t in piece.g]  # products need the graph, not the values
             rows += len(piece.y)
             if keep_rows is None or rows <= keep_rows:
                 self.cache.append(piece)
@@ -789,7 +787,7 @@ class GGN:
             Jdelta = piece.jvp(delta, part)
             for j, t in enumerate(lengths):
                 s = Jd + t * Jdelta
-                totals[j] += local_change(piece.z.detach(), s, piece.y, self.n_targets, prox_linear, False)[0]
+                totals[j] += local_change(piece.z0, s, piece.y, self.n_targets, prox_linear, False)[0]
             if len(along) < len(self.cache):
                 along.append((Jd, Jdelta))
         _, t = min((reduce_number(m.item()) + t * extra_slope, t) for m, t in zip(totals, lengths))
@@ -806,7 +804,7 @@ class GGN:
         gradient = 0.0
         for piece in self._pieces():
             s = self.shifts.pop(0) if self.shifts else piece.jvp(d, part)
-            m, w = local_change(piece.z.detach(), s, piece.y, self.n_targets, prox_linear)
+            m, w = local_change(piece.z0, s, piece.y, self.n_targets, prox_linear)
             piece.set_hessian_at(s if prox_linear else 0.0)
             change += m.item()
             gradient += piece.vjp(w, part)
@@ -838,19 +836,14 @@ class Piece:
         self.divisor = per_token(y, n_targets)
         with differentiable_attention(), torch.enable_grad():
             self.z = logits(model, x, y)
-            self.probs = torch.softmax(self.z.detach(), dim=-1)
+            self.z0 = self.z.detach()
+            self.probs = torch.softmax(self.z0, dim=-1)
             self.u = cross_entropy_grad(self.probs, y, self.divisor).requires_grad_()
             self.g = derivative(self.z, params, self.u, create_graph=True)
 
     def set_hessian_at(self, s):
         """H is the one at z + s from now on."""
-        self.probs = torch.softmax(self.z.detach() + s, dim=-1)
-
-    def grad(self):
-        """g, once: of what is kept the graph is needed, the values are not."""
-        g = flatten(self.g).detach()
-        self.g = [get_gradient_edge(t) for t in self.g]
-        return g
+        self.probs = torch.softmax(self.z0 + s, dim=-1)
 
     def jvp(self, v, part):
         v = unflatten(v, [self.params[i] for i in part])
@@ -991,16 +984,14 @@ def swapped_parameters(model, tensors):
     several places.)
     """
     new = dict(zip(trainable(model), tensors))
-    places = [
-        (m._parameters, name, p) for m in model.modules() for name, p in m._parameters.items() if p in new
-    ]
+    places = [(m._parameters, dict(m._parameters)) for m in model.modules()]
     try:
-        for held, name, p in places:
-            held[name] = new[p]
+        for held, before in places:
+            held.update((name, new.get(p, p)) for name, p in before.items())
         yield
     finally:
-        for held, name, p in places:
-            held[name] = p
+        for held, before in places:
+            held.update(before)
         for m in model.modules():
             if isinstance(m, nn.RNNBase):  # keeps a second list of them
                 m._init_flat_weights()
@@ -1117,10 +1108,11 @@ def refuse_derivatives(model, x, y, twice):
                     Jv, h = piece.jvp(v.flatten(), [i]), 1.0
                 else:
                     Jv, h = difference(model, x, z0, theta, {i: v}, [i], eps)
-                wanted = (g * v).sum()
-                scale = wanted.abs() + (g * v).norm() + (c * Jv).norm()
+                one = c * Jv
+                other = g * v
+                scale = other.sum().abs() + other.norm() + one.norm()
                 allowed = max(0.1, 10 * eps**0.5) * scale + rounding / h
-                if ((c * Jv).sum() - wanted).abs() > allowed:
+                if (one.sum() - other.sum()).abs() > allowed:
                     raise RuntimeError(
                         "a second derivative is missing, or the gradient is changed (by a straight-through "
                         "estimator, a stopped gradient, a hook or a jump),"

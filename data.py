@@ -49,11 +49,6 @@ import numpy as np
 import tiktoken
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 DATA_FORMAT = 4  # of the prepared folder; raise it whenever the same files would give other data
 VAL_FRACTION = 0.05
 FEW_DOCUMENTS = 100  # if there are fewer text files, the unit of the split is a piece of one
@@ -142,7 +137,9 @@ def locked(path):
     """One process at a time, except on Windows and some network file systems, which have no locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
-        with contextlib.suppress(AttributeError, OSError):
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -1,18 +1,18 @@
-"""Full Gauss-Newton for language models, Hessian-free: the matrix is used through products alone, and never
-formed.
+"""Full Gauss-Newton for language models, Hessian-free: the matrix is never formed, only its products are.
 
 One outer step at parameters θ (arXiv 2510.09378; Martens 2010, "Deep learning via Hessian-free
 optimization"):
 
-    1. linearise   z(θ + d) ≈ z + J d, the logits; with it the loss becomes a local model m(d), convex:
+    1. linearise   z(θ + d) ≈ z + J d, the logits. With them the loss L(z) becomes a convex local model m(d):
                    prox-linear   m(d) = L(z + J d)                     the loss itself (the default)
-                   GN            m(d) = L + gᵀd + ½ dᵀG d              to second order in the logits
-                   g = Jᵀ ∂L/∂z,   G = Jᵀ H J,   H = ∂²L/∂z² = (diag(p) − ppᵀ) / N
+                   GN            m(d) = L(z) + gᵀd + ½ dᵀG d           to second order in the logits
+                   g = Jᵀ ∂L/∂z,   G = Jᵀ H J,   H = ∂²L/∂z² = (diag(p) − ppᵀ) / N,   p = softmax(z)
     2. solve       d ≈ argmin m(d), by a solver: ConjugateGradients, or the paper's InnerSolver
-    3. search      f(θ + αd) over α; α = 0 when nothing is better
-    4. update      θ ← θ + αd; the solver adapts to α, and CG's damping to ρ, actual over predicted decrease
+    3. search      the true loss at θ + αd, over α; α = 0 where none is lower
+    4. update      θ ← θ + αd. Both solvers adapt to α; ConjugateGradients adapts its damping to ρ too, the
+                   actual over the predicted decrease
 
-Any nn.Module will do whose forward(inputs) gives logits (..., classes):
+The model is any nn.Module whose forward(inputs) gives logits (..., classes):
 
     opt = GaussNewton(model)
     for inputs, targets in batches:          # large batches: this is a method for few, good steps
@@ -64,7 +64,7 @@ from baselines import (
 )
 from model import differentiable_attention
 
-SEARCH_FRAC = 1 / 16  # share of a batch that the line search is on
+SEARCH_FRAC = 1 / 16  # share of a batch's rows on which the line search takes the loss
 
 
 class Solution(NamedTuple):
@@ -74,20 +74,20 @@ class Solution(NamedTuple):
     direction: torch.Tensor  # d (P,)
     slope: float  # gᵀd
     decrease: float  # m(0) − m(d), which the local model promises
-    trouble: str  # why d is not to be used, or ""
-    record: dict  # for the log; "work" in gradients of the batch
+    trouble: str  # why d must not be used, or ""
+    record: dict  # for the log; "work" is in gradients of the batch
 
 
 class GaussNewton:
     """Gauss-Newton steps for any nn.Module whose forward(inputs) gives logits (..., classes).
 
     solver         what minimises the local model; None: ConjugateGradients(model, **settings)
-    parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
-                   is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    one of LINE_SEARCHES, on the last rows of the batch, a share SEARCH_FRAC of them, unless
-                   step() is given others (in a large batch no Newton step has any of them)
+    parts          partition of the parameters, a list of lists of them. Each part has a local model of its
+                   own (layerwise), without the curvature across parts; None: one part, full Gauss-Newton
+    line_search    one of LINE_SEARCHES; it takes the loss of the batch's last rows, unless step() is given
+                   other data (in a large batch no Newton step has any of these rows)
     micro_batch    rows worked on at a time; None: all at once
-    progress       called as progress(what) or progress("cg", done, total) inside long steps
+    progress       called inside long steps, as progress(what) or progress(what, done, total)
     """
 
     def __init__(
@@ -114,17 +114,18 @@ class GaussNewton:
 
     @torch.inference_mode(False)
     def step(self, inputs, targets, search=None):
-        """One outer step on a batch, inputs (B, ...) and int64 classes (B, ...); returns its record, a flat
+        """One outer step on a batch: inputs (B, ...) and int64 classes (B, ...). Returns its record, a flat
         dict.
 
-        search    (inputs, targets) of other data for the line search; default: the batch's last rows.
-        Rows must be in random order: some stand for all, in the search, in Newton steps and for K-FAC.
-        A loss, gradient or product that is not finite, an indefinite product, or a search without a decrease
-        rejects the step: parameters stay bitwise as they were, and record["reason"] says why ("" when all
-        went well). Inside torch.autocast the model's forward alone has its dtype, the solver keeps float32.
+        search    (inputs, targets), other data for the line search; default: the batch's last rows.
+
+        Rows must be in random order: some stand for all in the search, in Newton steps and for K-FAC. The
+        step is rejected for a loss, gradient or product that is not finite, for an indefinite product, and
+        for a search without a decrease. Then the parameters stay bitwise as they were, and record["reason"]
+        says why; it is "" for an accepted step. torch.autocast outside works on the model's forward alone.
         """
         self._check_parameters()
-        batch = inputs, targets, *(search or ())  # tensors of inference mode have no derivatives, copies do
+        batch = inputs, targets, *(search or ())  # tensors of inference mode have no derivatives; copies do
         inputs, targets, *search = (t.clone() if t.is_inference() else t for t in batch)
         targets, n_targets = check_targets(inputs, targets)
         inputs, targets = counted_rows(inputs, targets)
@@ -163,7 +164,8 @@ class GaussNewton:
         return {**record, "accepted": accepted}
 
     def _search(self, found, loss_at):
-        """What the record holds of a search along d: "reason", "" where it found an α to take."""
+        """Fields of the record: a reason to reject the step, or the α to take and what it brings.
+        loss_at: α -> the loss at θ + αd."""
         slope = found.slope
         if not slope < 0:
             return {"reason": f"no descent direction (slope {slope:.1e})"}
@@ -172,7 +174,7 @@ class GaussNewton:
         if alpha == 0:
             return {"reason": f"line search: {reason}"}
         change = loss - loss0
-        # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN by CG.
+        # The local model along d, as the parabola with its slope at 0 and its value at 1: exact for GN.
         predicted = alpha * slope + alpha**2 * (-found.decrease - slope)
         if self.line_search != "none" and change > 1e-4 * predicted:
             # the rounding of a huge loss can look like a small decrease
@@ -205,7 +207,7 @@ class GaussNewton:
             )
 
     def state_dict(self):
-        """Everything that the next step depends on beside the parameters, in tensors and plain types."""
+        """All that the next step depends on, beside the parameters; tensors and plain types."""
         return {"solver": self.solver.state_dict(), "rejections": self.rejections}
 
     def load_state_dict(self, state):
@@ -230,40 +232,45 @@ def no_progress(what, done=0, total=0):
 
 @dataclass
 class Newton:
-    """Where Newton's method stands that minimises one part's local model."""
+    """Where ConjugateGradients stands with one part, in its letters."""
 
-    part: list  # indices of its parameters
+    part: list  # indices of the part's parameters
     d: torch.Tensor
     damping: float  # λ
-    delta: torch.Tensor = None  # δ, the last Newton step: judged, then taken, by the next one
-    decrease: float = 0.0  # m(0) − m(d + δ)
+    delta: torch.Tensor = None  # δ, not yet in d
+    decrease: float = 0.0  # m_k(0) − m_k(d + δ)
 
 
 @dataclass(eq=False)
 class ConjugateGradients:
-    """Hessian-free optimization: minimise the local model m over each part's d, the other parts at rest.
+    """Hessian-free optimization: minimise the local model over each part's d, the other parts at rest.
 
-    Martens (2010) linearises a batch, and solves one damped system by conjugate gradients. Here d is the sum
-    of several such solutions, Newton steps δ. Each is made on rows of its own, linearised for it alone. In
-    Newton step k, with the local model m_k, the slope g_k and the loss L of its rows, and g the slope of the
-    whole batch:
+    Martens (2010) solves one damped system by conjugate gradients. Here d is a sum of Newton steps δ, each
+    the solution of such a system, and each from a slice of the batch: rows of its own, linearised for it
+    alone. With g the gradient of the whole batch, L the loss of slice k and g_k its gradient, the slice has
+    the local model
 
-        judge      t ← argmin m_k(d + tδ) over LENGTHS            the last δ, by rows that did not make it
-                   d ← d + tδ
-                   λ ← LOWER λ where t = 1, else λ / t, at most 4 λ
-        solve      δ ← −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)                 by preconditioned conjugate gradients
+        m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd        prox-linear
+                 gᵀd + ½ dᵀG d                          GN
 
-        m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd   (prox-linear)
-                 gᵀd + ½ dᵀG d                     (GN)
+    The correction g − g_k gives this model of few rows the slope of all rows at d = 0 (it is a control
+    variate). Slice k first judges the δ of the slice before, then makes its own:
 
-    The correction g − g_k, a control variate, gives the model of few rows the slope of all. The first Newton
-    step has no δ to judge, and starts from d = MOMENTUM times the last outer step. The last δ is added whole:
-    the line search judges it along with d, and changes λ once more (levenberg_marquardt).
+        judge    t ← argmin m_k(d + tδ) over t in LENGTHS
+                 λ ← LOWER λ where t = 1, else λ / t, at most 4 λ
+                 d ← d + tδ
+        solve    δ ← −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)         by conjugate gradients, preconditioned by K + λM
 
-    K is K-FAC's matrix, from the batch's own labels, and K + λM the preconditioner. M = s^(1 − POWER) K^POWER
-    holds directions of large curvature back, since along them the linearisation fails first, and gives λ no
-    unit; s is the geometric mean of K's mean eigenvalue and the weight's own. (`metric` adds floors, so that
-    M is not singular.)
+    So t is how much of δ suits rows that did not make it. λ is Martens' damping. He adapts it by ρ, a ratio
+    of two decreases; here it falls where δ was taken whole, and grows where δ was cut. The first slice has no
+    δ to judge, and starts from d = MOMENTUM times the last outer step. The last δ is added to d whole. The
+    line search judges the sum, and changes λ once more (levenberg_marquardt). With several parts each has its
+    own λ within an outer step; the next one starts from their geometric mean.
+
+    K is K-FAC's matrix, made with the batch's own labels. The metric M = s^(1 − POWER) K^POWER stands where
+    Martens has the identity. It holds back directions of large curvature, along which the linearisation fails
+    first. s is the geometric mean of K's mean eigenvalue and the weight's own; it has K's unit, so that λ has
+    none. (`metric` adds floors, so that M is not singular.)
     """
 
     LENGTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -274,11 +281,11 @@ class ConjugateGradients:
 
     model: nn.Module
     local_model: str = "prox_linear"  # the loss itself on the linearised network; "gn": to second order in z
-    newton_steps: int = 8  # in an outer step; fewer on a batch that has no 32 targets for each
-    cg_iters: int = 4  # conjugate-gradient iterations of each, at most
-    damping: float = 3.0  # λ at the start; with K-FAC it has no unit
-    precond: str = "kfac"  # K preconditions, with M as above; "none": nothing does, and M = I
-    curvature_frac: float = 0.25  # share of the batch's rows that the Newton steps divide among them
+    newton_steps: int = 8  # slices in an outer step; fewer on a batch that has no 32 targets for each
+    cg_iters: int = 4  # conjugate-gradient iterations of a Newton step, at most
+    damping: float = 3.0  # λ at the start
+    precond: str = "kfac"  # as above; "none": no preconditioner, and M = I
+    curvature_frac: float = 0.25  # share of the batch's rows that the slices have together
     micro_batch: int = None  # rows worked on at a time; None: those of a Newton step
 
     def __post_init__(self):
@@ -290,9 +297,9 @@ class ConjugateGradients:
         self.params = trainable(self.model)
         self.kfac = KFAC(self.model, batch_labels=True) if self.precond == "kfac" else None
         self.prox_linear = self.local_model == "prox_linear"
-        self.keep_rows = None  # found in the first step, since torch keeps the memory that it frees
+        self.keep_rows = None  # found in the first step: later torch holds on to memory that it has freed
         self.progress = no_progress
-        self.mean_eigenvalue = 1.0  # mean eigenvalue of K
+        self.mean_eigenvalue = 1.0  # of K
         self.direction = None  # of the last outer step, at the length that was taken
 
     def solve(self, parts, inputs, targets):
@@ -301,30 +308,29 @@ class ConjugateGradients:
         self.progress("gradient")
         loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
         record = {"work": 1.0, "grad_norm": grad.norm().item(), "products": 0}
-        if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
+        if not math.isfinite(loss + record["grad_norm"]):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
             self._precondition(inputs, targets, n_targets, torch.ones_like(grad), record)
-        if self.direction is None:
-            self.direction = torch.zeros_like(grad)
-        states = [
-            Newton(part, self.MOMENTUM * select(self.direction, self.params, part), self.damping)
-            for part in parts
-        ]
+        start = torch.zeros_like(grad)
+        if self.direction is not None:
+            start = self.MOMENTUM * self.direction.to(grad)  # a checkpoint's is on the CPU
+        states = [Newton(part, select(start, self.params, part), self.damping) for part in parts]
+        del start  # a vector less in all that follows
         solves = []  # (iterations, reason) of each Newton step of each part
         rows = subset_rows(len(inputs), n_targets, self.curvature_frac / self.newton_steps)
         steps = min(self.newton_steps, len(inputs) // rows)
         if self.keep_rows is None:
             self.keep_rows = self._rows_that_fit(inputs, targets, rows)
         products = len(parts) * self.cg_iters  # of a Newton step, at most
-        for k, (x, y) in enumerate(pieces(inputs[: rows * steps], targets[: rows * steps], rows)):
+        for k, (x, y) in zip(range(steps), pieces(inputs, targets, rows)):
             self.progress("linearise", k, steps)
             ggn = GGN(self.model, x, y, self.micro_batch, self.keep_rows)
             for s in states:
                 solves.append(self._newton_step(s, grad, ggn, k * products, steps * products))
             record["products"] += ggn.products
             record["work"] += ggn.work * rows / len(inputs)
-            del ggn  # before the next one is made: the memory is one Newton step's
+            del ggn  # before the next one is made: memory holds one slice
         d = self.direction = torch.zeros_like(grad)  # of all parts together
         views = unflatten(d, self.params)
         for s in states:
@@ -344,8 +350,8 @@ class ConjugateGradients:
         return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
 
     def _rows_that_fit(self, inputs, targets, rows):
-        """How many rows' graphs three eighths of the free memory hold; with a piece of an eighth it is half.
-        Raises MemoryError where all of it does not hold a piece."""
+        """How many rows' graphs three eighths of the free memory hold. (Another eighth is for the piece that
+        is worked on.) Raises MemoryError where the free memory does not hold a piece."""
         free = free_memory(inputs.device)
         each = row_bytes(self.model, inputs, targets)
         needed = each * min(self.micro_batch or rows, rows)
@@ -357,8 +363,10 @@ class ConjugateGradients:
         return int(3 / 8 * free / each)
 
     def _newton_step(self, s, grad, ggn, done, total):
-        """One Newton step of a part on the slice in `ggn`, which judges the last step and makes the next.
-        grad: of the whole batch. Returns how many iterations CG made, and its reason."""
+        """A slice's work for one part: judge the last δ, and make the next.
+
+        grad: of the whole batch. done, total: CG's iterations, for progress. Returns how many iterations CG
+        made, and why it ended."""
         correction = select(grad - ggn.grad, self.params, s.part)
         if s.delta is not None:
             slope = correction.dot(s.delta).item()
@@ -374,13 +382,13 @@ class ConjugateGradients:
         precond = self._preconditioner(s.damping, s.part)
         found = cg(matvec, -(gradient + correction), precond, self.cg_iters)
         s.delta = found.x
-        # m(0) − m(d + δ): what m is at d, and what the system promises, its damping left out
+        # m_k(0) − m_k(d + δ): from 0 to d exactly, from d to d + δ as the system promises, without damping
         damped = 0.5 * s.damping * s.delta.dot(self._damp(s.delta, s.part)).item()
         s.decrease = damped - found.values[-1] - change - correction.dot(s.d).item()
         return found.iterations, found.reason
 
     def _precondition(self, inputs, targets, n_targets, ones, record):
-        """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
+        """K-FAC's factors, from as many rows as a slice has, but at least KFAC_TARGETS targets."""
         self.progress("kfac")
         rows = subset_rows(len(inputs), n_targets, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
         signs = torch.Generator(device=inputs.device).manual_seed(0)
@@ -391,7 +399,7 @@ class ConjugateGradients:
         record["work"] += 2 / 3 * rows / len(inputs)  # a forward, and a backward for the activations alone
 
     def metric(self, S):
-        """K-FAC's eigenvalues -> those of M; kept away from 0 where S is: tokens never seen."""
+        """K-FAC's eigenvalues S -> those of M; kept away from 0 where S is 0: tokens never seen."""
         s = (self.mean_eigenvalue * (S.mean() + 1e-6 * self.mean_eigenvalue)).sqrt()
         return s ** (1 - self.POWER) * (S + 0.01 * s) ** self.POWER
 
@@ -404,13 +412,13 @@ class ConjugateGradients:
             return lambda v: self.kfac.apply(v, lambda S: 1 / (S + damping * self.metric(S)), part)
 
     def adapt(self, rho, alpha):
-        """After a step; alpha 0: it was rejected."""
+        """After a step of αd; α = 0: it was rejected."""
         self.damping = levenberg_marquardt(self.damping, rho, alpha)
         if alpha:
             self.direction = alpha * self.direction
 
     def forget(self):
-        """After a step that was not taken: the next one does not start from it."""
+        """After a step that was not taken: the next one starts from d = 0."""
         self.direction = None
 
     def state_dict(self):
@@ -419,8 +427,6 @@ class ConjugateGradients:
     def load_state_dict(self, state):
         self.damping = state["damping"]
         self.direction = state["direction"]
-        if self.direction is not None:
-            self.direction = self.direction.to(self.params[0].device)
 
 
 def check_choice(name, value, choices):
@@ -438,24 +444,24 @@ def check_positive(settings, *names):
 @dataclass(eq=False)
 class InnerSolver:
     """Minimise the local model by an optimizer that streams over the batch, one inner step per micro-batch
-    (paper, Algorithm 1; there in one pass).
+    (paper, Algorithm 1; there in one pass). v is the paper's letter for the displacement d.
 
-        v ← (1 − α) v           what the last outer step left;  0 at first, and after a rejected one
-        per micro-batch, with its own J, u = ∂L/∂z and H:
-        GN            ∇ = Jᵀ(u + H J v)
-        prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v)
-        v ← (1 − η λ) v         the optimizer's weight decay, of matrices only;  η: its rate
-        v ← optimizer(v, ∇)     ∇ clipped in norm for each part
+        v ← (1 − α) v           what the last outer step left of it; 0 at first, and after a rejected step
+        for each micro-batch, with its own J, u = ∂L/∂z and H:
+            ∇ = Jᵀ(u + H J v)             GN
+                Jᵀ ∂L/∂z(z + J v)         prox-linear
+            v ← (1 − η λ) v               the optimizer's weight decay, of matrices only; η: its rate
+            v ← optimizer(v, ∇)           ∇ clipped in norm for each part
 
-    λ, a damping, keeps v near 0 where micro-batches do not agree and its entries below some 1 / λ where they
-    do. (adam and sgd have no such decay: λ v is added to ∇.)
+    The damping λ keeps v near 0 where micro-batches do not agree. Where they do it keeps entries of v below
+    about 1 / λ. (adam and sgd have no such decay: λ v is added to ∇.)
 
     J v is a difference of logits (see local_model_once). So the model's backward must be the derivative of
     its forward: no straight-through estimators, no stopped gradients, no jumps. (A top-k router's jumps make
     J v huge for the tokens that change experts.)
 
-    Slope gᵀv and decrease m(0) − m(v) are means over the last sixteenth of the batch in the last pass, each
-    at the v that its micro-batch began with: on data that v has been fitted to in the passes before, if any.
+    Slope gᵀv and decrease m(0) − m(v) are means over the last sixteenth of the batch in the last pass. Each
+    micro-batch gives them at its first v, before its own inner step; earlier passes have fitted v to it.
     """
 
     CLIP = 1.0  # the paper's
@@ -469,7 +475,7 @@ class InnerSolver:
     muon_scale: str = None  # see make_optimizer
     damping: float = 0.0  # λ
     local_model: str = "prox_linear"  # or "gn"
-    schedule: str = "constant_with_inner_cosine"  # of lr, with the next two: see inner_schedule
+    schedule: str = "constant_with_inner_cosine"  # of lr, with warmup and outer_steps: see inner_schedule
     warmup: int = 0
     outer_steps: int = 100
     reset: bool = False  # start every outer step at v = 0, and the moments at 0
@@ -516,7 +522,7 @@ class InnerSolver:
         self.outer += 1
         loss, change, slope = map(float, (loss, change, slope))
         trouble = "" if math.isfinite(loss + change + slope) else "loss or local model not finite"
-        # A forward, a J v for each part, and their backward passes: by local_model_once
+        # local_model_once: a forward, and for each part a J v and a backward
         work = (1 + len(parts)) / 3 + sum(backward_work(self.params, part) for part in parts)
         record = {"work": passes * work, "inner_steps": len(batches)}
         return Solution(loss, flatten(self.v).detach(), slope, -change, trouble, record)
@@ -534,7 +540,7 @@ class InnerSolver:
         self.optimizer.step()
 
     def _local_model(self, x, y, parts):
-        """local_model_once for a micro-batch, all processes' rows of it."""
+        """local_model_once for a micro-batch, summed over the processes, which share its rows."""
         n_targets = (y != IGNORED).sum()
         x, y = share(x, y)
         theta = [p.detach() for p in self.params]
@@ -543,13 +549,13 @@ class InnerSolver:
         modes = tuple(m.training for m in self.model.modules())
         key = x.shape, self.eps, str(parts), modes
         if self.compile and key not in self.programs:
-            anywhere = [p.clone() for p in theta]  # v may be 0, where J v would tell nothing
+            anywhere = [p.clone() for p in theta]  # not v, which may be 0: the check would see no J v
             tolerance = self.eps**0.25  # two differences of logits are some √eps apart
             self.programs[key] = compiled_or_eager(function, tolerance, theta, x, y, anywhere, n_targets)
         return reduce(*self.programs.get(key, function)(theta, x, y, v, n_targets))
 
     def adapt(self, rho, alpha):
-        """After a step by αv: what is left of v."""
+        """After a step of αv: v is what is left of it."""
         assign(self.v, [(1 - alpha) * v for v in self.v])
 
     @torch.inference_mode(False)
@@ -565,7 +571,7 @@ class InnerSolver:
         return {
             "v": [v.detach() for v in self.v],
             "optimizer": self.optimizer.state_dict(),
-            "damping": self.damping,  # which that has too
+            "damping": self.damping,  # for the optimizer that `forget` makes
             "outer": self.outer,
         }
 
@@ -613,11 +619,10 @@ def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
     − bᵀx.
 
     precond   v -> P⁻¹v, P ≈ A symmetric positive definite
-    rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; below machine epsilon: at that, which is all that the numbers
-              resolve
+    rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; machine epsilon where rtol is less, since numbers resolve no more
 
-    From x = 0. Trouble is a `reason`, not an exception: on "indefinite" (pᵀAp <= 0, or a preconditioner that
-    is not positive) or "nonfinite" x is the last good iterate.
+    From x = 0. Trouble is a `reason`, not an exception: on "indefinite" (pᵀAp <= 0, or rᵀP⁻¹r <= 0) and
+    "nonfinite" x is the last good iterate.
     """
     x = torch.zeros_like(b)
     r = b.clone()
@@ -665,12 +670,12 @@ def line_search(loss_at, loss0, slope, kind="armijo"):
     """Choose α among 2^(−i/2), i = 0, 1, ..., or 0.
 
     loss_at   α -> loss;   loss0 = loss_at(0);   slope = gᵀd < 0
-    armijo    the first α with loss <= loss0 + 0.01 α slope, then on while the loss still falls: a loss that
-              is not quadratic often has a better α right behind the first acceptable one
-    grid      the best of ten candidates (the paper's for 150M and layerwise; it has no α = 0, no rejection)
+    armijo    the first α with loss <= loss0 + 0.01 α slope, then on while the loss still falls: often the
+              next α is better, since the loss is no parabola
+    grid      the best of ten candidates (the paper's for 150M and layerwise; there it never rejects a step)
     grid5     the best of five (the paper's for 45M)
     none      α = 1 if its loss is finite
-    A loss that is not finite counts as infinite.
+    A loss that is not finite is no candidate.
     """
     check_choice("line_search", kind, LINE_SEARCHES)
     best = (0.0, loss0)
@@ -696,11 +701,11 @@ def bounded(damping):
 
 
 def levenberg_marquardt(damping, rho, alpha):
-    """The next λ. ρ is the actual over the predicted decrease of the step that was taken: near 1 the model
-    was right, and is trusted further. α is 1, 0.71, 0.5, ... or 0, which is a rejected step.
+    """The next λ. ρ is the actual over the predicted decrease of the step that was taken. Where it is near 1
+    the model was right, and is trusted further. α is 1, 0.71, 0.5, ... or 0, which is a rejected step.
 
-    λ / α       for α < 0.4, at most 16 λ: a step that was cut so short can have ρ near 1 while the model was
-                far off at the length that it asked for
+    λ / α       for α < 0.4, at most 16 λ. So short a step can have ρ near 1 although the model was far off
+                at α = 1
     2 λ         else for ρ < 1/4
     0.4 λ       for ρ > 3/4 and α = 1
     Martens (2010, section 4.1) has factors 3/2 and 2/3, made for hundreds of steps; here a run has tens.
@@ -719,26 +724,27 @@ def levenberg_marquardt(damping, rho, alpha):
 
 
 class GGN:
-    """One batch linearised at the model's current parameters: `loss`, `grad`, and `matvec(v)` = JᵀHJ v, where
-    H is the loss's Hessian at the logits, or at those that `move_to` has moved it to.
+    """One batch linearised at the model's current parameters: `loss`, `grad`, and `matvec(v)` = JᵀHJ v. H is
+    the loss's Hessian at the model's logits, or at those to which `move_to` has moved it.
 
     inputs, targets   (B, ...), as the model takes them, and int64 classes (B, ...); logits are (B, ..., V)
     micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
-    keep_rows      of so many rows (None: of all) pieces keep their graphs, so that a product repeats no
-                   forward; the others are linearised anew at each product, in memory that does not grow with
-                   the batch
+    keep_rows      rows whose graphs are kept (None: all), so that a product repeats no forward. The others
+                   are linearised anew at each product, in memory that does not grow with the batch
 
     loss           mean cross-entropy in nats per token, a float; targets of -100 are left out
     grad           its gradient (P,), parameters flattened in the order of model.parameters(), tied ones once
-    products, work   products made, and all work so far in gradients of this batch, by matrix multiplications:
-                     a gradient has 3 per weight, a product 4, with a block alone 4 for its own weights and 2
-                     for those behind it
+    products       how many were made
+    work           all so far, in gradients of this batch, by matrix multiplications: a gradient has 3 per
+                   weight, a product 4. A product with a block has 4 per weight of its own and 2 per weight
+                   between them and the logits
 
     With several processes inputs and targets are the whole batch on each; each works on its share, and sums
     are reduced. The parameters must not change while the object is in use. Raises ValueError for a model or
-    batch that it cannot work with. Double backward (`create_graph`) instead of torch.func: the graph of the
-    gradient is the graph of J's transpose, and it is reused by every product: 1.3 gradients each, where jvp +
-    vjp take 2.3.
+    batch that it cannot work with.
+
+    Products are by double backward (`create_graph`), not by torch.func. The graph of the gradient is the
+    graph of Jᵀ, and all products use it: 1.3 gradients each, where torch.func's jvp and vjp take 2.3.
     """
 
     def __init__(self, model, inputs, targets, micro_batch=None, keep_rows=None):
@@ -748,7 +754,7 @@ class GGN:
         self.data = pieces(*share(inputs, targets), micro_batch)
         self.cache = []
         self.offset = None  # (d, part): where H is, if not at z
-        self.shifts = []  # J d of the kept pieces, where it is known already
+        self.shifts = []  # J d of the kept pieces for the next move_to, where best_length has it
         self.products = 0
         self.work = 0.0
         self.loss = 0.0
@@ -758,7 +764,7 @@ class GGN:
         for piece in self._pieces():
             self.loss += cross_entropy_sum(piece.z0, piece.y).item() / self.n_targets
             self.grad += flatten(piece.g).detach()
-            piece.g = [get_gradient_edge(t) for t in piece.g]  # products need the graph, not the values
+            piece.g = [get_gradient_edge(t) for t in piece.g]  # products need its graph, not its values
             rows += len(piece.y)
             if keep_rows is None or rows <= keep_rows:
                 self.cache.append(piece)
@@ -766,7 +772,7 @@ class GGN:
 
     def matvec(self, v, part=None):
         """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those
-        parameters alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
+        parameters alone. That is the product with G's diagonal block (layerwise Gauss-Newton)."""
         part = part or range(len(self.params))
         out = 0.0
         for piece in self._pieces(self.offset):
@@ -777,7 +783,7 @@ class GGN:
         return reduce(out)[0]
 
     def best_length(self, d, delta, lengths, extra_slope, part, prox_linear):
-        """The t of `lengths` with the least m(d + tδ) + t extra_slope, m the local model (see local_change);
+        """The t of `lengths` with the least m(d + tδ) + t extra_slope. m is the local model, see local_change;
         d and δ move the parameters in `part` alone."""
         self.work += 2 * backward_work(self.params, part)  # J d and J δ
         totals = [0.0] * len(lengths)  # of m
@@ -795,9 +801,8 @@ class GGN:
         return t
 
     def move_to(self, d, part, prox_linear):
-        """(m(d) − m(0), ∇m(d)), the gradient by the parameters in `part`, which alone d moves; after
-        best_length d is the one that was best. From now on matvec's H is the one at z + J d, for GN at z; J
-        stays."""
+        """(m(d) − m(0), ∇m(d)), for d and a gradient of the parameters in `part` alone. From now on matvec's
+        H is the one at z + J d, for GN at z; J stays. After best_length d must be d + tδ with the t found."""
         known = len(self.shifts) / len(self.data)
         self.work += (2 - known) * backward_work(self.params, part)
         change = 0.0
@@ -812,8 +817,8 @@ class GGN:
         return reduce_number(change), reduce(gradient)[0]
 
     def _pieces(self, offset=None):
-        """The linearised pieces: first those that were kept, then the others, linearised one by one, and
-        moved by the offset."""
+        """The linearised pieces: first those that are kept, then the others, linearised one by one. These
+        have H at the offset, (d, part)."""
         yield from self.cache
         for x, y in self.data[len(self.cache) :]:
             piece = Piece(self.model, self.params, x, y, self.n_targets)
@@ -827,7 +832,8 @@ class Piece:
     """One piece of the batch, linearised: z (..., V), probs = softmax(z), and by double backward
 
     vjp   Jᵀw, an ordinary backward of z
-    jvp   J v: the gradient g = Jᵀu with its graph is linear in u, so that differentiating gᵀv by u gives J v
+    jvp   J v, by the graph of the gradient g = Jᵀu: g is linear in u, so that the derivative of gᵀv by u is
+          J v. `g` holds tensors, or their edges in the graph
     """
 
     def __init__(self, model, params, x, y, n_targets):
@@ -854,13 +860,13 @@ class Piece:
 
 
 def row_bytes(model, x, y):
-    """What it takes to keep one more row of a batch linearised."""
+    """Bytes that keep one more row of a batch linearised."""
     one, two = (graph_bytes(model, x[:rows], y[:rows]) for rows in (1, 2))
     return max(two - one, 1)
 
 
 def graph_bytes(model, x, y):
-    """What the graphs of a linearised piece keep: every storage that they save, once, and three of logits."""
+    """Bytes that a linearised piece keeps: each storage that its graphs save, once, and three of logits."""
     storages = {}
 
     def count(t):
@@ -875,16 +881,16 @@ def graph_bytes(model, x, y):
 
 @torch.no_grad()
 def local_model_once(model, parts, prox_linear, eps, theta, x, y, v, n_targets):
-    """The local model of a micro-batch that is used once, at v, each of the parts with the others at rest.
+    """The local model of a micro-batch at a single v: for each part a model of its own, the others at rest.
     theta, v: lists of tensors; sums over tokens are divided by n_targets; eps: see working_eps.
 
         forward        z, with its graph                        1/3 of a gradient by matrix multiplications
         difference     J v ≈ (z(θ + hv) − z(θ)) / h             1/3, for each part
         backward       ∇m(v), see local_change                  2/3, for one part
 
-    4/3 in all for one part, where forward mode takes 5/3, GGN and its first product 7/3.
+    That is 4/3 for a single part. Forward mode takes 5/3, GGN with its first product 7/3.
 
-    Returns [L(θ), m(v) − L(θ), gᵀv = ⟨u, J v⟩, *∇m(v)].
+    Returns [L(θ), m(v) − L(θ), gᵀv = ⟨u, J v⟩, *∇m(v)], the second and third summed over the parts.
     """
     leaves = [p.detach().requires_grad_() for p in theta]
     with torch.enable_grad(), swapped_parameters(model, leaves):
@@ -907,22 +913,21 @@ def local_model_once(model, parts, prox_linear, eps, theta, x, y, v, n_targets):
 def difference(model, x, z0, theta, v, part, eps):
     """(J v ≈ (z(θ + hv) − z(θ)) / h, h) for the v of the parameters in `part`, with z0 = z(θ).
 
-    It errs by h/2 times the second derivative along v, and by eps / h times z for rounding. They are alike
-    where hv is √eps of θ, in the root of the sum over tensors of ‖hv‖² / (‖θ‖² + ‖v‖²); h is at most 1.
+    It errs by h/2 times the second derivative along v, and by eps / h times z for rounding. The two are
+    about equal where ‖hv‖ is √eps times ‖θ‖. So h, at most 1, solves eps = Σ ‖hv‖² / (‖θ‖² + ‖v‖²) over
+    tensors.
     """
     sizes = [(v[i].norm() ** 2, theta[i].norm() ** 2) for i in part]
     h = (eps / sum(a / (a + b + 1e-30) for a, b in sizes)).sqrt().clamp(max=1.0)
-    there = list(theta)
-    for i in part:
-        there[i] = theta[i] + h * v[i]
+    there = [t + h * v[i] if i in part else t for i, t in enumerate(theta)]
     with swapped_parameters(model, there):
         z1 = evaluate(model, x)
     return torch.where(z1 == z0, 0.0, (z1 - z0) / h), h  # 0 between logits of −inf
 
 
 def backward_work(params, part):
-    """The work, in gradients, of a backward pass to the parameters in `part`: of a gradient's 3
-    multiplications per weight it has 2 for their own, and 1 for those between them and the logits."""
+    """The work, in gradients, of a backward pass to the parameters in `part`. Per weight a gradient has 3
+    multiplications; this has 2 for weights in `part`, 1 for those between them and the logits."""
     sizes = [p.numel() for p in params]
     own = sum(sizes[i] for i in part)
     behind = sum(sizes[max(part) + 1 :])
@@ -930,15 +935,15 @@ def backward_work(params, part):
 
 
 def derivative(outputs, inputs, cotangents, retain_graph=True, create_graph=False):
-    """torch.autograd.grad, where an input that plays no part has derivative 0."""
+    """torch.autograd.grad, where the derivative by an input that is not used is 0."""
     return torch.autograd.grad(
         outputs, inputs, cotangents, retain_graph, create_graph, materialize_grads=True
     )
 
 
 def local_change(z, s, y, n_targets, prox_linear, differentiate=True):
-    """The local model of the loss at logits z + s, (..., V): its change from z, and its derivative by s (or
-    None); sums over tokens are divided by n_targets.
+    """The local model at logits z + s, (..., V): its change from z, and its derivative by s (None, unless
+    asked for). Sums over tokens are divided by n_targets.
 
     prox-linear    L(z + s) − L(z)              ∂L/∂z at z + s
     GN             ⟨u, s⟩ + ½ ⟨s, H s⟩          u + H s,        u = ∂L/∂z and H = ∂²L/∂z² at z
@@ -971,17 +976,16 @@ def cross_entropy_hvp(probs, t, divisor):
 
 
 def select(vector, like, part):
-    """The elements of a vector over the tensors in `like` that belong to those with indices in `part`, as a
-    vector."""
+    """Of a vector over the tensors in `like`, the elements of those with indices in `part`, as a vector."""
     tensors = unflatten(vector, like)
     return flatten([tensors[i] for i in part])
 
 
 @contextmanager
 def swapped_parameters(model, tensors):
-    """While open, the model has other tensors in place of its trainable parameters; whatever happens, it gets
-    back the very objects it had. (torch.func.functional_call leaves tensors behind where a module stands in
-    several places.)
+    """While open, the model has other tensors in place of its trainable parameters. Whatever happens, it gets
+    back the very objects it had. (torch.func.functional_call does not where a module stands in several
+    places.)
     """
     new = dict(zip(trainable(model), tensors))
     places = [(m._parameters, dict(m._parameters)) for m in model.modules()]
@@ -998,13 +1002,13 @@ def swapped_parameters(model, tensors):
 
 
 def working_eps(model, x, y):
-    """Machine epsilon of the coarsest numbers that the model computes in, seen on its first row: float32's,
-    or more by autocast, casts or TF32. Raises ValueError where its logits do not fit the targets."""
+    """Machine epsilon of the coarsest numbers in which the model computes its first row: that of its dtype,
+    or a larger one by autocast, casts or TF32. Raises ValueError where its logits do not fit the targets."""
     dtypes = set()
 
     class Watch(TorchFunctionMode):
-        # A mode of torch's dispatcher would see more, but torch runs neither compiled code nor higher-order
-        # operators, such as flex_attention, inside one.
+        # A mode of torch's dispatcher would see more, but inside one torch runs neither compiled code nor
+        # higher-order operators, such as flex_attention.
         def __torch_function__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             if torch.is_tensor(out) and out.is_floating_point():
@@ -1020,12 +1024,12 @@ def working_eps(model, x, y):
     return max([torch.finfo(t).eps for t in dtypes] + [products] * (torch.float32 in dtypes))
 
 
-CHECKED = weakref.WeakKeyDictionary()  # a model: how it has been checked, and in which modes
+CHECKED = weakref.WeakKeyDictionary()  # model -> {(twice, train or eval of each module), ...}
 
 
 def check_model(model, x, y, twice):
-    """Raises ValueError for a model that cannot be worked with, seen on the first rows of a batch. Made once
-    for a model and its modes (train or eval); twice: see refuse_derivatives."""
+    """Raises ValueError for a model that cannot be worked with, seen on the first rows of a batch. Done once
+    for a model in its modes (train or eval); twice: see refuse_derivatives."""
     done = CHECKED.setdefault(model, set())
     modes = twice, *(m.training for m in model.modules())
     if modes not in done:
@@ -1035,9 +1039,8 @@ def check_model(model, x, y, twice):
 
 
 def refuse_randomness(model, x, y):
-    """A derivative of a function that changes between calls means nothing: raises ValueError for a model that
-    gives the same rows other logits when it is called again, or whose batch norm makes them depend on other
-    rows."""
+    """Raises ValueError for a model that gives the same rows other logits when it is called again, or whose
+    batch norm makes them depend on other rows. Derivatives of such a function mean nothing."""
     advice = "Gauss-Newton needs a deterministic model; call model.eval() or set its rates to 0"
     for name, m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
@@ -1047,16 +1050,16 @@ def refuse_randomness(model, x, y):
     theta = [p.detach().clone() for p in trainable(model)]
     first = evaluate(model, x, y)
     refuse_writing(model, theta)
-    seen = torch.softmax(first, dim=-1) > 0  # not of classes that are masked by −1e9, say
+    seen = torch.softmax(first, dim=-1) > 0  # but for masked classes, whose logits are −1e9, say
     tolerance = working_eps(model, x, y) ** 0.5 * first.abs().where(seen, 0).max()
-    for _ in range(9):  # rare events take some calls to be seen
+    for _ in range(9):  # some change rarely
         change = (evaluate(model, x, y) - first).abs()
         if (change.where(seen, 0) > tolerance).any():
             raise ValueError(f"the model gives the same inputs other logits every time (dropout?): {advice}")
 
 
 def refuse_writing(model, theta):
-    """Raises ValueError where the trainable parameters are no longer theta, which they get back."""
+    """Raises ValueError where the trainable parameters are no longer theta, and restores them."""
     params = trainable(model)
     for name, p, t in zip(trainable_names(model), params, theta):
         if ((p != t) & t.isfinite()).any():
@@ -1072,12 +1075,12 @@ def trainable_names(model):
 
 
 def refuse_derivatives(model, x, y, twice):
-    """Raises ValueError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter, where Jᵀ is the model's backward, c is
-    H ∂L/∂z, and v is Jᵀc, or a wave that meets all entries. J v is
+    """Raises ValueError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter. Jᵀ is the model's backward, and c is
+    H ∂L/∂z. v is Jᵀc, then a wave that meets all entries. J v is
 
-    twice        the derivative of that backward, as in GGN: refused are a model without one, and a hook that
+    twice        the derivative of that backward, as in GGN. Refused are a model without one, and a hook that
                  is not linear
-    not twice    a difference of logits, as in an InnerSolver: refused is a backward that is not the
+    not twice    a difference of logits, as in an InnerSolver. Refused is a backward that is not the
                  derivative of the forward. J v errs by √eps, and by eps / h of z
     """
     needs, advice = DERIVATIVES[twice]
@@ -1117,7 +1120,7 @@ def refuse_derivatives(model, x, y, twice):
                         "a second derivative is missing, or the gradient is changed (by a straight-through "
                         "estimator, a stopped gradient, a hook or a jump),"
                     )
-    except torch.OutOfMemoryError:  # says what it needs to
+    except torch.OutOfMemoryError:  # a RuntimeError too; its own message is the right one
         raise
     except RuntimeError as e:
         if "nference" in str(e):
@@ -1142,7 +1145,7 @@ DERIVATIVES = {  # by `twice`: what is needed, and what to do without it
 
 
 def trace(function, *examples):
-    """The function's operations on tensors, derivatives and all, as one torch.fx graph for the examples'
+    """The function's operations on tensors, its derivatives included, as one torch.fx graph for the examples'
     shapes."""
     graph = make_fx(torch.func.functionalize(make_fx(function)(*examples)))(*examples)
     graph.graph.eliminate_dead_code()
@@ -1151,12 +1154,12 @@ def trace(function, *examples):
 
 
 def compiled_or_eager(function, tolerance, *examples):
-    """The function compiled for the examples' shapes; itself, with a warning, where that fails or the results
-    differ by more than the tolerance."""
+    """The function, compiled for the examples' shapes. Where that fails, or the results differ by more than
+    the tolerance, it is returned as it is, with a warning."""
     try:
         compiled = torch.no_grad()(torch.compile(trace(function, *examples), dynamic=False))
         for a, b in zip(function(*examples), compiled(*examples)):
-            size = a.norm() if a.dim() else 1.0  # loss, decrease, slope: rounding of the loss, however small
+            size = a.norm() if a.dim() else 1.0  # loss, decrease and slope err by the rounding of the loss
             if not (a - b).norm() <= tolerance * (size + 1e-3):
                 raise RuntimeError("the compiled result differs from the eager one")
         return compiled

@@ -29,26 +29,13 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+RELEASED = dict(block_size=1024, qk_norm=True, gelu=True)  # by the paper's authors
 PRESETS = {  # everything but vocab_size, which the tokenizer decides
     "tiny": dict(n_layer=2, n_head=4, n_embd=64, block_size=64),  # 164k parameters with bytes
     "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),  # 1.1M with bytes
     # the paper's two as released, with its vocabulary of 32k: 45.4M and 134M
-    "45m": dict(
-        n_layer=4,
-        n_head=8,
-        n_embd=512,
-        block_size=1024,
-        qk_norm=True,
-        gelu=True,
-    ),
-    "150m": dict(
-        n_layer=12,
-        n_head=16,
-        n_embd=768,
-        block_size=1024,
-        qk_norm=True,
-        gelu=True,
-    ),
+    "45m": dict(n_layer=4, n_head=8, n_embd=512, **RELEASED),
+    "150m": dict(n_layer=12, n_head=16, n_embd=768, **RELEASED),
 }
 
 Linear = partial(nn.Linear, bias=False)  # every one in this file
@@ -91,10 +78,11 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_head = c.n_head
-        self.wq = Linear(c.n_embd, c.n_embd)
-        self.wk = Linear(c.n_embd, c.n_embd)
-        self.wv = Linear(c.n_embd, c.n_embd)
-        self.wo = Linear(c.n_embd, c.n_embd)
+        square = partial(Linear, c.n_embd, c.n_embd)
+        self.wq = square()
+        self.wk = square()
+        self.wv = square()
+        self.wo = square()
         norm = partial(nn.LayerNorm, c.n_embd, c.norm_eps) if c.qk_norm else nn.Identity
         self.qnorm = norm()
         self.knorm = norm()

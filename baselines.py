@@ -821,8 +821,8 @@ class KFACOptimizer(Optimizer):
         L, R  running averages of E[δδᵀ], E[aaᵀ], labels sampled from the model, by `observe`
         u = [(L + γ/π) ⊗ (R + γπ)]⁻¹ g                    factored Tikhonov damping, γ = √DAMPING
         u ← u min(1, √(KL_CLIP / Σ lr² uᵀg))              Σ over the groups (ACKTR: arXiv 1708.05144)
-        M ← momentum M + u
-        W ← W − lr wd W − lr M
+        momentum_buffer ← momentum momentum_buffer + u
+        W ← W − lr wd W − lr momentum_buffer
 
     Call `observe(inputs, targets)` before each step. Differs from the 2015 paper in: 1. damping is fixed, not
     adapted. 2. momentum is fixed, not solved for by the quadratic. 3. factors come from the first
@@ -869,9 +869,9 @@ class KFACOptimizer(Optimizer):
         kl = float(sum(group["lr"] ** 2 * (natural[p] * p.grad).sum() for group, p in moved))
         clip = min(1.0, math.sqrt(self.KL_CLIP / max(kl, 1e-30)))
         for group, p in moved:
-            M = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            M.mul_(group["momentum"]).add_(clip * natural[p])
-            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(M, alpha=group["lr"])
+            momentum_buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            momentum_buffer.mul_(group["momentum"]).add_(clip * natural[p])
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(momentum_buffer, alpha=group["lr"])
         self.steps += 1
 
     def state_dict(self):

@@ -174,7 +174,7 @@ class GaussNewton:
         if alpha == 0:
             return {"reason": f"line search: {reason}"}
         change = loss - loss0
-        # The local model along d, as the parabola with its slope at 0 and its value at 1: exact for GN.
+        # The local model along d as a parabola, by its slope at 0 and its value at 1. For GN it is one.
         predicted = alpha * slope + alpha**2 * (-found.decrease - slope)
         if self.line_search != "none" and change > 1e-4 * predicted:
             # the rounding of a huge loss can look like a small decrease
@@ -246,9 +246,8 @@ class ConjugateGradients:
     """Hessian-free optimization: minimise the local model over each part's d, the other parts at rest.
 
     Martens (2010) solves one damped system by conjugate gradients. Here d is a sum of Newton steps δ, each
-    the solution of such a system, and each from a slice of the batch: rows of its own, linearised for it
-    alone. With g the gradient of the whole batch, L the loss of slice k and g_k its gradient, the slice has
-    the local model
+    the solution of a system of its own, by a slice of the batch of its own. Let L be the loss of slice k, g_k
+    the gradient of L, and g the gradient of the whole batch. The slice is linearised, and has the local model
 
         m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd        prox-linear
                  gᵀd + ½ dᵀG d                          GN
@@ -259,7 +258,7 @@ class ConjugateGradients:
         judge    t ← argmin m_k(d + tδ) over t in LENGTHS
                  λ ← LOWER λ where t = 1, else λ / t, at most 4 λ
                  d ← d + tδ
-        solve    δ ← −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)         by conjugate gradients, preconditioned by K + λM
+        solve    δ ← −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)         by conjugate gradients, preconditioned by P = K + λM
 
     So t is how much of δ suits rows that did not make it. λ is Martens' damping. He adapts it by ρ, a ratio
     of two decreases; here it falls where δ was taken whole, and grows where δ was cut. The first slice has no
@@ -286,7 +285,7 @@ class ConjugateGradients:
     damping: float = 3.0  # λ at the start
     precond: str = "kfac"  # as above; "none": no preconditioner, and M = I
     curvature_frac: float = 0.25  # share of the batch's rows that the slices have together
-    micro_batch: int = None  # rows worked on at a time; None: those of a Newton step
+    micro_batch: int = None  # rows worked on at a time; None: those of a slice
 
     def __post_init__(self):
         check_choice("local_model", self.local_model, ("gn", "prox_linear"))
@@ -317,12 +316,12 @@ class ConjugateGradients:
             start = self.MOMENTUM * self.direction.to(grad)  # a checkpoint's is on the CPU
         states = [Newton(part, select(start, self.params, part), self.damping) for part in parts]
         del start  # a vector less in all that follows
-        solves = []  # (iterations, reason) of each Newton step of each part
+        solves = []  # (iterations, reason) of each slice and part
         rows = subset_rows(len(inputs), n_targets, self.curvature_frac / self.newton_steps)
         steps = min(self.newton_steps, len(inputs) // rows)
         if self.keep_rows is None:
             self.keep_rows = self._rows_that_fit(inputs, targets, rows)
-        products = len(parts) * self.cg_iters  # of a Newton step, at most
+        products = len(parts) * self.cg_iters  # of a slice, at most
         for k, (x, y) in zip(range(steps), pieces(inputs, targets, rows)):
             self.progress("linearise", k, steps)
             ggn = GGN(self.model, x, y, self.micro_batch, self.keep_rows)
@@ -331,7 +330,7 @@ class ConjugateGradients:
             record["products"] += ggn.products
             record["work"] += ggn.work * rows / len(inputs)
             del ggn  # before the next one is made: memory holds one slice
-        d = self.direction = torch.zeros_like(grad)  # of all parts together
+        d = self.direction = torch.zeros_like(grad)  # of all parts
         views = unflatten(d, self.params)
         for s in states:
             own = [views[i] for i in s.part]
@@ -783,7 +782,7 @@ class GGN:
         return reduce(out)[0]
 
     def best_length(self, d, delta, lengths, extra_slope, part, prox_linear):
-        """The t of `lengths` with the least m(d + tδ) + t extra_slope. m is the local model, see local_change;
+        """The t of `lengths` with the least m(d + tδ) + t extra_slope, m the local model (see local_change).
         d and δ move the parameters in `part` alone."""
         self.work += 2 * backward_work(self.params, part)  # J d and J δ
         totals = [0.0] * len(lengths)  # of m

@@ -276,7 +276,7 @@ class _Attention(torch.autograd.Function):
         for rows, keys in causal_blocks(q.shape[-2], causal):
             scores = q[..., rows, :] @ k[..., keys, :].transpose(-1, -2)
             if causal:
-                future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+                future = scores.new_ones(scores.shape[-2:], dtype=torch.bool)
                 scores.masked_fill_(future.triu_(rows.start + 1), -math.inf)
             P.append(torch.softmax(scores, -1).to(scores.dtype))  # autocast on a GPU gives float32
             out.append(P[-1] @ v[..., keys, :])

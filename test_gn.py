@@ -412,7 +412,7 @@ def test_kfac_baseline_equals_dense_derivation():
     KL clip for groups of unequal rates, momentum, decay on matrices; each step from the same parameters."""
     model = gpt()
     gamma = 3e-4**0.5
-    M = 0
+    momentum_buffer = 0
     opt = make_optimizer("kfac", model, lr=0.3, momentum=0.8, weight_decay=0.1, precondition_frequency=2)
     opt.param_groups[1]["lr"] = 2.0  # norms, which do not decay
     with raises(RuntimeError, match="observe"):
@@ -441,10 +441,10 @@ def test_kfac_baseline_equals_dense_derivation():
         rate = 2.0 - 1.7 * matrix
         kl = (rate**2 * n * g).sum()
         assert kl > 2e-2  # the clip is on
-        M = 0.8 * M + n * (1e-2 / kl).sqrt()
+        momentum_buffer = 0.8 * momentum_buffer + n * (1e-2 / kl).sqrt()
         assert isclose(opt.observe(inputs, targets), 2 / 3 / 4)
         opt.step()
-        assert close(theta_of(model), theta - rate * (0.1 * matrix * theta + M), 1e-7)
+        assert close(theta_of(model), theta - rate * (0.1 * matrix * theta + momentum_buffer), 1e-7)
 
 
 @parametrize("tie, scale", [(False, "match_rms_adamw"), (True, "original")])
@@ -1018,10 +1018,10 @@ def test_newton_steps_are_the_dense_ones(prox, layerwise):
             delta = None
             for x, y in zip(inputs.split(32)[:3], targets.split(32)):
                 few = Dense(model, x, y)
-                tilt = whole.g - few.g
+                correction = whole.g - few.g
 
                 def m(v):
-                    return few.local(v, prox)[0] + tilt @ v
+                    return few.local(v, prox)[0] + correction @ v
 
                 if delta is not None:
                     t = min([0, *(2**-i for i in range(6))], key=lambda t: m(own + t * delta))
@@ -1029,7 +1029,7 @@ def test_newton_steps_are_the_dense_ones(prox, layerwise):
                     own = own + t * delta
                     damping *= 0.5 if t == 1 else 1 / max(t, 1 / 4)
                 _, slope, G = few.local(own, prox)
-                slope = slope + tilt
+                slope = slope + correction
                 A = G * torch.outer(mask, mask) + damping * torch.eye(len(mask))
                 delta = torch.linalg.solve(A, -slope * mask)
             promised -= m(own) + slope @ delta + delta @ G @ delta / 2
@@ -1228,12 +1228,12 @@ def test_whole_runs_are_the_authors(local_model, rate, numbers):
 
 
 def spd(n=30, low=-3, seed=0):
-    """A (n, n) with eigenvalues from 10^low to 1, b, and a close but not perfect M⁻¹."""
+    """A (n, n) with eigenvalues from 10^low to 1, b, and a close but not perfect inverse, P⁻¹."""
     torch.manual_seed(seed)
     Q = torch.linalg.qr(torch.randn(n, n).double()).Q
     ew = torch.logspace(low, 0, n).double()
-    M = (Q / (ew * (1 + torch.rand(n)))) @ Q.T
-    return (Q * ew) @ Q.T, torch.randn(n).double(), M
+    inverse = (Q / (ew * (1 + torch.rand(n)))) @ Q.T
+    return (Q * ew) @ Q.T, torch.randn(n).double(), inverse
 
 
 @parametrize("preconditioned", [False, True])
@@ -1241,8 +1241,8 @@ def test_cg_iterates_are_the_least_of_their_krylov_spaces(preconditioned):
     """values[k] is the quadratic at the k-th iterate and the least over the k-th Krylov space, so that it
     never rises: CG is CG, with any preconditioner. It ends with "residual" at the first of these iterates
     with ‖b − Ax‖ <= rtol ‖b‖."""
-    A, b, M = spd()
-    M = M if preconditioned else torch.eye(30).double()
+    A, b, inverse = spd()
+    inverse = inverse if preconditioned else torch.eye(30).double()
     B = torch.zeros(30, 0).double()
     residuals = []
 
@@ -1250,17 +1250,18 @@ def test_cg_iterates_are_the_least_of_their_krylov_spaces(preconditioned):
         return (0.5 * x @ A @ x - b @ x).item()
 
     for k in range(9):
-        x, iterations, reason, values = cg(A.matmul, b, M.matmul, max_iter=k)
+        x, iterations, reason, values = cg(A.matmul, b, inverse.matmul, max_iter=k)
         least = B @ torch.linalg.solve(B.T @ A @ B, B.T @ b)
         assert iterations == len(values) - 1 == k and reason == "max_iter"
         for want in (phi(x), phi(least)):
             assert isclose(values[k], want, rel_tol=1e-7, abs_tol=1e-12)
         residuals.append(((b - A @ x).norm() / b.norm()).item())
         new = A @ B[:, -1:] if k else b[:, None]
-        B = torch.linalg.qr(torch.cat([B, M @ new], 1)).Q
+        B = torch.linalg.qr(torch.cat([B, inverse @ new], 1)).Q
     for rtol in residuals:
         first = [r <= rtol for r in residuals].index(True)
-        last = cg(A.matmul, b, M.matmul, rtol=rtol + 1e-12)  # r leaves b − Ax by some eps ‖x‖/‖b‖ < 5e-14
+        # r leaves b − Ax by some eps ‖x‖/‖b‖ < 5e-14
+        last = cg(A.matmul, b, inverse.matmul, rtol=rtol + 1e-12)
         assert (last.reason, last.iterations) == ("residual", first)
 
 
@@ -1360,11 +1361,11 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
         want, g, G = dense.local(v, True)
         assert isclose(change, want) and close(slope, g)
     ends = [dense.local(v - 2 * t * v, True)[0] for t in (0, 1)]
-    for tilt in (0, ends[0] - ends[1] - 0.1, ends[0] - ends[1] + 0.1):
-        t = ggn.best_length(v, -2 * v, [0.0, 1.0], tilt, everything, True)
+    for extra in (0, ends[0] - ends[1] - 0.1, ends[0] - ends[1] + 0.1):
+        t = ggn.best_length(v, -2 * v, [0.0, 1.0], extra, everything, True)
         change, slope = expand(ggn, v - 2 * t * v, prox_linear=True)
         want, g, G = dense.local(v - 2 * t * v, True)
-        assert t == (ends[1] + tilt < ends[0]) and isclose(change, want)
+        assert t == (ends[1] + extra < ends[0]) and isclose(change, want)
         assert close(slope, g) and close(ggn.matvec(v), G @ v)
     expand(ggn, v)
     assert close(ggn.matvec(v), dense.G @ v)

@@ -15,9 +15,9 @@ Left out. Files that are not text (archives, tables, pictures, ...), links to fo
 valid text are counted and named, with the reason, in meta["left_out"]; what is hidden, and what a run or
 `prepare` wrote, is not read and not counted. If no text is left, that is a DataError with the same words.
 
-Split. The unit is a document; but of text files, if there are fewer than 100, a piece of about 4096
-characters that ends with a line where it can. A unit whose sha256 falls into the lowest 5 % is validation.
-So duplicates share a side, the order of the files does not matter, and one streaming pass is enough.
+Split. The unit is a document. Where there are fewer than 100 text files, the unit of these is about 4096
+characters, up to the end of a line where it is near. A unit whose sha256 falls into the lowest 5 % is
+validation. So duplicates share a side, the order of files does not matter, and one streaming pass is enough.
 tokens.bin is training, then validation; where one side is shorter than a block, the cut between them moves
 by just the tokens that are missing. A document ends with a newline (bytes) or <|endoftext|> (gpt2).
 

@@ -245,15 +245,15 @@ class Newton:
 class ConjugateGradients:
     """Hessian-free optimization: minimise the local model over each part's d, the other parts at rest.
 
-    Martens (2010) solves one damped system by conjugate gradients. Here d is a sum of Newton steps δ, each
-    the solution of a system of its own, by a slice of the batch of its own. Let L be the loss of slice k, g_k
-    the gradient of L, and g the gradient of the whole batch. The slice is linearised, and has the local model
+    Martens (2010) solves one damped system by conjugate gradients. Here d is a sum of Newton steps δ. Each
+    solves a system of its own, made from one slice of the batch. Let L be the loss of slice k, g_k the
+    gradient of L, and g the gradient of the whole batch. Linearised, the slice has the local model
 
         m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd        prox-linear
                  gᵀd + ½ dᵀG d                          GN
 
     The correction g − g_k gives this model of few rows the slope of all rows at d = 0 (it is a control
-    variate). Slice k first judges the δ of the slice before, then makes its own:
+    variate). A slice first judges the δ of the slice before, then makes its own. M and K are told below:
 
         judge    t ← argmin m_k(d + tδ) over t in LENGTHS
                  λ ← LOWER λ where t = 1, else λ / t, at most 4 λ
@@ -591,7 +591,8 @@ def inner_schedule(kind, outer, outer_steps, k, steps, warmup=0):
     cosine_with_global_schedule    a cosine inside each outer step, whose peaks follow a cosine over the outer
                                    steps
     constant_with_inner_cosine     a cosine inside each outer step, constant peaks
-    The first `warmup` inner steps of the run are scaled by (steps done + 1) / warmup.
+
+    The first `warmup` inner steps of the run are scaled by (inner steps done + 1) / warmup.
     """
     done = outer * steps + k
     factor = {
@@ -726,13 +727,14 @@ class GGN:
     """One batch linearised at the model's current parameters: `loss`, `grad`, and `matvec(v)` = JᵀHJ v. H is
     the loss's Hessian at the model's logits, or at those to which `move_to` has moved it.
 
-    inputs, targets   (B, ...), as the model takes them, and int64 classes (B, ...); logits are (B, ..., V)
+    inputs         (B, ...), as the model takes them; its logits are (B, ..., V)
+    targets        (B, ...), int64 classes; those of -100 are left out
     micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
     keep_rows      rows whose graphs are kept (None: all), so that a product repeats no forward. The others
                    are linearised anew at each product, in memory that does not grow with the batch
 
-    loss           mean cross-entropy in nats per token, a float; targets of -100 are left out
-    grad           its gradient (P,), parameters flattened in the order of model.parameters(), tied ones once
+    loss           mean cross-entropy in nats per token, a float
+    grad           its gradient (P,): parameters flattened in the order of model.parameters(), tied ones once
     products       how many were made
     work           all so far, in gradients of this batch, by matrix multiplications: a gradient has 3 per
                    weight, a product 4. A product with a block has 4 per weight of its own and 2 per weight

@@ -2116,7 +2116,7 @@ def test_signals(go, monkeypatch, capsys, number):
     for times, status, told in ((1, 0, "--resume --out_dir run"), (2, 130, "is whole")):
         strokes = iter([number] * times)
 
-        def struck(self, inputs):
+        def struck(self, idx):
             for stroke in strokes:
                 signal.raise_signal(stroke)
             return forward(self, idx)
@@ -2234,7 +2234,7 @@ def test_stops_after_rejections_in_a_row(go, capsys, monkeypatch):
     as they were."""
     forward = GPT.forward
 
-    def steep(self, inputs):
+    def steep(self, idx):
         z = forward(self, idx)
         return z + 1e18 * (z - z.detach())
 

@@ -4,7 +4,7 @@
 
     from data import prepare, get_batch, val_batch
     data = prepare("stdlib", block_size=64)     # no network: Python's own standard library, 12 MB of source
-    idx, targets = get_batch(data.train, 64, 32, seed=0, step=7)    # (32, 64) int64 each, targets one ahead
+    inputs, targets = get_batch(data.train, 64, 32, seed=0, step=7)    # (32, 64) int64 each
 
 A source is "stdlib", "shakespeare" (1.1 MB, one download), "c4" (English web pages, 319 MB a shard) or the
 path of a file or a folder of them; a folder called stdlib is written ./stdlib. A .jsonl or .json file has a
@@ -15,9 +15,9 @@ Left out. Files that are not text (archives, tables, pictures, ...), links to fo
 valid text are counted and named, with the reason, in meta["left_out"]; what is hidden, and what a run or
 `prepare` wrote, is not read and not counted. If no text is left, that is a DataError with the same words.
 
-Split. The unit is a document; but of text files, if there are fewer than 100, a piece of about 4096
-characters that ends with a line where it can. A unit whose sha256 falls into the lowest 5 % is validation.
-So duplicates share a side, the order of the files does not matter, and one streaming pass is enough.
+Split. The unit is a document. Where there are fewer than 100 text files, the unit of these is about 4096
+characters, up to the end of a line where it is near. A unit whose sha256 falls into the lowest 5 % is
+validation. So duplicates share a side, the order of files does not matter, and one streaming pass is enough.
 tokens.bin is training, then validation; where one side is shorter than a block, the cut between them moves
 by just the tokens that are missing. A document ends with a newline (bytes) or <|endoftext|> (gpt2).
 
@@ -49,12 +49,7 @@ import numpy as np
 import tiktoken
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-FORMAT = 4  # of the prepared folder; raise it whenever the same files would give other data
+DATA_FORMAT = 4  # of the prepared folder; raise it whenever the same files would give other data
 VAL_FRACTION = 0.05
 FEW_DOCUMENTS = 100  # if there are fewer text files, the unit of the split is a piece of one
 PIECE = (256, 4096)  # characters, least and most; in between 1 % of the text
@@ -111,11 +106,11 @@ def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress
         listing = [
             (str(path.relative_to(root)), s.st_size, s.st_mtime_ns) for path in files for s in [path.stat()]
         ]
-        identity = json.dumps([FORMAT, tokenizer, str(root.resolve()), listing])
+        identity = json.dumps([DATA_FORMAT, tokenizer, str(root.resolve()), listing])
         meta = {
             "source": source,
             "tokenizer": tokenizer,
-            "format": FORMAT,
+            "format": DATA_FORMAT,
             "python_version": platform.python_version(),
             "fingerprint": hashlib.sha256(identity.encode()).hexdigest(),
         }
@@ -142,7 +137,9 @@ def locked(path):
     """One process at a time, except on Windows and some network file systems, which have no locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
-        with contextlib.suppress(AttributeError, OSError):
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -156,13 +153,13 @@ def build(folder, root, files, meta, encoding, block_size, progress):
     # 2.4 is a guess, C4's ratio
     total = int(sum(path.stat().st_size * (2.4 if path.suffix in COMPRESSED else 1) for path in files))
     few = sum(kind_of(path) not in RECORDS for path in files) < FEW_DOCUMENTS
-    piece = min(max(total // 100, PIECE[0]), PIECE[1]) if few else -1  # -1 is the whole file
+    length = min(max(total // 100, PIECE[0]), PIECE[1]) if few else -1  # -1 is the whole file
     dtype, content, n_documents, n_bytes = np.min_scalar_type(encoding.n_vocab - 1), hashlib.sha256(), 0, 0
     temp = folder.with_name(folder.name + ".tmp")
     try:
         temp.mkdir()
         with open(temp / "tokens.bin", "wb") as train, open(temp / "val.bin", "w+b") as val:
-            for document in documents(files, piece, left_out):
+            for document in documents(files, length, left_out):
                 text = ""
                 for text in document:
                     raw = text.encode(errors="surrogatepass")
@@ -202,18 +199,19 @@ def build(folder, root, files, meta, encoding, block_size, progress):
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def documents(files, piece, left_out):
-    """Each document as an iterable of units: a record's text, or pieces of a text that end with a line."""
+def documents(files, length, left_out):
+    """Each document as an iterable of units: a record's text, or about `length` characters of a text, up to
+    the end of a line where it is near."""
     for path in files:
         replace_bytes.count = 0
-        yield from records(path) if kind_of(path) in RECORDS else [pieces(path, piece)]
+        yield from records(path) if kind_of(path) in RECORDS else [lines_of(path, length)]
         if replace_bytes.count:
             left_out["in part, with U+FFFD for invalid bytes (convert text first, with iconv)"].append(path)
 
 
-def pieces(path, piece):
+def lines_of(path, length):
     with open_text(path) as f:
-        while text := f.read(piece) + f.readline(piece):
+        while text := f.read(length) + f.readline(length):
             yield text
 
 
@@ -421,17 +419,17 @@ def get_encoding(name):
 
 
 def get_batch(tokens, block_size, batch_size, seed, step, stream=0):
-    """A random batch: idx, targets, (batch_size, block_size) int64 each. Row i is a function of (seed,
-    stream, step, i) alone: batch_size does not change it, and there is no state to save. Streams keep
-    training (0) and fresh data for other uses (1, ...) apart."""
+    """A random batch: inputs and, one token ahead, targets, (batch_size, block_size) int64 each. Row i is a
+    function of (seed, stream, step, i) alone: batch_size does not change it, and there is no state to save.
+    Streams keep the data of training (0) and of other uses (1, ...) apart."""
     windows = all_windows(tokens, block_size)
     offsets = np.random.default_rng([seed, stream, step]).integers(len(windows), size=batch_size)
     return split_windows(windows[offsets])
 
 
 def val_batch(tokens, block_size, n_tokens):
-    """About n_tokens (at least one window, at most all) in evenly spaced windows that share no target: idx,
-    targets. The first begins where tokens begin and the last ends where they end; nothing is random."""
+    """Inputs and targets, about n_tokens of each (at least a window, at most all), in evenly spaced windows
+    that share no target. The first begins where tokens begin, the last ends where they end."""
     windows = all_windows(tokens, block_size)
     count = min(max(n_tokens // block_size, 1), (len(tokens) - 1) // block_size)
     return split_windows(windows[np.arange(count) * (len(windows) - 1) // max(count - 1, 1)])

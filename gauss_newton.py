@@ -1,18 +1,18 @@
-"""Full Gauss-Newton for language models, Hessian-free: the matrix is used through products alone, and never
-formed.
+"""Full Gauss-Newton for language models, Hessian-free: the matrix is never formed, only its products are.
 
 One outer step at parameters θ (arXiv 2510.09378; Martens 2010, "Deep learning via Hessian-free
 optimization"):
 
-    1. linearise   z(θ + d) ≈ z + J d, the logits; with it the loss becomes a local model m(d), convex:
+    1. linearise   z(θ + d) ≈ z + J d, the logits. With them the loss L(z) becomes a convex local model m(d):
                    prox-linear   m(d) = L(z + J d)                     the loss itself (the default)
-                   GN            m(d) = L + gᵀd + ½ dᵀG d              to second order in the logits
-                   g = Jᵀ ∂L/∂z,   G = Jᵀ H J,   H = ∂²L/∂z² = (diag(p) − ppᵀ) / N
+                   GN            m(d) = L(z) + gᵀd + ½ dᵀG d           to second order in the logits
+                   g = Jᵀ ∂L/∂z,   G = Jᵀ H J,   H = ∂²L/∂z² = (diag(p) − ppᵀ) / N,   p = softmax(z)
     2. solve       d ≈ argmin m(d), by a solver: ConjugateGradients, or the paper's InnerSolver
-    3. search      f(θ + αd) over α; α = 0 when nothing is better
-    4. update      θ ← θ + αd; the solver adapts to α, and CG's damping to ρ, actual over predicted decrease
+    3. search      the true loss at θ + αd, over α; α = 0 where none is lower
+    4. update      θ ← θ + αd. Both solvers adapt to α; ConjugateGradients adapts its damping to ρ too, the
+                   actual over the predicted decrease
 
-Any nn.Module will do whose forward(inputs) gives logits (..., classes):
+The model is any nn.Module whose forward(inputs) gives logits (..., classes):
 
     opt = GaussNewton(model)
     for inputs, targets in batches:          # large batches: this is a method for few, good steps
@@ -64,7 +64,7 @@ from baselines import (
 )
 from model import differentiable_attention
 
-SEARCH_FRAC = 1 / 16  # share of a batch that the line search is on
+SEARCH_FRAC = 1 / 16  # share of a batch's rows on which the line search takes the loss
 
 
 class Solution(NamedTuple):
@@ -74,20 +74,20 @@ class Solution(NamedTuple):
     direction: torch.Tensor  # d (P,)
     slope: float  # gᵀd
     decrease: float  # m(0) − m(d), which the local model promises
-    trouble: str  # why d is not to be used, or ""
-    record: dict  # for the log; "work" in gradients of the batch
+    trouble: str  # why d must not be used, or ""
+    record: dict  # for the log; "work" is in gradients of the batch
 
 
 class GaussNewton:
     """Gauss-Newton steps for any nn.Module whose forward(inputs) gives logits (..., classes).
 
     solver         what minimises the local model; None: ConjugateGradients(model, **settings)
-    parts          partition of the parameters as a list of lists of them (layerwise: curvature across parts
-                   is dropped, each part has a local model of its own); None: one part, full Gauss-Newton
-    line_search    one of LINE_SEARCHES, on the last rows of the batch, a share SEARCH_FRAC of them, unless
-                   step() is given others (in a large batch no Newton step has any of them)
+    parts          partition of the parameters, a list of lists of them. Each part has a local model of its
+                   own (layerwise), without the curvature across parts; None: one part, full Gauss-Newton
+    line_search    one of LINE_SEARCHES; it takes the loss of the batch's last rows, unless step() is given
+                   other data (in a large batch no Newton step has any of these rows)
     micro_batch    rows worked on at a time; None: all at once
-    progress       called as progress(what) or progress("cg", done, total) inside long steps
+    progress       called inside long steps, as progress(what) or progress(what, done, total)
     """
 
     def __init__(
@@ -110,84 +110,85 @@ class GaussNewton:
         self.line_search = line_search
         self.micro_batch = micro_batch
         self.progress = self.solver.progress = progress or no_progress
-        self.rejections = 0  # in a row
 
     @torch.inference_mode(False)
-    def step(self, idx, targets, search=None):
-        """One outer step on a batch, inputs (B, ...) and int64 classes (B, ...); returns its record, a flat
+    def step(self, inputs, targets, search=None):
+        """One outer step on a batch: inputs (B, ...) and int64 classes (B, ...). Returns its record, a flat
         dict.
 
-        search    (idx, targets) of other data for the line search; default: the batch's last rows.
-        Rows must be in random order: some stand for all, in the search, in Newton steps and for K-FAC.
-        A loss, gradient or product that is not finite, an indefinite product, or a search without a decrease
-        rejects the step: parameters stay bitwise as they were, and record["reason"] says why ("" when all
-        went well). Inside torch.autocast the model's forward alone has its dtype, the solver keeps float32.
+        search    (inputs, targets), other data for the line search; default: the batch's last rows.
+
+        Rows must be in random order: some stand for all in the search, in Newton steps and for K-FAC. The
+        step is rejected for a loss, gradient or product that is not finite, for an indefinite product, and
+        for a search without a decrease. Then the parameters stay bitwise as they were, and record["reason"]
+        says why; it is "" for an accepted step. torch.autocast outside works on the model's forward alone.
         """
         self._check_parameters()
-        batch = idx, targets, *(search or ())  # tensors of inference mode have no derivatives, copies do
-        idx, targets, *search = (t.clone() if t.is_inference() else t for t in batch)
-        targets, n = check_targets(idx, targets)
-        idx, targets = counted_rows(idx, targets)
+        batch = inputs, targets, *(search or ())  # tensors of inference mode have no derivatives; copies do
+        inputs, targets, *search = (t.clone() if t.is_inference() else t for t in batch)
+        targets, n_targets = check_targets(inputs, targets)
+        inputs, targets = counted_rows(inputs, targets)
         theta = [p.detach().clone() for p in self.params]
-        rows = some_rows(len(idx), n, SEARCH_FRAC)
-        x, y = search or (idx[-rows:], targets[-rows:])
+        rows = subset_rows(len(inputs), n_targets, SEARCH_FRAC)
+        x, y = search or (inputs[-rows:], targets[-rows:])
         accepted = False
+
+        def move(alpha):
+            d = unflatten(found.direction, self.params)
+            assign(self.params, [t + alpha * v for t, v in zip(theta, d)])
+
+        def loss_at(alpha):
+            self.progress("line search")
+            record["work"] += y.numel() / targets.numel() / 3
+            move(alpha)
+            return batch_loss(self.model, x, y, self.micro_batch)
+
         try:
             with full_precision(self.model):
-                found = self.solver.solve(self.parts, idx, targets)
+                found = self.solver.solve(self.parts, inputs, targets)
                 refuse_writing(self.model, theta)
-                record = {"alpha": 0.0, "rho": None, **found.record, "loss": found.loss}
-                cost = y.numel() / targets.numel() / 3
-                reason = found.trouble or self._search(theta, found, x, y, cost, record)
-            accepted = reason == ""
+                record = {"alpha": 0.0, "rho": None, **found.record}
+                record.update(loss=found.loss, reason=found.trouble)
+                if not found.trouble:
+                    record.update(self._search(found, loss_at))
+            if not record["reason"]:
+                move(record["alpha"])
+                accepted = True
         finally:
             if not accepted:  # rejected or interrupted: θ is as it was
                 assign(self.params, theta)
                 self.solver.forget()
         self.solver.adapt(record["rho"], record["alpha"])
-        self.rejections = 0 if accepted else self.rejections + 1
-        return {**record, "accepted": accepted, "reason": reason}
+        return {**record, "accepted": accepted}
 
     def least_rows(self, rows, n_targets):
         """Of a batch: the fewest rows that processes divide among them in a step."""
-        return min(some_rows(rows, n_targets, SEARCH_FRAC), self.solver.least_rows(rows, n_targets))
+        return min(subset_rows(rows, n_targets, SEARCH_FRAC), self.solver.least_rows(rows, n_targets))
 
-    def _search(self, theta, found, x, y, cost, record):
-        """θ ← θ + αd for the best α found on x, y, each for the work `cost`; returns "", or why there is
-        none."""
+    def _search(self, found, loss_at):
+        """Fields of the record: a reason to reject the step, or the α to take and what it brings.
+        loss_at: α -> the loss at θ + αd."""
         slope = found.slope
-        d = unflatten(found.direction, self.params)
         if not slope < 0:
-            return f"no descent direction (slope {slope:.1e})"
-
-        def move(alpha):
-            assign(self.params, [t + alpha * v for t, v in zip(theta, d)])
-
-        def loss_at(alpha):
-            self.progress("line search")
-            move(alpha)
-            record["work"] += cost
-            return batch_loss(self.model, x, y, self.micro_batch)
-
+            return {"reason": f"no descent direction (slope {slope:.1e})"}
         loss0 = loss_at(0.0)
         alpha, loss, tries, reason = line_search(loss_at, loss0, slope, self.line_search)
         if alpha == 0:
-            return f"line search: {reason}"
+            return {"reason": f"line search: {reason}"}
         change = loss - loss0
-        # The model along d, a parabola with its slope at 0 and its value at 1; exact for GN by CG.
+        # The local model along d as a parabola, by its slope at 0 and its value at 1. For GN it is one.
         predicted = alpha * slope + alpha**2 * (-found.decrease - slope)
         if self.line_search != "none" and change > 1e-4 * predicted:
             # the rounding of a huge loss can look like a small decrease
-            return f"the loss fell by {-change:.1e} where the model promised {-predicted:.1e}"
-        move(alpha)
-        record.update(
-            alpha=alpha,
-            search_tries=tries,
-            predicted=predicted,
-            actual=change,
-            rho=change / predicted if predicted < 0 else 0.0,
-        )
-        return ""
+            return {"reason": f"the loss fell by {-change:.1e} where the model promised {-predicted:.1e}"}
+        return {
+            "reason": "",
+            "alpha": alpha,
+            "search_tries": tries,
+            "predicted": predicted,
+            "actual": change,
+            "rho": change / predicted if predicted < 0 else 0.0,
+        }
 
     def _indices(self, parts):
         index = {p: i for i, p in enumerate(self.params)}
@@ -208,18 +209,17 @@ class GaussNewton:
             )
 
     def state_dict(self):
-        """Everything that the next step depends on beside the parameters, in tensors and plain types."""
-        return {"solver": self.solver.state_dict(), "rejections": self.rejections}
+        """All that the next step depends on, beside the parameters; tensors and plain types."""
+        return self.solver.state_dict()
 
     def load_state_dict(self, state):
-        self.solver.load_state_dict(state["solver"])
-        self.rejections = state["rejections"]
+        self.solver.load_state_dict(state)
 
 
-def some_rows(rows, n, frac, least=32):
-    """How many of a batch's rows, with n targets that count, stand for all: a share of them, enough to hold
-    `least` such targets where all rows hold alike, and at most all."""
-    enough = math.ceil(least * rows / n)
+def subset_rows(rows, n_targets, frac, least=32):
+    """How many of a batch's rows stand for all of them: the share `frac`, but enough to hold `least` of the
+    n_targets targets that count, if each row holds as many."""
+    enough = math.ceil(least * rows / n_targets)
     return min(rows, max(enough, int(frac * rows)))
 
 
@@ -233,41 +233,44 @@ def no_progress(what, done=0, total=0):
 
 @dataclass
 class Newton:
-    """Where Newton's method stands that minimises one part's local model."""
+    """Where ConjugateGradients stands with one part, in its letters."""
 
-    part: list  # indices of its parameters
-    g: torch.Tensor  # the whole batch's slope at d = 0
+    part: list  # indices of the part's parameters
     d: torch.Tensor
     damping: float  # λ
-    delta: torch.Tensor = None  # δ, the last Newton step: judged, then taken, by the next one
-    decrease: float = 0.0  # m(0) − m(d + δ)
+    delta: torch.Tensor = None  # δ, not yet in d
+    decrease: float = 0.0  # m_k(0) − m_k(d + δ)
 
 
 @dataclass(eq=False)
 class ConjugateGradients:
-    """Hessian-free optimization: minimise the local model m over each part's d, the other parts at rest.
+    """Hessian-free optimization: minimise the local model over each part's d, the other parts at rest.
 
-    Martens (2010) linearises a batch, and solves one damped system by conjugate gradients. Here d is the sum
-    of several such solutions, Newton steps δ. Each is made on rows of its own, linearised for it alone. In
-    Newton step k, with the local model m_k, the slope g_k and the loss L of its rows, and g the slope of the
-    whole batch:
+    Martens (2010) solves one damped system by conjugate gradients. Here d is a sum of Newton steps δ. Each
+    solves a system of its own, made from one slice of the batch. Let L be the loss of slice k, g_k the
+    gradient of L, and g the gradient of the whole batch. Linearised, the slice has the local model
 
-        judge      t ← argmin m_k(d + tδ) over LENGTHS            the last δ, by rows that did not make it
-                   d ← d + tδ
-                   λ ← LOWER λ where t = 1, else λ / t, at most 4 λ
-        solve      δ ← −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)                 by preconditioned conjugate gradients
+        m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd        prox-linear
+                 gᵀd + ½ dᵀG d                          GN
 
-        m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd   (prox-linear)
-                 gᵀd + ½ dᵀG d                     (GN)
+    The correction g − g_k gives this model of few rows the slope of all rows at d = 0 (it is a control
+    variate). A slice first judges the δ of the slice before, then makes its own. M and K are told below:
 
-    The correction g − g_k, a control variate, gives the model of few rows the slope of all. The first Newton
-    step has no δ to judge, and starts from d = MOMENTUM times the last outer step. The last δ is added whole:
-    the line search judges it along with d, and changes λ once more (levenberg_marquardt).
+        judge    t ← argmin m_k(d + tδ) over t in LENGTHS
+                 λ ← LOWER λ where t = 1, else λ / t, at most 4 λ
+                 d ← d + tδ
+        solve    δ ← −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)         by conjugate gradients, preconditioned by P = K + λM
 
-    K is K-FAC's matrix, from the batch's own labels, and K + λM the preconditioner. M = s^(1 − POWER) K^POWER
-    holds directions of large curvature back, since along them the linearisation fails first, and gives λ no
-    unit; s is the geometric mean of K's mean eigenvalue and the weight's own. (`metric` adds floors, so that
-    M is not singular.)
+    So t is how much of δ suits rows that did not make it. λ is Martens' damping. He adapts it by ρ, a ratio
+    of two decreases; here it falls where δ was taken whole, and grows where δ was cut. The first slice has no
+    δ to judge, and starts from d = MOMENTUM times the last outer step. The last δ is added to d whole. The
+    line search judges the sum, and changes λ once more (levenberg_marquardt). With several parts each has its
+    own λ within an outer step; the next one starts from their geometric mean.
+
+    K is K-FAC's matrix, made with the batch's own labels. The metric M = s^(1 − POWER) K^POWER stands where
+    Martens has the identity. It holds back directions of large curvature, along which the linearisation fails
+    first. s is the geometric mean of K's mean eigenvalue and the weight's own; it has K's unit, so that λ has
+    none. (`metric` adds floors, so that M is not singular.)
     """
 
     LENGTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -278,12 +281,12 @@ class ConjugateGradients:
 
     model: nn.Module
     local_model: str = "prox_linear"  # the loss itself on the linearised network; "gn": to second order in z
-    newton_steps: int = 8  # in an outer step; fewer on a batch that has no 32 targets for each
-    cg_iters: int = 4  # conjugate-gradient iterations of each, at most
-    damping: float = 3.0  # λ at the start; with K-FAC it has no unit
-    precond: str = "kfac"  # K preconditions, with M as above; "none": nothing does, and M = I
-    curvature_frac: float = 0.25  # share of the batch's rows that the Newton steps divide among them
-    micro_batch: int = None  # rows worked on at a time; None: those of a Newton step
+    newton_steps: int = 8  # slices in an outer step; fewer on a batch that has no 32 targets for each
+    cg_iters: int = 4  # conjugate-gradient iterations of a Newton step, at most
+    damping: float = 3.0  # λ at the start
+    precond: str = "kfac"  # as above; "none": no preconditioner, and M = I
+    curvature_frac: float = 0.25  # share of the batch's rows that the slices have together
+    micro_batch: int = None  # rows worked on at a time; None: those of a slice
 
     def __post_init__(self):
         check_choice("local_model", self.local_model, ("gn", "prox_linear"))
@@ -294,37 +297,41 @@ class ConjugateGradients:
         self.params = trainable(self.model)
         self.kfac = KFAC(self.model, batch_labels=True) if self.precond == "kfac" else None
         self.prox_linear = self.local_model == "prox_linear"
-        self.keep_rows = None  # found in the first step, since torch keeps the memory that it frees
+        self.keep_rows = None  # found in the first step: later torch holds on to memory that it has freed
         self.progress = no_progress
-        self.scale = 1.0  # mean eigenvalue of K
+        self.mean_eigenvalue = 1.0  # of K
         self.direction = None  # of the last outer step, at the length that was taken
 
-    def solve(self, parts, idx, targets):
-        check_model(self.model, idx, targets, twice=True)
-        n = (targets != IGNORED).sum().item()
+    def solve(self, parts, inputs, targets):
+        check_model(self.model, inputs, targets, twice=True)
+        n_targets = (targets != IGNORED).sum().item()
         self.progress("gradient")
-        loss, grad = batch_grad(self.model, idx, targets, self.micro_batch)
+        loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
         record = {"work": 1.0, "grad_norm": grad.norm().item(), "products": 0}
-        if not (math.isfinite(loss) and math.isfinite(record["grad_norm"])):
+        if not math.isfinite(loss + record["grad_norm"]):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
-            self._precondition(idx, targets, n, torch.ones_like(grad), record)
-        states = [self._start(part, grad) for part in parts]
-        solves = []  # (iterations, reason) of each Newton step of each part
-        rows = self.least_rows(len(idx), n)
-        steps = min(self.newton_steps, len(idx) // rows)
+            self._precondition(inputs, targets, n_targets, torch.ones_like(grad), record)
+        start = torch.zeros_like(grad)
+        if self.direction is not None:
+            start = self.MOMENTUM * self.direction.to(grad)  # a checkpoint's is on the CPU
+        states = [Newton(part, select(start, self.params, part), self.damping) for part in parts]
+        del start  # a vector less in all that follows
+        solves = []  # (iterations, reason) of each slice and part
+        rows = self.least_rows(len(inputs), n_targets)
+        steps = min(self.newton_steps, len(inputs) // rows)
         if self.keep_rows is None:
-            self.keep_rows = self._rows_that_fit(idx, targets, rows)
-        products = len(parts) * self.cg_iters  # of a Newton step, at most
-        for k, (x, y) in enumerate(pieces(idx[: rows * steps], targets[: rows * steps], rows)):
+            self.keep_rows = self._rows_that_fit(inputs, targets, rows)
+        products = len(parts) * self.cg_iters  # of a slice, at most
+        for k, (x, y) in zip(range(steps), pieces(inputs, targets, rows)):
             self.progress("linearise", k, steps)
             ggn = GGN(self.model, x, y, self.micro_batch, self.keep_rows)
             for s in states:
-                solves.append(self._newton_step(s, ggn, k * products, steps * products))
+                solves.append(self._newton_step(s, grad, ggn, k * products, steps * products))
             record["products"] += ggn.products
-            record["work"] += ggn.work * rows / len(idx)
-            del ggn  # before the next one is made: the memory is one Newton step's
-        d = self.direction = torch.zeros_like(grad)  # of all parts together
+            record["work"] += ggn.work * rows / len(inputs)
+            del ggn  # before the next one is made: memory holds one slice
+        d = self.direction = torch.zeros_like(grad)  # of all parts
         views = unflatten(d, self.params)
         for s in states:
             own = [views[i] for i in s.part]
@@ -344,13 +351,13 @@ class ConjugateGradients:
 
     def least_rows(self, rows, n_targets):
         """Those of a Newton step."""
-        return some_rows(rows, n_targets, self.curvature_frac / self.newton_steps)
+        return subset_rows(rows, n_targets, self.curvature_frac / self.newton_steps)
 
-    def _rows_that_fit(self, idx, targets, rows):
-        """How many rows' graphs three eighths of the free memory hold; with a piece of an eighth it is half.
-        Raises MemoryError where all of it does not hold a piece."""
-        free = free_memory(idx.device)
-        each = row_bytes(self.model, idx, targets)
+    def _rows_that_fit(self, inputs, targets, rows):
+        """How many rows' graphs three eighths of the free memory hold. (Another eighth is for the piece that
+        is worked on.) Raises MemoryError where the free memory does not hold a piece."""
+        free = free_memory(inputs.device)
+        each = row_bytes(self.model, inputs, targets)
         needed = each * min(self.micro_batch or rows, rows)
         if needed > free:
             raise MemoryError(
@@ -359,18 +366,12 @@ class ConjugateGradients:
             )
         return int(3 / 8 * free / each)
 
-    def _start(self, part, grad):
-        """A part before its first Newton step."""
-        g = select(grad, self.params, part)
-        d = torch.zeros_like(g)
-        if self.direction is not None:
-            d = self.MOMENTUM * select(self.direction, self.params, part)
-        return Newton(part, g, d, self.damping)
+    def _newton_step(self, s, grad, ggn, done, total):
+        """A slice's work for one part: judge the last δ, and make the next.
 
-    def _newton_step(self, s, ggn, done, total):
-        """One Newton step of a part on rows of its own: they judge the last one, and make the next. Returns
-        how many iterations CG made, and its reason."""
-        correction = s.g - select(ggn.grad, self.params, s.part)
+        grad: of the whole batch. done, total: CG's iterations, for progress. Returns how many iterations CG
+        made, and why it ended."""
+        correction = select(grad - ggn.grad, self.params, s.part)
         if s.delta is not None:
             slope = correction.dot(s.delta).item()
             t = ggn.best_length(s.d, s.delta, self.LENGTHS, slope, s.part, self.prox_linear)
@@ -385,25 +386,25 @@ class ConjugateGradients:
         precond = self._preconditioner(s.damping, s.part)
         found = cg(matvec, -(gradient + correction), precond, self.cg_iters)
         s.delta = found.x
-        # m(0) − m(d + δ): what m is at d, and what the system promises, its damping left out
+        # m_k(0) − m_k(d + δ): from 0 to d exactly, from d to d + δ as the system promises, without damping
         damped = 0.5 * s.damping * s.delta.dot(self._damp(s.delta, s.part)).item()
         s.decrease = damped - found.values[-1] - change - correction.dot(s.d).item()
         return found.iterations, found.reason
 
-    def _precondition(self, idx, targets, n, ones, record):
-        """K-FAC factors from as many rows as a Newton step has, but KFAC_TARGETS targets at least."""
+    def _precondition(self, inputs, targets, n_targets, ones, record):
+        """K-FAC's factors, from as many rows as a slice has, but at least KFAC_TARGETS targets."""
         self.progress("kfac")
-        rows = some_rows(len(idx), n, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
-        signs = torch.Generator(device=idx.device).manual_seed(0)
-        self.kfac.update(idx[:rows], targets[:rows], self.micro_batch, signs)
+        rows = subset_rows(len(inputs), n_targets, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
+        signs = torch.Generator(device=inputs.device).manual_seed(0)
+        self.kfac.update(inputs[:rows], targets[:rows], self.micro_batch, signs)
         self.kfac.decompose()
-        self.scale = self.kfac.apply(ones, lambda S: S.mean().expand_as(S)).mean().item() + 1e-30
+        self.mean_eigenvalue = self.kfac.apply(ones, lambda S: S.mean().expand_as(S)).mean().item() + 1e-30
         record["repaired"] = self.kfac.repaired or None
-        record["work"] += 2 / 3 * rows / len(idx)  # a forward, and a backward for the activations alone
+        record["work"] += 2 / 3 * rows / len(inputs)  # a forward, and a backward for the activations alone
 
     def metric(self, S):
-        """K-FAC's eigenvalues -> those of M; kept away from 0 where S is: tokens never seen."""
-        s = (self.scale * (S.mean() + 1e-6 * self.scale)).sqrt()
+        """K-FAC's eigenvalues S -> those of M; kept away from 0 where S is 0: tokens never seen."""
+        s = (self.mean_eigenvalue * (S.mean() + 1e-6 * self.mean_eigenvalue)).sqrt()
         return s ** (1 - self.POWER) * (S + 0.01 * s) ** self.POWER
 
     def _damp(self, v, part):
@@ -415,13 +416,13 @@ class ConjugateGradients:
             return lambda v: self.kfac.apply(v, lambda S: 1 / (S + damping * self.metric(S)), part)
 
     def adapt(self, rho, alpha):
-        """After a step; alpha 0: it was rejected."""
+        """After a step of αd; α = 0: it was rejected."""
         self.damping = levenberg_marquardt(self.damping, rho, alpha)
         if alpha:
             self.direction = alpha * self.direction
 
     def forget(self):
-        """After a step that was not taken: the next one does not start from it."""
+        """After a step that was not taken: the next one starts from d = 0."""
         self.direction = None
 
     def state_dict(self):
@@ -430,8 +431,6 @@ class ConjugateGradients:
     def load_state_dict(self, state):
         self.damping = state["damping"]
         self.direction = state["direction"]
-        if self.direction is not None:
-            self.direction = self.direction.to(self.params[0].device)
 
 
 def check_choice(name, value, choices):
@@ -449,24 +448,24 @@ def check_positive(settings, *names):
 @dataclass(eq=False)
 class InnerSolver:
     """Minimise the local model by an optimizer that streams over the batch, one inner step per micro-batch
-    (paper, Algorithm 1; there in one pass).
+    (paper, Algorithm 1; there in one pass). v is the paper's letter for the displacement d.
 
-        v ← (1 − α) v           what the last outer step left;  0 at first, and after a rejected one
-        per micro-batch, with its own J, u = ∂L/∂z and H:
-        GN            ∇ = Jᵀ(u + H J v)
-        prox-linear   ∇ = Jᵀ ∂L/∂z(z + J v)
-        v ← (1 − η λ) v         the optimizer's weight decay, of matrices only;  η: its rate
-        v ← optimizer(v, ∇)     ∇ clipped in norm for each part
+        v ← (1 − α) v           what the last outer step left of it; 0 at first, and after a rejected step
+        for each micro-batch, with its own J, u = ∂L/∂z and H:
+            ∇ = Jᵀ(u + H J v)             GN
+                Jᵀ ∂L/∂z(z + J v)         prox-linear
+            v ← (1 − η λ) v               the optimizer's weight decay, of matrices only; η: its rate
+            v ← optimizer(v, ∇)           ∇ clipped in norm for each part
 
-    λ, a damping, keeps v near 0 where micro-batches do not agree and its entries below some 1 / λ where they
-    do. (adam and sgd have no such decay: λ v is added to ∇.)
+    The damping λ keeps v near 0 where micro-batches do not agree. Where they do it keeps entries of v below
+    about 1 / λ. (adam and sgd have no such decay: λ v is added to ∇.)
 
-    J v is a difference of logits (see expand_once), so that the model's graph must differentiate what the
-    model computes: no straight-through estimators, no stopped gradients, no jumps (a top-k router's make
-    J v huge for the tokens that change experts).
+    J v is a difference of logits (see local_model_once). So the model's backward must be the derivative of
+    its forward: no straight-through estimators, no stopped gradients, no jumps. (A top-k router's jumps make
+    J v huge for the tokens that change experts.)
 
-    Slope gᵀv and decrease m(0) − m(v) are means over the last sixteenth of the batch in the last pass, each
-    at the v that its micro-batch began with: on data that v has been fitted to in the passes before, if any.
+    Slope gᵀv and decrease m(0) − m(v) are means over the last sixteenth of the batch in the last pass. Each
+    micro-batch gives them at its first v, before its own inner step; earlier passes have fitted v to it.
     """
 
     CLIP = 1.0  # the paper's
@@ -480,10 +479,10 @@ class InnerSolver:
     muon_scale: str = None  # see make_optimizer
     damping: float = 0.0  # λ
     local_model: str = "prox_linear"  # or "gn"
-    schedule: str = "constant_with_inner_cosine"  # of lr, with the next two: see inner_schedule
+    schedule: str = "constant_with_inner_cosine"  # of lr, with warmup and outer_steps: see inner_schedule
     warmup: int = 0
     outer_steps: int = 100
-    reset: bool = False  # start every outer step at v = 0 with fresh moments, not with the old ones
+    reset: bool = False  # start every outer step at v = 0, and the moments at 0
     compile: bool = False  # what is done per micro-batch; eager, with a warning, where that fails
 
     def __post_init__(self):
@@ -501,25 +500,25 @@ class InnerSolver:
         self.outer = 0
         self.forget()
 
-    def solve(self, parts, idx, targets):
-        check_model(self.model, idx, targets, twice=False)
-        self.eps = working_eps(self.model, idx, targets)
-        batches = pieces(idx, targets, self.rows)
+    def solve(self, parts, inputs, targets):
+        check_model(self.model, inputs, targets, twice=False)
+        self.eps = working_eps(self.model, inputs, targets)
+        batches = pieces(inputs, targets, self.rows)
         passes = max(self.passes, 3 - len(batches))  # the first inner step, where v is 0, has no slope
         counts = [(y != IGNORED).sum().item() for _, y in batches] * passes
         late = len(counts) - math.ceil(len(batches) / 16)
         batches *= passes
         if self.reset:
             self.forget()
-        n = sum(counts)
+        n_targets = sum(counts)
         n_late = sum(counts[late:])
         loss = 0.0
         change = 0.0
         slope = 0.0
         for k, (x, y) in enumerate(batches):
             self.progress("inner", k, len(batches))
-            L, m, gv, *gradient = self._expand(x, y, parts)
-            loss += L * (counts[k] / n)
+            L, m, gv, *gradient = self._local_model(x, y, parts)
+            loss += L * (counts[k] / n_targets)
             if k >= late:
                 change += m * (counts[k] / n_late)
                 slope += gv * (counts[k] / n_late)
@@ -527,7 +526,7 @@ class InnerSolver:
         self.outer += 1
         loss, change, slope = map(float, (loss, change, slope))
         trouble = "" if math.isfinite(loss + change + slope) else "loss or local model not finite"
-        # A forward, a J v for each part, and their backward passes: by expand_once
+        # local_model_once: a forward, and for each part a J v and a backward
         work = (1 + len(parts)) / 3 + sum(backward_work(self.params, part) for part in parts)
         record = {"work": passes * work, "inner_steps": len(batches)}
         return Solution(loss, flatten(self.v).detach(), slope, -change, trouble, record)
@@ -548,30 +547,30 @@ class InnerSolver:
             group["lr"] = self.lr * factor
         self.optimizer.step()
 
-    def _expand(self, x, y, parts):
-        """expand_once for a micro-batch, all processes' rows of it."""
-        n = (y != IGNORED).sum()
+    def _local_model(self, x, y, parts):
+        """local_model_once for a micro-batch, summed over the processes, which share its rows."""
+        n_targets = (y != IGNORED).sum()
         x, y = local_rows(x, y)
         theta = [p.detach() for p in self.params]
         v = [t.detach() for t in self.v]
-        function = partial(expand_once, self.model, parts, self.prox_linear, self.eps)
+        function = partial(local_model_once, self.model, parts, self.prox_linear, self.eps)
         modes = tuple(m.training for m in self.model.modules())
         key = x.shape, self.eps, str(parts), modes
         if self.compile and key not in self.programs:
-            anywhere = [p.clone() for p in theta]  # v may be 0, where J v would tell nothing
+            anywhere = [p.clone() for p in theta]  # not v, which may be 0: the check would see no J v
             tolerance = self.eps**0.25  # two differences of logits are some √eps apart
-            self.programs[key] = compiled_or_eager(function, tolerance, theta, x, y, anywhere, n)
-        return sum_over_processes(*self.programs.get(key, function)(theta, x, y, v, n))
+            self.programs[key] = compiled_or_eager(function, tolerance, theta, x, y, anywhere, n_targets)
+        return sum_over_processes(*self.programs.get(key, function)(theta, x, y, v, n_targets))
 
     def adapt(self, rho, alpha):
-        """After a step by αv: what is left of v."""
+        """After a step of αv: v is what is left of it."""
         assign(self.v, [(1 - alpha) * v for v in self.v])
 
     @torch.inference_mode(False)
     def forget(self):
-        """The next solve starts at v = 0 with fresh moments."""
+        """The next solve starts at v = 0, and the moments at 0."""
         self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
-        with placed(self.model, self.v):
+        with swapped_parameters(self.model, self.v):
             self.optimizer = make_optimizer(
                 self.name,
                 self.model,
@@ -585,7 +584,7 @@ class InnerSolver:
         return {
             "v": [v.detach() for v in self.v],
             "optimizer": self.optimizer.state_dict(),
-            "damping": self.damping,  # which that has too
+            "damping": self.damping,  # for the optimizer that `forget` makes
             "outer": self.outer,
         }
 
@@ -599,20 +598,21 @@ class InnerSolver:
 SCHEDULES = ("constant_with_inner_cosine", "cosine_with_global_schedule", "global_cosine")
 
 
-def inner_schedule(kind, outer, outer_steps, k, n, warmup=0):
-    """Factor of the inner rate at inner step k of n in outer step `outer` (all counted from 0).
+def inner_schedule(kind, outer, outer_steps, k, steps, warmup=0):
+    """Factor of the inner rate in inner step k, one of `steps`, in outer step `outer` (counted from 0).
 
     global_cosine                  one cosine over all inner steps of all outer steps
     cosine_with_global_schedule    a cosine inside each outer step, whose peaks follow a cosine over the outer
                                    steps
     constant_with_inner_cosine     a cosine inside each outer step, constant peaks
-    The first `warmup` inner steps of the run are scaled by (steps done + 1) / warmup.
+
+    The first `warmup` inner steps of the run are scaled by (inner steps done + 1) / warmup.
     """
-    done = outer * n + k
+    done = outer * steps + k
     factor = {
-        "global_cosine": cosine(done / (outer_steps * n)),
-        "cosine_with_global_schedule": cosine(outer / outer_steps) * cosine(k / n),
-        "constant_with_inner_cosine": cosine(k / n),
+        "global_cosine": cosine(done / (outer_steps * steps)),
+        "cosine_with_global_schedule": cosine(outer / outer_steps) * cosine(k / steps),
+        "constant_with_inner_cosine": cosine(k / steps),
     }[kind]
     return factor * (min(1.0, (done + 1) / warmup) if warmup else 1.0)
 
@@ -633,11 +633,10 @@ def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
     − bᵀx.
 
     precond   v -> P⁻¹v, P ≈ A symmetric positive definite
-    rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; below machine epsilon: at that, which is all that the numbers
-              resolve
+    rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; machine epsilon where rtol is less, since numbers resolve no more
 
-    From x = 0. Trouble is a `reason`, not an exception: on "indefinite" (pᵀAp <= 0, or a preconditioner that
-    is not positive) or "nonfinite" x is the last good iterate.
+    From x = 0. Trouble is a `reason`, not an exception: on "indefinite" (pᵀAp <= 0, or rᵀP⁻¹r <= 0) and
+    "nonfinite" x is the last good iterate.
     """
     x = torch.zeros_like(b)
     r = b.clone()
@@ -685,12 +684,12 @@ def line_search(loss_at, loss0, slope, kind="armijo"):
     """Choose α among 2^(−i/2), i = 0, 1, ..., or 0.
 
     loss_at   α -> loss;   loss0 = loss_at(0);   slope = gᵀd < 0
-    armijo    the first α with loss <= loss0 + 0.01 α slope, then on while the loss still falls: a loss that
-              is not quadratic often has a better α right behind the first acceptable one
-    grid      the best of ten candidates (the paper's for 150M and layerwise; it has no α = 0, no rejection)
+    armijo    the first α with loss <= loss0 + 0.01 α slope, then on while the loss still falls: often the
+              next α is better, since the loss is no parabola
+    grid      the best of ten candidates (the paper's for 150M and layerwise; there it never rejects a step)
     grid5     the best of five (the paper's for 45M)
     none      α = 1 if its loss is finite
-    A loss that is not finite counts as infinite.
+    A loss that is not finite is no candidate.
     """
     check_choice("line_search", kind, LINE_SEARCHES)
     best = (0.0, loss0)
@@ -716,11 +715,11 @@ def bounded(damping):
 
 
 def levenberg_marquardt(damping, rho, alpha):
-    """The next λ. ρ is the actual over the predicted decrease of the step that was taken: near 1 the model
-    was right, and is trusted further. α is 1, 0.71, 0.5, ... or 0, which is a rejected step.
+    """The next λ. ρ is the actual over the predicted decrease of the step that was taken. Where it is near 1
+    the model was right, and is trusted further. α is 1, 0.71, 0.5, ... or 0, which is a rejected step.
 
-    λ / α       for α < 0.4, at most 16 λ: a step that was cut so short can have ρ near 1 while the model was
-                far off at the length that it asked for
+    λ / α       for α < 0.4, at most 16 λ. So short a step can have ρ near 1 although the model was far off
+                at α = 1
     2 λ         else for ρ < 1/4
     0.4 λ       for ρ > 3/4 and α = 1
     Martens (2010, section 4.1) has factors 3/2 and 2/3, made for hundreds of steps; here a run has tens.
@@ -739,36 +738,38 @@ def levenberg_marquardt(damping, rho, alpha):
 
 
 class GGN:
-    """One batch linearised at the model's current parameters: `loss`, `grad`, and `matvec(v)` = JᵀHJ v, where
-    H is the loss's Hessian at the logits, or at those that `move_to` has moved it to.
+    """One batch linearised at the model's current parameters: `loss`, `grad`, and `matvec(v)` = JᵀHJ v. H is
+    the loss's Hessian at the model's logits, or at those to which `move_to` has moved it.
 
-    idx, targets   inputs (B, ...) and int64 classes (B, ...), as the model takes them; logits are (B, ..., V)
+    inputs         (B, ...), as the model takes them; its logits are (B, ..., V)
+    targets        (B, ...), int64 classes; those of -100 are left out
     micro_batch    rows worked on at a time; None: all at once. The result does not depend on it
-    keep_rows      of so many rows (None: of all) pieces keep their graphs, so that a product repeats no
-                   forward; the others are linearised anew at each product, in memory that does not grow with
-                   the batch
+    keep_rows      rows whose graphs are kept (None: all), so that a product repeats no forward. The others
+                   are linearised anew at each product, in memory that does not grow with the batch
 
-    loss           mean cross-entropy in nats per token, a float; targets of -100 are left out
-    grad           its gradient (P,), parameters flattened in the order of model.parameters(), tied ones once
-    products, work   products made, and all work so far in gradients of this batch, by matrix multiplications:
-                     a gradient has 3 per weight, a product 4, with a block alone 4 for its own weights and 2
-                     for those behind it
+    loss           mean cross-entropy in nats per token, a float
+    grad           its gradient (P,): parameters flattened in the order of model.parameters(), tied ones once
+    products       how many were made
+    work           all so far, in gradients of this batch, by matrix multiplications: a gradient has 3 per
+                   weight, a product 4. A product with a block has 4 per weight of its own and 2 per weight
+                   between them and the logits
 
-    With several processes idx and targets are the whole batch on each; each works on its share, and sums are
-    reduced. The parameters must not change while the object is in use. Raises ValueError for a model or batch
-    that it cannot work with. Double backward (`create_graph`) instead of torch.func: the graph of the
-    gradient is the graph of J's transpose, and it is reused by every product: 1.3 gradients each, where jvp +
-    vjp take 2.3.
+    With several processes inputs and targets are the whole batch on each; each works on its share, and sums
+    are reduced. The parameters must not change while the object is in use. Raises ValueError for a model or
+    batch that it cannot work with.
+
+    Products are by double backward (`create_graph`), not by torch.func. The graph of the gradient is the
+    graph of Jᵀ, and all products use it: 1.3 gradients each, where torch.func's jvp and vjp take 2.3.
     """
 
-    def __init__(self, model, idx, targets, micro_batch=None, keep_rows=None):
-        targets, self.n = check_targets(idx, targets)
+    def __init__(self, model, inputs, targets, micro_batch=None, keep_rows=None):
+        targets, self.n_targets = check_targets(inputs, targets)
         self.model = model
         self.params = trainable(model)
-        self.data = pieces(*local_rows(idx, targets), micro_batch)
+        self.data = pieces(*local_rows(inputs, targets), micro_batch)
         self.cache = []
         self.offset = None  # (d, part): where H is, if not at z
-        self.shifts = []  # J d of the kept pieces, where it is known already
+        self.shifts = []  # J d of the kept pieces for the next move_to, where best_length has it
         self.products = 0
         self.work = 0.0
         self.loss = 0.0
@@ -776,8 +777,9 @@ class GGN:
         check_model(model, *self.data[0], twice=True)
         rows = 0
         for piece in self._pieces():
-            self.loss += cross_entropy_sum(piece.z.detach(), piece.y).item() / self.n
-            self.grad += piece.grad()
+            self.loss += cross_entropy_sum(piece.z0, piece.y).item() / self.n_targets
+            self.grad += flatten(piece.g).detach()
+            piece.g = [get_gradient_edge(t) for t in piece.g]  # products need its graph, not its values
             rows += len(piece.y)
             if keep_rows is None or rows <= keep_rows:
                 self.cache.append(piece)
@@ -785,7 +787,7 @@ class GGN:
 
     def matvec(self, v, part=None):
         """G v = JᵀHJ v, (P,) -> (P,). With `part`, a list of parameter indices, v and the result hold those
-        parameters alone: the product with G's diagonal block (layerwise Gauss-Newton)."""
+        parameters alone. That is the product with G's diagonal block (layerwise Gauss-Newton)."""
         part = part or range(len(self.params))
         out = 0.0
         for piece in self._pieces(self.offset):
@@ -796,7 +798,7 @@ class GGN:
         return sum_over_processes(out)[0]
 
     def best_length(self, d, delta, lengths, extra_slope, part, prox_linear):
-        """The t of `lengths` with the least m(d + tδ) + t extra_slope, m the local model (see local_change);
+        """The t of `lengths` with the least m(d + tδ) + t extra_slope, m the local model (see local_change).
         d and δ move the parameters in `part` alone."""
         self.work += 2 * backward_work(self.params, part)  # J d and J δ
         totals = [0.0] * len(lengths)  # of m
@@ -806,7 +808,7 @@ class GGN:
             Jdelta = piece.jvp(delta, part)
             for j, t in enumerate(lengths):
                 s = Jd + t * Jdelta
-                totals[j] += local_change(piece.z.detach(), s, piece.y, self.n, prox_linear, False)[0]
+                totals[j] += local_change(piece.z0, s, piece.y, self.n_targets, prox_linear, False)[0]
             if len(along) < len(self.cache):
                 along.append((Jd, Jdelta))
         _, t = min((sum_number(m.item()) + t * extra_slope, t) for m, t in zip(totals, lengths))
@@ -814,16 +816,15 @@ class GGN:
         return t
 
     def move_to(self, d, part, prox_linear):
-        """(m(d) − m(0), ∇m(d)), the gradient by the parameters in `part`, which alone d moves; after
-        best_length d is the one that was best. From now on matvec's H is the one at z + J d, for GN at z; J
-        stays."""
+        """(m(d) − m(0), ∇m(d)), for d and a gradient of the parameters in `part` alone. From now on matvec's
+        H is the one at z + J d, for GN at z; J stays. After best_length d must be d + tδ with the t found."""
         known = len(self.shifts) / len(self.data)
         self.work += (2 - known) * backward_work(self.params, part)
         change = 0.0
         gradient = 0.0
         for piece in self._pieces():
             s = self.shifts.pop(0) if self.shifts else piece.jvp(d, part)
-            m, w = local_change(piece.z.detach(), s, piece.y, self.n, prox_linear)
+            m, w = local_change(piece.z0, s, piece.y, self.n_targets, prox_linear)
             piece.set_hessian_at(s if prox_linear else 0.0)
             change += m.item()
             gradient += piece.vjp(w, part)
@@ -831,11 +832,11 @@ class GGN:
         return sum_number(change), sum_over_processes(gradient)[0]
 
     def _pieces(self, offset=None):
-        """The linearised pieces: first those that were kept, then the others, linearised one by one, and
-        moved by the offset."""
+        """The linearised pieces: first those that are kept, then the others, linearised one by one. These
+        have H at the offset, (d, part)."""
         yield from self.cache
         for x, y in self.data[len(self.cache) :]:
-            piece = Piece(self.model, self.params, x, y, self.n)
+            piece = Piece(self.model, self.params, x, y, self.n_targets)
             if offset:
                 piece.set_hessian_at(piece.jvp(*offset))
             self.work += (5 / 3 if offset else 1) / len(self.data)
@@ -846,28 +847,24 @@ class Piece:
     """One piece of the batch, linearised: z (..., V), probs = softmax(z), and by double backward
 
     vjp   Jᵀw, an ordinary backward of z
-    jvp   J v: the gradient g = Jᵀu with its graph is linear in u, so that differentiating gᵀv by u gives J v
+    jvp   J v, by the graph of the gradient g = Jᵀu: g is linear in u, so that the derivative of gᵀv by u is
+          J v. `g` holds tensors, or their edges in the graph
     """
 
-    def __init__(self, model, params, x, y, n):
+    def __init__(self, model, params, x, y, n_targets):
         self.params = params
         self.y = y
-        self.divisor = per_token(y, n)
+        self.divisor = per_token(y, n_targets)
         with differentiable_attention(), torch.enable_grad():
             self.z = logits(model, x, y)
-            self.probs = torch.softmax(self.z.detach(), dim=-1)
+            self.z0 = self.z.detach()
+            self.probs = torch.softmax(self.z0, dim=-1)
             self.u = cross_entropy_grad(self.probs, y, self.divisor).requires_grad_()
             self.g = derivative(self.z, params, self.u, create_graph=True)
 
     def set_hessian_at(self, s):
         """H is the one at z + s from now on."""
-        self.probs = torch.softmax(self.z.detach() + s, dim=-1)
-
-    def grad(self):
-        """g, once: of what is kept the graph is needed, the values are not."""
-        g = flatten(self.g).detach()
-        self.g = [get_gradient_edge(t) for t in self.g]
-        return g
+        self.probs = torch.softmax(self.z0 + s, dim=-1)
 
     def jvp(self, v, part):
         v = unflatten(v, [self.params[i] for i in part])
@@ -878,13 +875,13 @@ class Piece:
 
 
 def row_bytes(model, x, y):
-    """What it takes to keep one more row of a batch linearised."""
+    """Bytes that keep one more row of a batch linearised."""
     one, two = (graph_bytes(model, x[:rows], y[:rows]) for rows in (1, 2))
     return max(two - one, 1)
 
 
 def graph_bytes(model, x, y):
-    """What the graphs of a linearised piece keep: every storage that they save, once, and three of logits."""
+    """Bytes that a linearised piece keeps: each storage that its graphs save, once, and three of logits."""
     storages = {}
 
     def count(t):
@@ -898,20 +895,20 @@ def graph_bytes(model, x, y):
 
 
 @torch.no_grad()
-def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
-    """The local model of a micro-batch that is used once, at v, each of the parts with the others at rest.
-    theta, v: lists of tensors; sums over tokens are divided by n; eps: see working_eps.
+def local_model_once(model, parts, prox_linear, eps, theta, x, y, v, n_targets):
+    """The local model of a micro-batch at a single v: for each part a model of its own, the others at rest.
+    theta, v: lists of tensors; sums over tokens are divided by n_targets; eps: see working_eps.
 
         forward        z, with its graph                        1/3 of a gradient by matrix multiplications
         difference     J v ≈ (z(θ + hv) − z(θ)) / h             1/3, for each part
         backward       ∇m(v), see local_change                  2/3, for one part
 
-    4/3 in all for one part, where forward mode takes 5/3, GGN and its first product 7/3.
+    That is 4/3 for a single part. Forward mode takes 5/3, GGN with its first product 7/3.
 
-    Returns [L(θ), m(v) − L(θ), gᵀv = ⟨u, J v⟩, *∇m(v)].
+    Returns [L(θ), m(v) − L(θ), gᵀv = ⟨u, J v⟩, *∇m(v)], the second and third summed over the parts.
     """
     leaves = [p.detach().requires_grad_() for p in theta]
-    with torch.enable_grad(), placed(model, leaves):
+    with torch.enable_grad(), swapped_parameters(model, leaves):
         z = logits(model, x)
     z0 = z.detach()
     change = 0.0
@@ -919,34 +916,33 @@ def expand_once(model, parts, prox_linear, eps, theta, x, y, v, n):
     gradient = [None] * len(theta)
     for part in parts:
         Jv, _ = difference(model, x, z0, theta, v, part, eps)
-        part_change, w = local_change(z0, Jv, y, n, prox_linear)
+        part_change, w = local_change(z0, Jv, y, n_targets, prox_linear)
         change = change + part_change
-        slope = slope + cross_entropy_slope(z0, Jv, y, n)
+        slope = slope + cross_entropy_slope(z0, Jv, y, n_targets)
         found = derivative(z, [leaves[i] for i in part], w, retain_graph=part is not parts[-1])
         for i, g in zip(part, found):
             gradient[i] = g
-    return [cross_entropy_sum(z0, y) / n, change, slope, *gradient]
+    return [cross_entropy_sum(z0, y) / n_targets, change, slope, *gradient]
 
 
 def difference(model, x, z0, theta, v, part, eps):
     """(J v ≈ (z(θ + hv) − z(θ)) / h, h) for the v of the parameters in `part`, with z0 = z(θ).
 
-    It errs by h/2 times the second derivative along v, and by eps / h times z for rounding. They are alike
-    where hv is √eps of θ, in the root of the sum over tensors of ‖hv‖² / (‖θ‖² + ‖v‖²); h is at most 1.
+    It errs by h/2 times the second derivative along v, and by eps / h times z for rounding. The two are
+    about equal where ‖hv‖ is √eps times ‖θ‖. So h, at most 1, solves eps = Σ ‖hv‖² / (‖θ‖² + ‖v‖²) over
+    tensors.
     """
     sizes = [(v[i].norm() ** 2, theta[i].norm() ** 2) for i in part]
     h = (eps / sum(a / (a + b + 1e-30) for a, b in sizes)).sqrt().clamp(max=1.0)
-    there = list(theta)
-    for i in part:
-        there[i] = theta[i] + h * v[i]
-    with placed(model, there):
+    there = [t + h * v[i] if i in part else t for i, t in enumerate(theta)]
+    with swapped_parameters(model, there):
         z1 = evaluate(model, x)
     return torch.where(z1 == z0, 0.0, (z1 - z0) / h), h  # 0 between logits of −inf
 
 
 def backward_work(params, part):
-    """The work, in gradients, of a backward pass to the parameters in `part`: of a gradient's 3
-    multiplications per weight it has 2 for their own, and 1 for those between them and the logits."""
+    """The work, in gradients, of a backward pass to the parameters in `part`. Per weight a gradient has 3
+    multiplications; this has 2 for weights in `part`, 1 for those between them and the logits."""
     sizes = [p.numel() for p in params]
     own = sum(sizes[i] for i in part)
     behind = sum(sizes[max(part) + 1 :])
@@ -954,22 +950,22 @@ def backward_work(params, part):
 
 
 def derivative(outputs, inputs, cotangents, retain_graph=True, create_graph=False):
-    """torch.autograd.grad, where an input that plays no part has derivative 0."""
+    """torch.autograd.grad, where the derivative by an input that is not used is 0."""
     return torch.autograd.grad(
         outputs, inputs, cotangents, retain_graph, create_graph, materialize_grads=True
     )
 
 
-def local_change(z, s, y, n, prox_linear, differentiate=True):
-    """The local model of the loss at logits z + s, (..., V): its change from z, and its derivative by s (or
-    None); sums over tokens are divided by n.
+def local_change(z, s, y, n_targets, prox_linear, differentiate=True):
+    """The local model at logits z + s, (..., V): its change from z, and its derivative by s (None, unless
+    asked for). Sums over tokens are divided by n_targets.
 
     prox-linear    L(z + s) − L(z)              ∂L/∂z at z + s
     GN             ⟨u, s⟩ + ½ ⟨s, H s⟩          u + H s,        u = ∂L/∂z and H = ∂²L/∂z² at z
     """
-    divisor = per_token(y, n)
+    divisor = per_token(y, n_targets)
     if prox_linear:
-        change = (cross_entropy_sum(z + s, y) - cross_entropy_sum(z, y)) / n
+        change = (cross_entropy_sum(z + s, y) - cross_entropy_sum(z, y)) / n_targets
         if not differentiate:
             return change, None
         return change, cross_entropy_grad(torch.softmax(z + s, dim=-1), y, divisor)
@@ -979,58 +975,55 @@ def local_change(z, s, y, n, prox_linear, differentiate=True):
     return (s * (u + 0.5 * Hs)).sum(), u + Hs
 
 
-def cross_entropy_slope(z, s, y, n):
-    """⟨∂L/∂z, s⟩ = Σ (⟨p, s⟩ − s_y) / n over tokens, without ∂L/∂z, which with large vocabularies takes
-    time."""
+def cross_entropy_slope(z, s, y, n_targets):
+    """⟨∂L/∂z, s⟩ = Σ (⟨p, s⟩ − s_y) / n_targets over tokens. It makes no ∂L/∂z, which takes time with large
+    vocabularies."""
     mean = torch.einsum("...v,...v->...", torch.softmax(z, dim=-1), s).unsqueeze(-1)
     own = s.gather(-1, y.clamp_min(0).unsqueeze(-1))
-    return ((mean - own) / per_token(y, n)).sum()
+    return ((mean - own) / per_token(y, n_targets)).sum()
 
 
-def cross_entropy_hvp(probs, t, n):
-    """H t = p ∘ (t − ⟨p, t⟩) / n, the logit Hessian in closed form: differentiating cross-entropy twice would
-    hold about ten times the logits."""
+def cross_entropy_hvp(probs, t, divisor):
+    """H t = p ∘ (t − ⟨p, t⟩) / divisor, the logit Hessian in closed form. Differentiating cross-entropy
+    twice would hold about ten times the logits."""
     mean = torch.einsum("...v,...v->...", probs, t).unsqueeze(-1)
-    return (t - mean).mul_(probs).div_(n)  # one tensor of the logits' size
+    return (t - mean).mul_(probs).div_(divisor)  # one tensor of the logits' size
 
 
 def select(vector, like, part):
-    """The elements of a vector over the tensors in `like` that belong to those with indices in `part`, as a
-    vector."""
+    """Of a vector over the tensors in `like`, the elements of those with indices in `part`, as a vector."""
     tensors = unflatten(vector, like)
     return flatten([tensors[i] for i in part])
 
 
 @contextmanager
-def placed(model, tensors):
-    """While open, the model has other tensors in place of its trainable parameters; whatever happens, it gets
-    back the very objects it had. (torch.func.functional_call leaves tensors behind where a module stands in
-    several places.)
+def swapped_parameters(model, tensors):
+    """While open, the model has other tensors in place of its trainable parameters. Whatever happens, it gets
+    back the very objects it had. (torch.func.functional_call does not where a module stands in several
+    places.)
     """
     new = dict(zip(trainable(model), tensors))
-    places = [
-        (m._parameters, name, p) for m in model.modules() for name, p in m._parameters.items() if p in new
-    ]
+    places = [(m._parameters, dict(m._parameters)) for m in model.modules()]
     try:
-        for held, name, p in places:
-            held[name] = new[p]
+        for held, before in places:
+            held.update((name, new.get(p, p)) for name, p in before.items())
         yield
     finally:
-        for held, name, p in places:
-            held[name] = p
+        for held, before in places:
+            held.update(before)
         for m in model.modules():
             if isinstance(m, nn.RNNBase):  # keeps a second list of them
                 m._init_flat_weights()
 
 
 def working_eps(model, x, y):
-    """Machine epsilon of the coarsest numbers that the model computes in, seen on its first row: float32's,
-    or more by autocast, casts or TF32. Raises ValueError where its logits do not fit the targets."""
+    """Machine epsilon of the coarsest numbers in which the model computes its first row: that of its dtype,
+    or a larger one by autocast, casts or TF32. Raises ValueError where its logits do not fit the targets."""
     dtypes = set()
 
     class Watch(TorchFunctionMode):
-        # A mode of torch's dispatcher would see more, but torch runs neither compiled code nor higher-order
-        # operators, such as flex_attention, inside one.
+        # A mode of torch's dispatcher would see more, but inside one torch runs neither compiled code nor
+        # higher-order operators, such as flex_attention.
         def __torch_function__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             if torch.is_tensor(out) and out.is_floating_point():
@@ -1046,12 +1039,12 @@ def working_eps(model, x, y):
     return max([torch.finfo(t).eps for t in dtypes] + [products] * (torch.float32 in dtypes))
 
 
-CHECKED = weakref.WeakKeyDictionary()  # a model: how it has been checked, and in which modes
+CHECKED = weakref.WeakKeyDictionary()  # model -> {(twice, train or eval of each module), ...}
 
 
 def check_model(model, x, y, twice):
-    """Raises ValueError for a model that cannot be worked with, seen on the first rows of a batch. Made once
-    for a model and its modes (train or eval); twice: see refuse_derivatives."""
+    """Raises ValueError for a model that cannot be worked with, seen on the first rows of a batch. Done once
+    for a model in its modes (train or eval); twice: see refuse_derivatives."""
     done = CHECKED.setdefault(model, set())
     modes = twice, *(m.training for m in model.modules())
     if modes not in done:
@@ -1061,9 +1054,8 @@ def check_model(model, x, y, twice):
 
 
 def refuse_randomness(model, x, y):
-    """A derivative of a function that changes between calls means nothing: raises ValueError for a model that
-    gives the same rows other logits when it is called again, or whose batch norm makes them depend on other
-    rows."""
+    """Raises ValueError for a model that gives the same rows other logits when it is called again, or whose
+    batch norm makes them depend on other rows. Derivatives of such a function mean nothing."""
     advice = "Gauss-Newton needs a deterministic model; call model.eval() or set its rates to 0"
     for name, m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
@@ -1073,16 +1065,16 @@ def refuse_randomness(model, x, y):
     theta = [p.detach().clone() for p in trainable(model)]
     first = evaluate(model, x, y)
     refuse_writing(model, theta)
-    seen = torch.softmax(first, dim=-1) > 0  # not of classes that are masked by −1e9, say
+    seen = torch.softmax(first, dim=-1) > 0  # but for masked classes, whose logits are −1e9, say
     tolerance = working_eps(model, x, y) ** 0.5 * first.abs().where(seen, 0).max()
-    for _ in range(9):  # rare events take some calls to be seen
+    for _ in range(9):  # some change rarely
         change = (evaluate(model, x, y) - first).abs()
         if (change.where(seen, 0) > tolerance).any():
             raise ValueError(f"the model gives the same inputs other logits every time (dropout?): {advice}")
 
 
 def refuse_writing(model, theta):
-    """Raises ValueError where the trainable parameters are no longer theta, which they get back."""
+    """Raises ValueError where the trainable parameters are no longer theta, and restores them."""
     params = trainable(model)
     for name, p, t in zip(trainable_names(model), params, theta):
         if ((p != t) & t.isfinite()).any():
@@ -1098,12 +1090,12 @@ def trainable_names(model):
 
 
 def refuse_derivatives(model, x, y, twice):
-    """Raises ValueError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter, where Jᵀ is the model's backward, c is
-    H ∂L/∂z, and v is Jᵀc, or a wave that meets all entries. J v is
+    """Raises ValueError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter. Jᵀ is the model's backward, and c is
+    H ∂L/∂z. v is Jᵀc, then a wave that meets all entries. J v is
 
-    twice        the derivative of that backward, as in GGN: refused are a model without one, and a hook that
+    twice        the derivative of that backward, as in GGN. Refused are a model without one, and a hook that
                  is not linear
-    not twice    a difference of logits, as in an InnerSolver: refused is a backward that is not the
+    not twice    a difference of logits, as in an InnerSolver. Refused is a backward that is not the
                  derivative of the forward. J v errs by √eps, and by eps / h of z
     """
     needs, advice = DERIVATIVES[twice]
@@ -1120,9 +1112,9 @@ def refuse_derivatives(model, x, y, twice):
             with torch.enable_grad():
                 z = logits(model, x)
         z0 = z.detach()
-        n = per_token(y, 1.0)
+        divisor = per_token(y, 1.0)
         probs = torch.softmax(z0, dim=-1)
-        c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, n), n)
+        c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, divisor), divisor)
         rounding = 5 * eps * (c * z0).nan_to_num_(0).norm()
         gradient = derivative(z, params, c, retain_graph=twice)
         own = {t.name() for t in graph_of(z) if isinstance(t, torch.autograd.function.BackwardCFunction)}
@@ -1134,15 +1126,16 @@ def refuse_derivatives(model, x, y, twice):
                     Jv, h = piece.jvp(v.flatten(), [i]), 1.0
                 else:
                     Jv, h = difference(model, x, z0, theta, {i: v}, [i], eps)
-                wanted = (g * v).sum()
-                scale = wanted.abs() + (g * v).norm() + (c * Jv).norm()
+                one = c * Jv
+                other = g * v
+                scale = other.sum().abs() + other.norm() + one.norm()
                 allowed = max(0.1, 10 * eps**0.5) * scale + rounding / h
-                if ((c * Jv).sum() - wanted).abs() > allowed:
+                if (one.sum() - other.sum()).abs() > allowed:
                     raise RuntimeError(
                         "a second derivative is missing, or the gradient is changed (by a straight-through "
                         "estimator, a stopped gradient, a hook or a jump),"
                     )
-    except torch.OutOfMemoryError:  # says what it needs to
+    except torch.OutOfMemoryError:  # a RuntimeError too; its own message is the right one
         raise
     except RuntimeError as e:
         if "nference" in str(e):
@@ -1167,7 +1160,7 @@ DERIVATIVES = {  # by `twice`: what is needed, and what to do without it
 
 
 def trace(function, *examples):
-    """The function's operations on tensors, derivatives and all, as one torch.fx graph for the examples'
+    """The function's operations on tensors, its derivatives included, as one torch.fx graph for the examples'
     shapes."""
     graph = make_fx(torch.func.functionalize(make_fx(function)(*examples)))(*examples)
     graph.graph.eliminate_dead_code()
@@ -1176,12 +1169,12 @@ def trace(function, *examples):
 
 
 def compiled_or_eager(function, tolerance, *examples):
-    """The function compiled for the examples' shapes; itself, with a warning, where that fails or the results
-    differ by more than the tolerance."""
+    """The function, compiled for the examples' shapes. Where that fails, or the results differ by more than
+    the tolerance, it is returned as it is, with a warning."""
     try:
         compiled = torch.no_grad()(torch.compile(trace(function, *examples), dynamic=False))
         for a, b in zip(function(*examples), compiled(*examples)):
-            size = a.norm() if a.dim() else 1.0  # loss, decrease, slope: rounding of the loss, however small
+            size = a.norm() if a.dim() else 1.0  # loss, decrease and slope err by the rounding of the loss
             if not (a - b).norm() <= tolerance * (size + 1e-3):
                 raise RuntimeError("the compiled result differs from the eager one")
         return compiled

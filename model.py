@@ -29,26 +29,13 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+RELEASED = dict(block_size=1024, qk_norm=True, gelu=True)  # by the paper's authors
 PRESETS = {  # everything but vocab_size, which the tokenizer decides
     "tiny": dict(n_layer=2, n_head=4, n_embd=64, block_size=64),  # 164k parameters with bytes
     "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),  # 1.1M with bytes
     # the paper's two as released, with its vocabulary of 32k: 45.4M and 134M
-    "45m": dict(
-        n_layer=4,
-        n_head=8,
-        n_embd=512,
-        block_size=1024,
-        qk_norm=True,
-        gelu=True,
-    ),
-    "150m": dict(
-        n_layer=12,
-        n_head=16,
-        n_embd=768,
-        block_size=1024,
-        qk_norm=True,
-        gelu=True,
-    ),
+    "45m": dict(n_layer=4, n_head=8, n_embd=512, **RELEASED),
+    "150m": dict(n_layer=12, n_head=16, n_embd=768, **RELEASED),
 }
 
 Linear = partial(nn.Linear, bias=False)  # every one in this file
@@ -91,10 +78,11 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_head = c.n_head
-        self.wq = Linear(c.n_embd, c.n_embd)
-        self.wk = Linear(c.n_embd, c.n_embd)
-        self.wv = Linear(c.n_embd, c.n_embd)
-        self.wo = Linear(c.n_embd, c.n_embd)
+        square = partial(Linear, c.n_embd, c.n_embd)
+        self.wq = square()
+        self.wk = square()
+        self.wv = square()
+        self.wo = square()
         norm = partial(nn.LayerNorm, c.n_embd, c.norm_eps) if c.qk_norm else nn.Identity
         self.qnorm = norm()
         self.knorm = norm()
@@ -285,10 +273,10 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, causal):
         out = []
         P = []
-        for rows, keys in blocks(q.shape[-2], causal):
+        for rows, keys in causal_blocks(q.shape[-2], causal):
             scores = q[..., rows, :] @ k[..., keys, :].transpose(-1, -2)
             if causal:
-                future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+                future = scores.new_ones(scores.shape[-2:], dtype=torch.bool)
                 scores.masked_fill_(future.triu_(rows.start + 1), -math.inf)
             P.append(torch.softmax(scores, -1).to(scores.dtype))  # autocast on a GPU gives float32
             out.append(P[-1] @ v[..., keys, :])
@@ -311,7 +299,7 @@ class _AttentionBackward(torch.autograd.Function):
         dq = []
         dk = torch.zeros_like(k)
         dv = torch.zeros_like(v)
-        for p, (rows, keys) in zip(P, blocks(q.shape[-2], causal)):
+        for p, (rows, keys) in zip(P, causal_blocks(q.shape[-2], causal)):
             W = w[..., rows, :] @ v[..., keys, :].transpose(-1, -2)
             t = torch.ops.aten._softmax_backward_data(W, p, -1, p.dtype)
             dq.append(t @ k[..., keys, :])
@@ -325,14 +313,14 @@ class _AttentionBackward(torch.autograd.Function):
         out = []
         left = torch.cat((dq, q), -1)
         right = torch.cat((k, dk), -1).transpose(-1, -2)
-        for p, (rows, keys) in zip(P, blocks(q.shape[-2], ctx.causal)):
+        for p, (rows, keys) in zip(P, causal_blocks(q.shape[-2], ctx.causal)):
             D = left[..., rows, :] @ right[..., keys]  # q' kᵀ + q k'ᵀ as one product
             t = torch.ops.aten._softmax_backward_data(D, p, -1, p.dtype)
             out.append(t @ v[..., keys, :] + p @ dv[..., keys, :])
         return torch.cat(out, -2), *[None] * (1 + len(ctx.saved_tensors))
 
 
-def blocks(T, causal):
+def causal_blocks(T, causal):
     """Rows of P, and the keys that they see: in four blocks, causal attention has 5/8 of the square."""
     size = max(64, -(-T // 4)) if causal else T
     starts = range(0, T, size)

@@ -29,6 +29,7 @@ import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -38,18 +39,21 @@ import torch.distributed.nn  # noqa: F401 (else torch imports it in a step, and 
 
 from baselines import (
     BASELINES,
-    DEFAULT_LR,
     DEFAULTS,
-    FirstOrder,
+    KFACOptimizer,
+    assign,
+    batch_grad,
     batch_loss,
     flatten,
     free_memory,
     local_rows,
+    lr_schedule,
     make_optimizer,
     ranks,
     same_everywhere,
     sum_number,
     trainable,
+    unflatten,
 )
 from data import TOKENIZERS, get_batch, prepare, val_batch
 from gauss_newton import (
@@ -61,7 +65,7 @@ from gauss_newton import (
     InnerSolver,
     first_line,
     row_bytes,
-    some_rows,
+    subset_rows,
 )
 from model import GPT, PRESETS, GPTConfig
 
@@ -138,7 +142,7 @@ def start(args, given, checkpoint, command):
 # The run
 
 STEP_FIELDS = dict.fromkeys(  # in every row of every method, null where it has no such thing
-    "predicted actual actual_fresh rho alpha damping cosine layer_norms products cg_iterations "
+    "predicted actual actual_val rho alpha damping cosine layer_norms products cg_iterations "
     "cg_reason repaired".split()
 )
 
@@ -176,7 +180,7 @@ class Run:
         self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         frac = {"same": 0, "fresh": SEARCH_FRAC, "fresh_batch": 1}[args.line_search_data]
         searches = frac and args.kind != "baseline"  # on fresh data
-        self.search_rows = some_rows(self.rows, args.batch_tokens, frac) if searches else 0
+        self.search_rows = subset_rows(self.rows, args.batch_tokens, frac) if searches else 0
         args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in trainable(self.model))
@@ -271,7 +275,7 @@ class Run:
                 for layer, old in zip(self.model.layers(), before)
             ]
             if last and val_loss:  # both evaluated, on tokens that the step has not seen
-                record["actual_fresh"] = val_loss - last
+                record["actual_val"] = val_loss - last
             if val_loss is not None and record["actual"] is None:  # a baseline: on its batch
                 record["actual"] = batch_loss(self.model, *batch, args.micro_batch) - record["loss"]
                 record["rho"] = record["actual"] / record["predicted"] if record["predicted"] < 0 else 0.0
@@ -441,6 +445,73 @@ def make_stepper(model, args, progress=None):
 def settings(args, names):
     """{argument: value} of the flags in `names`; an argument has the name of its flag, without "inner_"."""
     return {name.removeprefix("inner_"): getattr(args, name) for name in names.split()}
+
+
+@dataclass(eq=False)
+class FirstOrder:
+    """A baseline behind the interface of GaussNewton. Its step:
+
+        g ← gradient of the batch's loss
+        rate ← optimizer's own * lr_schedule(step, total_steps, schedule, warmup_steps)
+        g′ ← g min(1, clip / ‖g‖)            clip 0: g′ = g
+        θ ← optimizer(θ, g′)                 K-FAC has observed the batch before
+
+    A loss, gradient or step that is not finite leaves the parameters bitwise as they were.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer  # from make_optimizer
+    total_steps: int
+    schedule: str
+    warmup_steps: int
+    clip: float
+    micro_batch: int
+
+    def __post_init__(self):
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, inputs, targets):
+        """One step on a batch; returns its record, a flat dict."""
+        lr = self.lr * lr_schedule(self.steps, self.total_steps, self.schedule, self.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.steps += 1
+        params = trainable(self.model)
+        loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
+        norm = grad.norm().item()
+        record = {"accepted": False, "loss": loss, "grad_norm": norm, "lr": lr, "alpha": 0.0, "work": 1.0}
+        if not math.isfinite(loss + norm):
+            return {**record, "reason": "loss or gradient not finite"}
+        if isinstance(self.optimizer, KFACOptimizer):
+            record["work"] += self.optimizer.observe(inputs, targets, self.micro_batch)
+            record["repaired"] = self.optimizer.kfac.repaired or None
+        clipped = grad * (self.clip / norm) if 0 < self.clip < norm else grad
+        for p, g in zip(params, unflatten(clipped, params)):
+            p.grad = g
+        before = flatten(params)
+        self.optimizer.step()
+        d = flatten(params) - before
+        length = d.norm().item()
+        if not math.isfinite(length):
+            assign(params, unflatten(before, params))
+            return {**record, "reason": "step not finite"}
+        slope = grad.dot(d).item()  # what a first-order method promises
+        cos = -slope / (norm * length + 1e-30)
+        record.update(accepted=True, reason="", alpha=1.0, predicted=slope, cosine=cos)
+        return record
+
+    def least_rows(self, rows, n_targets):
+        """Of a batch: the fewest rows that processes divide among them in a step."""
+        return self.optimizer.curvature_rows(rows) if isinstance(self.optimizer, KFACOptimizer) else rows
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
 
 
 def open_out_dir(args):
@@ -710,7 +781,7 @@ def build_parser():
     )
 
     flag = p.heading("baselines", "baseline")
-    flag("--lr", f"peak learning rate (default {DEFAULT_LR})", positive)
+    flag("--lr", "peak rate (default: adamw, adam and soap 0.01, muon and kfac 0.03, sgd 0.3)", positive)
     flag(
         "--schedule",
         "after warmup; wsd decays over the last fifth",
@@ -782,7 +853,7 @@ LINE = {  # what a step's line shows of its row, each where the row has it
     "train_loss": " | loss {:.3f}",
     "val_loss": " | val {:.3f}",
     "actual": " | change {:+.3f}",
-    "actual_fresh": ", fresh {:+.3f}",
+    "actual_val": ", on val {:+.3f}",
     "predicted": ", model {:+.3f}",
     "cg_iterations": " | cg {}",
     "cg_reason": " ({})",

@@ -1,6 +1,6 @@
 """Pictures, by matplotlib.
 
-python results/plot.py                 # the study's: frontier.svg, loss.svg, step.svg
+python results/plot.py                 # the study's: directions.svg, frontier.svg, loss.svg, step.svg
 python results/plot.py out/a           # what each step of a run did, in run.svg
 python results/plot.py out/a out/b     # what each run took to each loss, and a picture of it, run.svg
 """
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from study import HERE, read_log
-from tables import RACES, frontier, load, methods_of
+from tables import RACES, average, directions, frontier, load, methods_of
 
 LOSS = "validation loss, nats per token"
 COLOURS = {}  # {name: the one that it has in every picture}
@@ -24,6 +24,19 @@ PANELS = {  # of one run: {label: ({curve: its key in the log}, settings)}
         {"iterations of CG": "cg_iterations", "inner steps": "inner_steps", "learning rate": "lr"},
         {"ylim": (0, None)},
     ),
+}
+LADDER = {  # {what is kept of G: its directions in directions.jsonl, the pale one first}
+    "nothing: the gradient": ["gradient"],
+    "a diagonal: AdamW": ["AdamW", "AdamW, moments"],
+    "Muon": ["Muon", "Muon, moments"],
+    "SOAP": ["SOAP", "SOAP, moments"],
+    "K-FAC": ["K-FAC", "K-FAC, moments"],
+    "K-FAC, the best damping": ["K-FAC's inverse"],
+    "exact blocks of tensors": ["CG, tensors, 1", "CG, tensors, 8"],
+    "of kinds of tensors": ["CG, kinds, 1", "CG, kinds, 8"],
+    "of layers": ["CG, layers, 1", "CG, layers, 8"],
+    "all of G": ["CG, all, 1", "CG, all, 8"],
+    "all, by inner SOAP": ["inner SOAP, 1", "inner SOAP, 2"],
 }
 STEP = {  # {curve of step.jsonl, first on unseen tokens, then on the line search's rows: its style}
     "  network, unseen tokens": "C0-",
@@ -96,6 +109,26 @@ def study(runs):
             axis.axvline(point["alpha"], color="grey")
             taken = "α. The line search takes {alpha:.2f}, where ρ = {rho:.2f}".format(**point)
             axis.set(title=f"From a loss of {network[0]:.2f}", xlabel=taken, ylabel="loss, nats per token")
+
+
+def ladder(found):
+    """What one direction is worth, a panel a point."""
+    points = list(dict.fromkeys(point for point, _ in found))
+    with picture(HERE / "directions.svg", 12, 5, 1, len(points), sharey=True) as panels:
+        for axis, point in zip(panels, points):
+            for y, rungs in enumerate(LADDER.values()):
+                for k, rung in enumerate(rungs):
+                    fall, work = (average(key, found[point, rung]) for key in ("fall", "work"))
+                    side = y + 0.2 - 0.4 * k if rungs[1:] else y
+                    axis.barh(side, fall, 0.4, color="C0", alpha=1 if rung == rungs[-1] else 0.4)
+                    axis.text(fall, side, f" {fall:.3f} for {work:.1f}", va="center", fontsize=7)
+            start = found[point, "gradient"][0]
+            axis.set(
+                title=f"From a loss of {start['loss']:.2f}, {start['parameters']:,} parameters",
+                xlabel="fall of the loss on unseen tokens, for work in gradients of the batch",
+            )
+            axis.margins(x=0.2)
+        panels[0].set_yticks(range(len(LADDER)), LADDER)
 
 
 def one_run(folder, path):
@@ -175,6 +208,7 @@ def main():
             one_run(*args.runs, args.save)
         else:
             study(load())
+            ladder(directions())
     except (ImportError, OSError, ValueError) as e:
         parser.exit(2, f"plot.py: error: cannot draw this: {e}\n")
 

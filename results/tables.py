@@ -1,6 +1,7 @@
 """Every table of the records: python results/tables.py [--records FILE] > results/tables.md"""
 
 import argparse
+import json
 import re
 from collections import defaultdict
 from math import hypot, isnan, log, nan
@@ -250,6 +251,36 @@ def sizes(runs):
     show("Lead by size", rows)
 
 
+def directions(path=HERE / "directions.jsonl"):
+    """{(point, rung): what its direction was worth, batch by batch}."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = defaultdict(list)
+    for row in rows:
+        if row["share"] == 1:  # not of the scan
+            found[row["point"], row["rung"]].append(row)
+    return found
+
+
+def worth(point, found):
+    """A row for each direction from a point."""
+    rungs = {rung: rows for (place, rung), rows in found.items() if place == point}
+    start = next(iter(rungs.values()))[0]
+    show(
+        f"One direction, from a loss of {start['loss']:.2f} with {start['parameters']:,} parameters",
+        [
+            {
+                "direction": rung,
+                "fall of the loss": f"{average('fall', rows):.4f}",
+                "each batch": ", ".join(f"{row['fall']:.4f}" for row in rows),
+                "work": f"{average('work', rows):.3g}",
+                "cosine": ", ".join(f"{row['cosine']:.2f}" for row in rows if row["cosine"]),
+                "flags": f"`{rows[0]['flags'].removeprefix('--opt full_gn --line_search none ')}`",
+            }
+            for rung, rows in sorted(rungs.items(), key=lambda item: average("fall", item[1]))
+        ],
+    )
+
+
 def trials(title, methods):
     """A row for each setting of a method, with all its seeds; losses of runs that had no target."""
     show(
@@ -282,6 +313,9 @@ def main():
         show(title, race(methods_of(stage, runs)))
     batches(frontier(runs))
     sizes(runs)
+    found = directions()
+    for point in dict.fromkeys(point for point, _ in found):
+        worth(point, found)
     for stage, title in TRIALS.items():
         trials(title, methods_of(stage, runs))
 

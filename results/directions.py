@@ -15,14 +15,11 @@ import argparse
 import json
 from typing import NamedTuple
 
-from step import begin
-from study import HERE
-from tables import directions
+from step import begin, loss_at, probe
+from tables import DIRECTIONS, directions
 
-from baselines import assign, batch_loss, flatten, trainable, unflatten
 from gauss_newton import GGN, GaussNewton
 
-RECORDS = HERE / "directions.jsonl"
 METRIC = 16384  # tokens that G is taken from, for cosines
 HISTORY = 8  # quarters of a batch, from which a baseline gathers its moments at the point
 CG = "--opt full_gn --line_search none --curvature_frac 0.125 --damping {}"
@@ -34,6 +31,7 @@ BASELINES = {  # as tuned for this batch; neither rate nor weight decay belongs 
     "K-FAC": "--opt kfac --momentum 0.8 --precondition_frequency 1",
 }
 KINDS = "norm", "attn", "mlp", ""  # of tensors, by their names
+FIRST = {}  # {weights: the direction that was measured first from there}
 
 
 class Rung(NamedTuple):
@@ -61,91 +59,75 @@ def ladder():
 
 
 def partition(model, blocks):
-    named = list(model.named_parameters())
-    kinds = [next(kind for kind in KINDS if kind in name) for name, _ in named]
-    return {
-        "all": [[p for _, p in named]],
-        "layers": model.layers(),
-        "kinds": [[p for (_, p), kind in zip(named, kinds) if kind == one] for one in KINDS],
-        "tensors": [[p] for _, p in named],
-    }[blocks]
+    """The parameters in lists, for each of which CG has a block of G."""
+    if blocks == "layers":
+        return model.layers()
+    if blocks == "tensors":
+        return [[p] for p in model.parameters()]
+    parts = {kind: [] for kind in KINDS}
+    for name, p in model.named_parameters():
+        kind = next(kind for kind in KINDS if kind in name)
+        parts[kind].append(p)
+    return list(parts.values())
 
 
 def climb(function, x, factor):
     """(function(x), x), the best of x factor^k on the way up."""
     best = function(x), x
-    for ratio in {factor, 1 / factor} - {1.0}:
+    for ratio in (1 / factor, factor):
         while (moved := (function(best[1] * ratio), best[1] * ratio)) > best:
             best = moved
     return best
 
 
-class Point:
-    """The weights of a run, and what directions are worth there."""
+def measure(weights, rung, flags, knob, batch, share=1.0):
+    """The fall along the direction that a command has on a share of a batch; recorded."""
+    run = begin(weights, f"{flags.format(knob)} --batch_tokens 262144")
+    micro_batch = run.args.micro_batch
+    if rung.blocks != "all":
+        parts = partition(run.model, rung.blocks)
+        run.stepper = GaussNewton(run.model, run.stepper.solver, parts, "none", micro_batch)
+    rows = METRIC // run.model.config.block_size
+    ggn = GGN(run.model, *run.batch(0, rows), micro_batch, keep_rows=0)  # no graph outlives a step
+    work = 0.0
+    for k in range(rung.history):
+        run.progress["step"] = k
+        work += probe(run, 1, run.rows // 4)[1]["work"] / 4
+    run.progress["step"] = batch
+    d, record = probe(run, 0, int(share * run.rows))
+    Gd = ggn.matvec(d)
+    before = run.evaluate()
+    length = abs(ggn.grad.dot(d) / d.dot(Gd)).item()
+    fall, length = climb(lambda t: before - loss_at(run, t * d, *run.val), length, 1.25)
+    first = FIRST.setdefault(weights, d)
+    cosine = first.dot(Gd) / (first.dot(ggn.matvec(first)) * d.dot(Gd)).sqrt()
+    row = {
+        "point": weights,
+        "parameters": run.size,
+        "loss": before,
+        "rung": rung.name,
+        "flags": flags.format(f"{knob:.3g}"),
+        "batch": batch,
+        "share": share,
+        "fall": fall,
+        "length": length,
+        "work": work + record["work"],
+        "cosine": cosine.item() if batch else None,
+    }
+    with open(DIRECTIONS, "a") as f:
+        f.write(json.dumps(row) + "\n")
+    print(f"{weights}, {batch} x {share}: {rung.name}: {row['flags']}: {fall:.4f}", flush=True)
+    return fall
 
-    def __init__(self, weights):
-        self.weights = weights
-        run = begin(weights, "")  # whose weights stay as they are
-        rows = METRIC // run.model.config.block_size
-        self.ggn = GGN(run.model, *run.batch(0, rows), run.args.micro_batch)
-        self.reference = None
 
-    def measure(self, rung, flags, knob, batch, share=1.0):
-        """The fall along the direction that a command has on a share of a batch; recorded."""
-        run = begin(self.weights, flags.format(knob) + " --batch_tokens 262144")
-        stepper = run.stepper
-        if rung.blocks != "all":
-            parts = partition(run.model, rung.blocks)
-            stepper = GaussNewton(run.model, stepper.solver, parts, "none", run.args.micro_batch)
-        params = trainable(run.model)
-        theta = flatten(params).detach()
-        work = 0.0
-        for k in range(rung.history):
-            run.progress["step"] = k
-            work += stepper.step(*run.batch(1, run.rows // 4))["work"] / 4
-            assign(params, unflatten(theta, params))
-        run.progress["step"] = batch
-        work += stepper.step(*run.batch(0, int(share * run.rows)))["work"]
-        d = flatten(params).detach() - theta
-
-        def loss_at(length):
-            assign(params, unflatten(theta + length * d, params))
-            return batch_loss(run.model, *run.val, run.args.micro_batch)
-
-        Gd = self.ggn.matvec(d)
-        before = loss_at(0.0)
-        length = abs(self.ggn.grad.dot(d) / d.dot(Gd)).item()
-        fall, length = climb(lambda t: before - loss_at(t), length, 1.25)
-        if self.reference is None:
-            self.reference = d
-        r = self.reference
-        cosine = r.dot(Gd) / (r.dot(self.ggn.matvec(r)) * d.dot(Gd)).sqrt()
-        row = {
-            "point": self.weights,
-            "parameters": len(theta),
-            "loss": before,
-            "rung": rung.name,
-            "flags": flags.format(f"{knob:.3g}"),
-            "batch": batch,
-            "share": share,
-            "fall": fall,
-            "length": length,
-            "work": work,
-            "cosine": cosine.item() if batch else None,
-        }
-        with open(RECORDS, "a") as f:
-            f.write(json.dumps(row) + "\n")
-        print(f"{self.weights}, {batch} x {share}: {rung.name}: {row['flags']}: {fall:.4f}", flush=True)
-        return fall
-
-    def best(self, rung):
-        """(flags, knob) that are worth most on half of the first batch."""
-        first, *others = rung.flags
-        if rung.factor == 1.0:
-            return first, rung.knob
-        fall, knob = climb(lambda knob: self.measure(rung, first, knob, 0, 0.5), rung.knob, rung.factor)
-        tried = [(fall, first), *((self.measure(rung, flags, knob, 0, 0.5), flags) for flags in others)]
-        return max(tried)[1], knob
+def best(weights, rung):
+    """(flags, knob) that are worth most on half of the first batch."""
+    first, *others = rung.flags
+    if rung.factor == 1.0:
+        return first, rung.knob
+    fall, knob = climb(lambda knob: measure(weights, rung, first, knob, 0, 0.5), rung.knob, rung.factor)
+    tried = [(fall, first), *((measure(weights, rung, flags, knob, 0, 0.5), flags) for flags in others)]
+    return max(tried)[1], knob
 
 
 def main():
@@ -154,13 +136,12 @@ def main():
     parser.add_argument("--like", help="a folder that is recorded already: take its settings, scan none")
     parser.add_argument("--batches", type=int, default=3)
     args = parser.parse_args()
-    recorded = {rung: found for (_, rung), found in directions().items()}
+    settings = {row["rung"]: row["flags"] for row in directions() if row["point"] == args.like}
     for weights in args.weights:
-        point = Point(weights)
         for rung in ladder():
-            flags, knob = (recorded[args.like, rung.name][0]["flags"], 0) if args.like else point.best(rung)
+            flags, knob = (settings[rung.name], 0) if args.like else best(weights, rung)
             for batch in range(args.batches):
-                point.measure(rung, flags, knob, batch)
+                measure(weights, rung, flags, knob, batch)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,18 @@ python results/plot.py out/a out/b     # what each run took to each loss, and a 
 """
 
 import argparse
-import json
 import math
 from contextlib import contextmanager
 from pathlib import Path
 
-from study import HERE, read_log
-from tables import RACES, average, directions, frontier, load, methods_of
+from study import HERE, read_log, read_rows
+from tables import RACES, average, directions, frontier, grouped, load, methods_of
 
 LOSS = "validation loss, nats per token"
 COLOURS = {}  # {name: the one that it has in every picture}
-SHARES = "ρ and α"
 PANELS = {  # of one run: {label: ({curve: its key in the log}, settings)}
     "loss": ({"on the batch, before its step": "train_loss", "validation": "val_loss"}, {}),
-    SHARES: ({"ρ, actual over promised change": "rho", "α, how much of d was taken": "alpha"}, {}),
+    "ρ and α": ({"ρ, actual over promised change": "rho", "α, how much of d was taken": "alpha"}, {}),
     "solver": (
         {"iterations of CG": "cg_iterations", "inner steps": "inner_steps", "learning rate": "lr"},
         {"ylim": (0, None)},
@@ -49,13 +47,13 @@ STEP = {  # {curve of step.jsonl, first on unseen tokens, then on the line searc
 
 @contextmanager
 def picture(path, width, height, rows=1, columns=1, **options):
-    """A panel of matplotlib, or panels, to draw in; then the file."""
+    """Panels of matplotlib to draw in, a list; then the file."""
     import matplotlib.style
     from matplotlib.figure import Figure
 
     matplotlib.style.use(HERE / "pictures.mplstyle")
     figure = Figure((width, height), layout="constrained")
-    yield figure.subplots(rows, columns, **options)
+    yield figure.subplots(rows, columns, squeeze=False, **options).ravel()
     figure.savefig(path, metadata={"Date": None})
     print(f"drawn: {path}")
 
@@ -76,7 +74,7 @@ def draw(axis, lines, marker="", **settings):
 
 def study(runs):
     methods = frontier(runs)
-    with picture(HERE / "frontier.svg", 10, 5) as axis:
+    with picture(HERE / "frontier.svg", 10, 5) as [axis]:
         draw(
             axis,
             {name: [points.values()] for name, points in methods.items()},
@@ -97,7 +95,7 @@ def study(runs):
             draw(axis, lines, ylabel=LOSS, xlabel=f"outer steps. {RACES[stage]}")
         axis.figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
-    points = [json.loads(line) for line in (HERE / "step.jsonl").read_text().splitlines()]
+    points = read_rows(HERE / "step.jsonl")
     with picture(HERE / "step.svg", 12, 4.5, 1, len(points)) as panels:
         for axis, point in zip(panels, points):
             alphas = point["alphas"]
@@ -111,20 +109,20 @@ def study(runs):
             axis.set(title=f"From a loss of {network[0]:.2f}", xlabel=taken, ylabel="loss, nats per token")
 
 
-def ladder(found):
-    """What one direction is worth, a panel a point."""
-    points = list(dict.fromkeys(point for point, _ in found))
+def ladder(rows):
+    """What one direction is worth, a panel a point. What is not recorded yet has no bar."""
+    points = grouped(rows, "point").values()
     with picture(HERE / "directions.svg", 12, 5, 1, len(points), sharey=True) as panels:
-        for axis, point in zip(panels, points):
-            for y, rungs in enumerate(LADDER.values()):
-                for k, rung in enumerate(rungs):
-                    fall, work = (average(key, found[point, rung]) for key in ("fall", "work"))
-                    side = y + 0.2 - 0.4 * k if rungs[1:] else y
-                    axis.barh(side, fall, 0.4, color="C0", alpha=1 if rung == rungs[-1] else 0.4)
+        for axis, found in zip(panels, points):
+            rungs = grouped(found, "rung")
+            for y, names in enumerate(LADDER.values()):
+                for name in filter(rungs.get, names):
+                    fall, work = (average(key, rungs[name]) for key in ("fall", "work"))
+                    side = y + 0.2 * (len(names) - 1) - 0.4 * names.index(name)
+                    axis.barh(side, fall, 0.4, color="C0", alpha=1 if name == names[-1] else 0.4)
                     axis.text(fall, side, f" {fall:.3f} for {work:.1f}", va="center", fontsize=7)
-            start = found[point, "gradient"][0]
             axis.set(
-                title=f"From a loss of {start['loss']:.2f}, {start['parameters']:,} parameters",
+                title="From a loss of {loss:.2f}, {parameters:,} parameters".format(**found[0]),
                 xlabel="fall of the loss on unseen tokens, for work in gradients of the batch",
             )
             axis.margins(x=0.2)
@@ -137,17 +135,17 @@ def one_run(folder, path):
     layers = ["embedding", *(f"block {i + 1}" for i in range(head["model"]["n_layer"])), "head"]
     for row in rows:
         row.update(zip(layers, row.get("layer_norms") or []))
+        if row.get("lr") is not None:  # a baseline's ρ and α say nothing
+            row["rho"] = row["alpha"] = None
 
     def curve(key):
         before = key == "train_loss"
         return [(row["step"] - before, row[key]) for row in rows if row.get(key) is not None]
 
     panels = {**PANELS, "how far a layer moved": (dict(zip(layers, layers)), {"yscale": "log"})}
-    if curve("lr"):
-        del panels[SHARES]  # a baseline's say nothing
     panels = {label: panel for label, panel in panels.items() if any(map(curve, panel[0].values()))}
-    with picture(path, 8, 9, len(panels), sharex=True, squeeze=False) as axes:
-        for axis, (label, (keys, settings)) in zip(axes.flat, panels.items()):
+    with picture(path, 8, 9, len(panels), sharex=True) as axes:
+        for axis, (label, (keys, settings)) in zip(axes, panels.items()):
             for name, key in keys.items():
                 if curve(key):
                     axis.plot(*zip(*curve(key)), label=name, marker=".")
@@ -158,7 +156,7 @@ def one_run(folder, path):
             axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6)
         axis.set_xlabel("step (dotted: rejected)")
         if curve("damping"):
-            right = axes[1, 0].twinx()
+            right = axes[1].twinx()
             right.semilogy(*zip(*curve("damping")), "C2.-")
             right.set_ylabel("damping λ", color="C2")
 

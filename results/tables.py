@@ -1,14 +1,13 @@
 """Every table of the records: python results/tables.py [--records FILE] > results/tables.md"""
 
 import argparse
-import json
 import re
 from collections import defaultdict
 from math import hypot, isnan, log, nan
 from pathlib import Path
 from statistics import mean, stdev
 
-from study import HERE, read_list, read_records
+from study import HERE, read_list, read_records, read_rows
 
 FIRST_LINES = """# Tables, printed by `python results/tables.py > results/tables.md`
 
@@ -26,6 +25,7 @@ Change the records or that program, not this page.
 How the runs were made is in [protocol.md](protocol.md). CG's work is by
 [an older account](protocol.md#what-an-older-program-did), which is a little too low.
 """
+DIRECTIONS = HERE / "directions.jsonl"
 STUDY = "tuning", "ending", "batch", "same batch", "large batch"  # stages that go from the warmup to 1.60
 MAIN = {  # of the stage "same batch": the name in the main comparison
     "full GN, inner SOAP, 2 passes": "**full GN, inner SOAP**, two passes",
@@ -251,32 +251,26 @@ def sizes(runs):
     show("Lead by size", rows)
 
 
-def directions(path=HERE / "directions.jsonl"):
-    """{(point, rung): what its direction was worth, batch by batch}."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    found = defaultdict(list)
-    for row in rows:
-        if row["share"] == 1:  # not of the scan
-            found[row["point"], row["rung"]].append(row)
-    return found
+def directions():
+    """What directions were worth on whole batches; the records of the scans are left out."""
+    return [row for row in read_rows(DIRECTIONS) if row["share"] == 1]
 
 
-def worth(point, found):
+def worth(rows):
     """A row for each direction from a point."""
-    rungs = {rung: rows for (place, rung), rows in found.items() if place == point}
-    start = next(iter(rungs.values()))[0]
+    rungs = grouped(rows, "rung").items()
     show(
-        f"One direction, from a loss of {start['loss']:.2f} with {start['parameters']:,} parameters",
+        "One direction, from a loss of {loss:.2f} with {parameters:,} parameters".format(**rows[0]),
         [
             {
                 "direction": rung,
-                "fall of the loss": f"{average('fall', rows):.4f}",
-                "each batch": ", ".join(f"{row['fall']:.4f}" for row in rows),
-                "work": f"{average('work', rows):.3g}",
-                "cosine": ", ".join(f"{row['cosine']:.2f}" for row in rows if row["cosine"]),
-                "flags": f"`{rows[0]['flags'].removeprefix('--opt full_gn --line_search none ')}`",
+                "fall of the loss": f"{average('fall', found):.4f}",
+                "each batch": listed(found, lambda row: f"{row['fall']:.4f}"),
+                "work": f"{average('work', found):.3g}",
+                "cosine": listed(found, lambda row: row["cosine"] and f"{row['cosine']:.2f}"),
+                "flags": f"`{found[0]['flags'].removeprefix('--opt full_gn --line_search none ')}`",
             }
-            for rung, rows in sorted(rungs.items(), key=lambda item: average("fall", item[1]))
+            for rung, found in sorted(rungs, key=lambda item: average("fall", item[1]))
         ],
     )
 
@@ -313,9 +307,8 @@ def main():
         show(title, race(methods_of(stage, runs)))
     batches(frontier(runs))
     sizes(runs)
-    found = directions()
-    for point in dict.fromkeys(point for point, _ in found):
-        worth(point, found)
+    for rows in grouped(directions(), "point").values():
+        worth(rows)
     for stage, title in TRIALS.items():
         trials(title, methods_of(stage, runs))
 

@@ -13,6 +13,7 @@ in G's metric, with inner SOAP's direction on half of the first.
 
 import argparse
 import json
+import re
 from typing import NamedTuple
 
 from step import begin, loss_at, probe
@@ -20,42 +21,53 @@ from tables import DIRECTIONS, directions
 
 from gauss_newton import GGN, GaussNewton
 
-METRIC = 16384  # tokens that G is taken from, for cosines
-HISTORY = 8  # quarters of a batch, from which a baseline gathers its moments at the point
-CG = "--opt full_gn --line_search none --curvature_frac 0.125 --damping {}"
-INNER = "--opt full_gn --line_search none --solver soap --inner_lr {}"
-BASELINES = {  # as tuned for this batch; neither rate nor weight decay belongs to a direction
-    "AdamW": "--opt adamw --clip 0.1 --weight_decay 0",
-    "Muon": "--opt muon --momentum 0.9 --clip 0.1 --weight_decay 0",
-    "SOAP": "--opt soap --betas 0.9 0.99 --precondition_frequency 1 --clip 0.1 --weight_decay 0",
-    "K-FAC": "--opt kfac --momentum 0.8 --precondition_frequency 1",
-}
+CG = "--opt full_gn --line_search none --curvature_frac 0.125 --damping {} --newton_steps"
+INNER = "--opt full_gn --line_search none --solver soap --inner_lr {} --inner_passes"
+ADAMW = "--opt adamw --clip 0.1 --weight_decay 0"  # baselines as tuned for this batch;
+MUON = "--opt muon --momentum 0.9 --clip 0.1 --weight_decay 0"  # neither rate nor weight decay
+SOAP = "--opt soap --betas 0.9 0.99 --precondition_frequency 1 --clip 0.1 --weight_decay 0"  # belongs to
+KFAC = "--opt kfac --momentum 0.8 --precondition_frequency 1"  # a direction
+LADDER = f"""
+inner SOAP, 2   | all     | 0 | 0.008 | 2                  | {INNER} 2
+inner SOAP, 1   | all     | 0 | 0.008 | 2                  | {INNER} 1
+CG, all, 1      | all     | 0 | 0.3   | 3.1622776601683795 | {CG} 1 --cg_iters 12 | {CG} 1 --cg_iters 30
+CG, all, 8      | all     | 0 | 3     | 3.1622776601683795 | {CG} 8 --cg_iters 4 | {CG} 8 --cg_iters 12
+CG, layers, 1   | layers  | 0 | 0.3   | 3.1622776601683795 | {CG} 1 --cg_iters 12 | {CG} 1 --cg_iters 30
+CG, layers, 8   | layers  | 0 | 3     | 3.1622776601683795 | {CG} 8 --cg_iters 4 | {CG} 8 --cg_iters 12
+CG, kinds, 1    | kinds   | 0 | 0.3   | 3.1622776601683795 | {CG} 1 --cg_iters 12 | {CG} 1 --cg_iters 30
+CG, kinds, 8    | kinds   | 0 | 3     | 3.1622776601683795 | {CG} 8 --cg_iters 4 | {CG} 8 --cg_iters 12
+CG, tensors, 1  | tensors | 0 | 0.3   | 3.1622776601683795 | {CG} 1 --cg_iters 12 | {CG} 1 --cg_iters 30
+CG, tensors, 8  | tensors | 0 | 3     | 3.1622776601683795 | {CG} 8 --cg_iters 4 | {CG} 8 --cg_iters 12
+K-FAC's inverse | all     | 0 | 0.03  | 10                 | {CG} 1 --cg_iters 1
+AdamW, moments  | all     | 8 | 0     | 0                  | {ADAMW}
+AdamW           | all     | 0 | 0     | 0                  | {ADAMW}
+Muon, moments   | all     | 8 | 0     | 0                  | {MUON}
+Muon            | all     | 0 | 0     | 0                  | {MUON}
+SOAP, moments   | all     | 8 | 0     | 0                  | {SOAP}
+SOAP            | all     | 0 | 0     | 0                  | {SOAP}
+K-FAC, moments  | all     | 8 | 0     | 0                  | {KFAC}
+K-FAC           | all     | 0 | 0     | 0                  | {KFAC}
+gradient        | all     | 0 | 0     | 0                  | --opt sgd --momentum 0
+"""
 KINDS = "norm", "attn", "mlp", ""  # of tensors, by their names
 FIRST = {}  # {weights: the direction that was measured first from there}
 
 
 class Rung(NamedTuple):
+    """A line of LADDER. Inner SOAP comes first: the others are compared with its direction."""
+
     name: str
-    flags: list  # a command with {} for its knob, and others, which are tried with the best knob
-    knob: float = 1.0
-    factor: float = 1.0
-    blocks: str = "all"  # of G, that CG has
-    history: int = 0
+    blocks: str  # of G, that CG has
+    history: int  # quarters of a batch, from which a baseline gathers its moments at the point
+    knob: float
+    factor: float  # 0: there is no knob
+    flags: list  # a command with {} for its knob, and another, which is tried with the best knob
 
 
 def ladder():
-    """Inner SOAP first: the others are compared with its direction."""
-    for passes in (2, 1):
-        yield Rung(f"inner SOAP, {passes}", [f"{INNER} --inner_passes {passes}"], 0.008, 2)
-    for blocks in ("all", "layers", "kinds", "tensors"):
-        for systems, iterations, damping in ((1, (12, 30), 0.3), (8, (4, 12), 3.0)):
-            flags = [f"{CG} --newton_steps {systems} --cg_iters {i}" for i in iterations]
-            yield Rung(f"CG, {blocks}, {systems}", flags, damping, 10**0.5, blocks)
-    yield Rung("K-FAC's inverse", [f"{CG} --newton_steps 1 --cg_iters 1"], 0.03, 10)
-    for name, flags in BASELINES.items():
-        yield Rung(f"{name}, moments", [flags], history=HISTORY)
-        yield Rung(name, [flags])
-    yield Rung("gradient", ["--opt sgd --momentum 0"])
+    for line in LADDER.strip().splitlines():
+        name, blocks, history, knob, factor, *flags = re.split(r" *\| ", line)
+        yield Rung(name, blocks, int(history), float(knob), float(factor), flags)
 
 
 def partition(model, blocks):
@@ -87,8 +99,8 @@ def measure(weights, rung, flags, knob, batch, share=1.0):
     if rung.blocks != "all":
         parts = partition(run.model, rung.blocks)
         run.stepper = GaussNewton(run.model, run.stepper.solver, parts, "none", micro_batch)
-    rows = METRIC // run.model.config.block_size
-    ggn = GGN(run.model, *run.batch(0, rows), micro_batch, keep_rows=0)  # no graph outlives a step
+    sample = run.batch(0, run.rows // 16)
+    ggn = GGN(run.model, *sample, micro_batch, keep_rows=0)  # no graph outlives a step
     work = 0.0
     for k in range(rung.history):
         run.progress["step"] = k
@@ -123,11 +135,12 @@ def measure(weights, rung, flags, knob, batch, share=1.0):
 def best(weights, rung):
     """(flags, knob) that are worth most on half of the first batch."""
     first, *others = rung.flags
-    if rung.factor == 1.0:
+    if not rung.factor:
         return first, rung.knob
     fall, knob = climb(lambda knob: measure(weights, rung, first, knob, 0, 0.5), rung.knob, rung.factor)
-    tried = [(fall, first), *((measure(weights, rung, flags, knob, 0, 0.5), flags) for flags in others)]
-    return max(tried)[1], knob
+    falls = {flags: measure(weights, rung, flags, knob, 0, 0.5) for flags in others}
+    falls[first] = fall
+    return max(falls, key=falls.get), knob
 
 
 def main():

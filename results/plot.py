@@ -23,6 +23,11 @@ PANELS = {  # of one run: {label: ({curve: its key in the log}, settings)}
         {"ylim": (0, None)},
     ),
 }
+COSTS = {  # of runs that are compared
+    "step": "outer steps",
+    "tokens": "M tokens",
+    "grad_equivalents": "work, gradients of 1M tokens",
+}
 LADDER = {  # {what is kept of G: its directions in directions.jsonl, the pale one first}
     "nothing: the gradient": ["gradient"],
     "a diagonal: AdamW": ["AdamW", "AdamW, moments"],
@@ -165,31 +170,26 @@ def compare(folders, path):
     """Print what each run took to each loss, and draw its loss against steps, tokens and work."""
     runs = {}
     for folder in folders:
-        head, _, evaluated = read_log(folder)
+        head, _, runs[folder] = read_log(folder)
         batch = head["config"]["batch_tokens"] / 1e6  # work is logged in gradients of it
-        runs[folder] = [
-            (
-                row["step"],
-                row["tokens"] / 1e6,
-                batch * row["grad_equivalents"],
-                row["seconds"],
-                row["val_loss"],
-            )
-            for row in evaluated
-        ]
-    reached = max(min(point[-1] for point in points) for points in runs.values())
+        for row in runs[folder]:
+            row["tokens"] /= 1e6
+            row["grad_equivalents"] *= batch
+    reached = max(min(row["val_loss"] for row in rows) for rows in runs.values())
     common = math.ceil(20 * reached) / 20  # of all of them, rounded up
     print(f"{'loss':6}{'run':30}{'steps':>8}{'M tokens':>10}{'gradients of 1M':>18}{'seconds':>10}")
     for loss in (common + 0.4, common + 0.2, common):
-        for name, points in runs.items():
-            hits = [point for point in points if point[-1] <= loss]
-            step, tokens, work, seconds, _ = [*hits, points[-1]][0]
+        for name, rows in runs.items():
+            hits = [row for row in rows if row["val_loss"] <= loss]
             missed = "" if hits else ">"
-            print(f"{loss:<6.2f}{name:30}{missed:>2}{step:6}{tokens:10.2f}{work:18.2f}{seconds:10.0f}")
+            print(f"{loss:<6.2f}{name:30}{missed:>2}", end="")
+            print(
+                "{step:6}{tokens:10.2f}{grad_equivalents:18.2f}{seconds:10.0f}".format(**[*hits, rows[-1]][0])
+            )
     with picture(path, 14, 4.2, 1, 3, sharey=True) as panels:
-        for i, label in enumerate(("outer steps", "M tokens", "work, gradients of 1M tokens")):
-            lines = {name: [[(point[i], point[-1]) for point in points[1:]]] for name, points in runs.items()}
-            draw(panels[i], lines, xlabel=label)
+        for axis, (key, label) in zip(panels, COSTS.items()):
+            lines = {name: [[(row[key], row["val_loss"]) for row in rows[1:]]] for name, rows in runs.items()}
+            draw(axis, lines, xlabel=label)
         panels[0].set_ylabel(LOSS)
         panels[0].legend()
 

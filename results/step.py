@@ -41,8 +41,8 @@ def probe(run, stream, rows):
 def loss_at(run, d, x, y):
     """The loss on x, y where d is added to the weights."""
     params = trainable(run.model)
-    theta = flatten(params).detach()
-    with swapped_parameters(run.model, unflatten(theta + d, params)):
+    moved = flatten(params).detach() + d
+    with swapped_parameters(run.model, unflatten(moved, params)):
         return batch_loss(run.model, x, y, run.args.micro_batch)
 
 
@@ -68,9 +68,15 @@ def main():
         d, record = probe(run, 0, run.rows)
         d /= record["alpha"]
         search = [t[-int(SEARCH_FRAC * run.rows) :] for t in run.batch(0, run.rows)]
-        names = {"from": weights, "flags": FLAGS, "alphas": ALPHAS}
-        losses = {"unseen": along(run, d, *run.val), "search": along(run, d, *search)}
-        lines.append(json.dumps({**names, **record, **losses}) + "\n")
+        row = {
+            "from": weights,
+            "flags": FLAGS,
+            "alphas": ALPHAS,
+            **record,
+            "unseen": along(run, d, *run.val),
+            "search": along(run, d, *search),
+        }
+        lines.append(json.dumps(row) + "\n")
     (HERE / "step.jsonl").write_text("".join(lines))
 
 

@@ -1,7 +1,7 @@
-"""Every table of the records: python results/tables.py [--records FILE] > results/tables.md"""
+"""Every table of the records: python results/tables.py [FILE] > results/tables.md"""
 
-import argparse
 import re
+import sys
 from collections import defaultdict
 from math import hypot, isnan, log, nan
 from pathlib import Path
@@ -33,7 +33,10 @@ MAIN = {  # of the stage "same batch": the name in the main comparison
     "full GN, CG, prox-linear, G from 1/2": "**full GN, CG**, prox-linear, G from a half ¹ ²",
     "full GN, CG": "full GN, CG, GN model, G from a quarter ¹",
     "full GN, inner Muon": "full GN, inner Muon, one pass",
-    **{name: name for name in ("K-FAC", "SOAP", "Muon", "AdamW")},
+    "K-FAC": "K-FAC",
+    "SOAP": "SOAP",
+    "Muon": "Muon",
+    "AdamW": "AdamW",
 }
 RACES = {
     "same batch": "The same batch, 262,144 tokens, to 1.60",
@@ -60,14 +63,14 @@ TRIALS = {
 FAMILY = r"(\w+ GN, )?[^,]+"  # of a method's name; G's share, rates, betas and the like follow
 
 
-def show(title, rows):
+def show(title, rows, wanted=None):
     """Print a table of rows {column: cell}, without columns that are empty; none where there are no rows."""
-    columns = [column for column in rows[0] if any(row[column] for row in rows)] if rows else []
+    columns = [column for column in wanted or rows[0] if any(row[column] for row in rows)] if rows else []
     if not columns:
         return
     print(f"\n## {title}\n")
     for cells in [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]:
-        print("| " + " | ".join(map(str, cells)) + " |")
+        print("| " + " | ".join(cells) + " |")
 
 
 def load(path=HERE / "runs.jsonl"):
@@ -180,19 +183,21 @@ def best_runs(runs, stages, family, fair):
 
     The best takes the fewest steps, interpolated. A setting must arrive with each of its seeds. Full GN's must
     have three seeds where any has; if `fair`, baselines' too."""
-    chosen = [run for run in runs if run["stage"] in stages and not run["flags"].startswith("was")]
+    chosen = {
+        run["flags"]: run for run in runs if run["stage"] in stages and not run["flags"].startswith("was")
+    }
     settings = defaultdict(list)
-    for run in {run["flags"]: run for run in chosen}.values():
-        setting = re.match(family, run["method"])[0], run["batch_tokens"] // 1024
-        settings[setting, re.sub(r"--seed \d+", "", run["flags"])].append(run)
+    for flags, run in chosen.items():
+        method = re.match(family, run["method"])[0]
+        settings[method, run["batch_tokens"] // 1024, re.sub(r"--seed \d+", "", flags)].append(run)
 
-    def worth(found):
+    def order(found):
         return -min(len(found), 3) * (fair or "gn" in found[0]["flags"]), average("between", found)
 
     best = defaultdict(dict)
-    for ((method, batch), _), found in settings.items():
-        if None not in [run["steps"] for run in found]:
-            best[method][batch] = min(found, best[method].get(batch, found), key=worth)
+    for (method, batch, _), found in settings.items():
+        if not rank(found)[0]:
+            best[method][batch] = min(found, best[method].get(batch, found), key=order)
     return best
 
 
@@ -295,14 +300,12 @@ def trials(title, methods):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=Path, default=HERE / "runs.jsonl")
-    runs = load(parser.parse_args().records)
+    runs = load(*map(Path, sys.argv[1:]))
     print(FIRST_LINES, end="")
     columns = "method", "steps", "each run", "ratio", "work", "interpolated steps", "interpolated ratio"
     same = methods_of("same batch", runs)
-    main_rows = race({MAIN[method]: same[method] for method in MAIN if method in same})
-    show("The main comparison", [{column: row[column] for column in columns} for row in main_rows])
+    rows = race({name: same[method] for method, name in MAIN.items() if method in same})
+    show("The main comparison", rows, columns)
     for stage, title in RACES.items():
         show(title, race(methods_of(stage, runs)))
     batches(frontier(runs))

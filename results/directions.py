@@ -14,6 +14,7 @@ in G's metric, with inner SOAP's direction on half of the first.
 import argparse
 import json
 import re
+from functools import partial
 from typing import NamedTuple
 
 from step import begin, loss_at, probe
@@ -78,21 +79,21 @@ def partition(model, blocks):
         return [[p] for p in model.parameters()]
     parts = {kind: [] for kind in KINDS}
     for name, p in model.named_parameters():
-        kind = next(kind for kind in KINDS if kind in name)
-        parts[kind].append(p)
+        parts[next(kind for kind in KINDS if kind in name)].append(p)
     return list(parts.values())
 
 
 def climb(function, x, factor):
     """(function(x), x), the best of x factor^k on the way up."""
-    best = function(x), x
+    value = function(x)
     for ratio in (1 / factor, factor):
-        while (moved := (function(best[1] * ratio), best[1] * ratio)) > best:
-            best = moved
-    return best
+        while (moved := function(x * ratio)) > value:
+            value = moved
+            x *= ratio
+    return value, x
 
 
-def measure(weights, rung, flags, knob, batch, share=1.0):
+def measure(weights, rung, batch, share, flags, knob):
     """The fall along the direction that a command has on a share of a batch; recorded."""
     run = begin(weights, f"{flags.format(knob)} --batch_tokens 262144")
     micro_batch = run.args.micro_batch
@@ -137,9 +138,9 @@ def best(weights, rung):
     first, *others = rung.flags
     if not rung.factor:
         return first, rung.knob
-    fall, knob = climb(lambda knob: measure(weights, rung, first, knob, 0, 0.5), rung.knob, rung.factor)
-    falls = {flags: measure(weights, rung, flags, knob, 0, 0.5) for flags in others}
-    falls[first] = fall
+    half = partial(measure, weights, rung, 0, 0.5)
+    fall, knob = climb(partial(half, first), rung.knob, rung.factor)
+    falls = {first: fall, **{flags: half(flags, knob) for flags in others}}
     return max(falls, key=falls.get), knob
 
 
@@ -154,7 +155,7 @@ def main():
         for rung in ladder():
             flags, knob = (settings[rung.name], 0) if args.like else best(weights, rung)
             for batch in range(args.batches):
-                measure(weights, rung, flags, knob, batch)
+                measure(weights, rung, batch, 1.0, flags, knob)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,10 @@ def study(runs):
 
     with picture(HERE / "loss.svg", 11, 5, 1, 2) as panels:
         for axis, stage in zip(panels, ("same batch", "slow")):
-            methods = methods_of(stage, runs).items()
-            lines = {method: [run["curve"][1:] for run in found] for method, found in methods}  # not step 0
+            lines = {  # without step 0
+                method: [run["curve"][1:] for run in found]
+                for method, found in methods_of(stage, runs).items()
+            }
             draw(axis, lines, ylabel=LOSS, xlabel=f"outer steps. {RACES[stage]}")
         axis.figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 

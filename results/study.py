@@ -128,8 +128,11 @@ def main():
     lines = [line for line in every if args.only in line.name and line.stage != "warmup"]
     recorded = read_records(args.records)
     missing = {line.flags: line for line in lines if line.flags not in recorded}
-    flags = " ".join([*missing, ""])
-    warmups = [line for line in every if line.stage == "warmup" and f"--init_from {line.which} " in flags]
+    warmups = [
+        line
+        for line in every
+        if line.stage == "warmup" and any(f"--init_from {line.which} " in flags + " " for flags in missing)
+    ]
     print(f"{len(lines)} lines, {len(missing)} runs to make, {args.jobs} at a time in {args.out}")
 
     def made(line):  # a warmup's weights are needed where it is recorded, too

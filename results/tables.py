@@ -38,6 +38,7 @@ MAIN = {  # of the stage "same batch": the name in the main comparison
     "Muon": "Muon",
     "AdamW": "AdamW",
 }
+MAIN_COLUMNS = "method", "steps", "each run", "ratio", "work", "interpolated steps", "interpolated ratio"
 RACES = {
     "same batch": "The same batch, 262,144 tokens, to 1.60",
     "large batch": "Larger batches, to 1.60",
@@ -65,9 +66,9 @@ FAMILY = r"(\w+ GN, )?[^,]+"  # of a method's name; G's share, rates, betas and 
 
 def show(title, rows, wanted=None):
     """Print a table of rows {column: cell}, without columns that are empty; none where there are no rows."""
-    columns = [column for column in wanted or rows[0] if any(row[column] for row in rows)] if rows else []
-    if not columns:
+    if not rows:
         return
+    columns = [column for column in wanted or rows[0] if any(row[column] for row in rows)]
     print(f"\n## {title}\n")
     for cells in [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]:
         print("| " + " | ".join(cells) + " |")
@@ -218,10 +219,10 @@ def batches(methods):
     every = sorted(set().union(*methods.values()))
     rows = []
     for method, points in methods.items():
-        row = {
-            f"{size}k": "{1:.1f} ({0:.3g})".format(*points[size]) if size in points else "" for size in every
-        }
-        rows.append({"tokens": method, **row})
+        row = {"tokens": method}
+        for size in every:
+            row[f"{size}k"] = "{1:.1f} ({0:.3g})".format(*points[size]) if size in points else ""
+        rows.append(row)
     show("Steps at each batch, to 1.60 (work)", rows)
 
 
@@ -233,8 +234,8 @@ def sizes(runs):
         baselines = [
             (batch, average("between", found), name, found)
             for name, points in best.items()
-            if " GN" not in name
             for batch, found in points.items()
+            if " GN" not in name
         ]
         for batch in sorted(best["full GN, inner SOAP"]):
             same = [row for row in baselines if row[0] == min(batch, max(baselines)[0])]
@@ -302,10 +303,9 @@ def trials(title, methods):
 def main():
     runs = load(*map(Path, sys.argv[1:]))
     print(FIRST_LINES, end="")
-    columns = "method", "steps", "each run", "ratio", "work", "interpolated steps", "interpolated ratio"
     same = methods_of("same batch", runs)
     rows = race({name: same[method] for method, name in MAIN.items() if method in same})
-    show("The main comparison", rows, columns)
+    show("The main comparison", rows, MAIN_COLUMNS)
     for stage, title in RACES.items():
         show(title, race(methods_of(stage, runs)))
     batches(frontier(runs))

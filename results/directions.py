@@ -1,12 +1,12 @@
-"""What one direction is worth: from one point and one batch, how far the loss on unseen tokens falls along each
-method's direction, at the length that is best for it.
+"""What one direction is worth: from one point and one batch, how far the loss on unseen tokens falls along
+each method's direction, at the length that is best for it.
 
 python results/directions.py warmup late               # weights by the commands in step.py; hours on one core
 python results/directions.py big --like warmup --batches 1     # with the settings that were best at warmup
 
 A direction is where a command of train.py goes in its first step. The ladder leads from the gradient to G of
-all parameters at once. On half of the first batch a rung's knob (a damping or a rate) is changed by its factor
-while that helps, and then more iterations are tried. The best setting goes along whole batches. A line of
+all parameters at once. On half of the first batch a rung's knob (a damping or a rate) is changed by its
+factor while that helps, and then more iterations are tried. The best setting goes along whole batches. A line of
 directions.jsonl has the fall, the work in gradients of the batch, and on the second batch and later the cosine,
 in G's metric, with inner SOAP's direction on half of the first.
 """
@@ -24,10 +24,12 @@ from gauss_newton import GGN, GaussNewton
 
 CG = "--opt full_gn --line_search none --curvature_frac 0.125 --damping {} --newton_steps"
 INNER = "--opt full_gn --line_search none --solver soap --inner_lr {} --inner_passes"
-ADAMW = "--opt adamw --clip 0.1 --weight_decay 0"  # baselines as tuned for this batch;
-MUON = "--opt muon --momentum 0.9 --clip 0.1 --weight_decay 0"  # neither rate nor weight decay
-SOAP = "--opt soap --betas 0.9 0.99 --precondition_frequency 1 --clip 0.1 --weight_decay 0"  # belongs to
-KFAC = "--opt kfac --momentum 0.8 --precondition_frequency 1"  # a direction
+# Baselines as tuned for this batch; neither rate nor weight decay belongs to a direction.
+ADAMW = "--opt adamw --clip 0.1 --weight_decay 0"
+MUON = "--opt muon --momentum 0.9 --clip 0.1 --weight_decay 0"
+SOAP = "--opt soap --betas 0.9 0.99 --precondition_frequency 1 --clip 0.1 --weight_decay 0"
+KFAC = "--opt kfac --momentum 0.8 --precondition_frequency 1"
+# name | blocks | history | knob | factor | flags, ...: see Rung
 LADDER = f"""
 inner SOAP, 2   | all     | 0 | 0.008 | 2                  | {INNER} 2
 inner SOAP, 1   | all     | 0 | 0.008 | 2                  | {INNER} 1

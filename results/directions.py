@@ -6,9 +6,9 @@ python results/directions.py big --like warmup --batches 1     # with the settin
 
 A direction is where a command of train.py goes in its first step. The ladder leads from the gradient to G of
 all parameters at once. On half of the first batch a rung's knob (a damping or a rate) is changed by its
-factor while that helps, and then more iterations are tried. The best setting goes along whole batches. A line of
-directions.jsonl has the fall, the work in gradients of the batch, and on the second batch and later the cosine,
-in G's metric, with inner SOAP's direction on half of the first.
+factor while that helps, and then more iterations are tried. The best setting goes along whole batches. A
+line of directions.jsonl has the fall, the work in gradients of the batch, and on the second batch and later
+the cosine, in G's metric, with inner SOAP's direction on half of the first.
 """
 
 import argparse

@@ -1,29 +1,45 @@
 """Pictures, by matplotlib.
 
-python results/plot.py                 # the study's: frontier.svg, loss.svg, step.svg
+python results/plot.py                 # the study's: directions.svg, frontier.svg, loss.svg, step.svg
 python results/plot.py out/a           # what each step of a run did, in run.svg
 python results/plot.py out/a out/b     # what each run took to each loss, and a picture of it, run.svg
 """
 
 import argparse
-import json
 import math
 from contextlib import contextmanager
 from pathlib import Path
 
-from study import HERE, read_log
-from tables import RACES, frontier, load, methods_of
+from study import HERE, read_log, read_rows
+from tables import RACES, average, directions, frontier, grouped, load, methods_of
 
 LOSS = "validation loss, nats per token"
 COLOURS = {}  # {name: the one that it has in every picture}
-SHARES = "ρ and α"
 PANELS = {  # of one run: {label: ({curve: its key in the log}, settings)}
     "loss": ({"on the batch, before its step": "train_loss", "validation": "val_loss"}, {}),
-    SHARES: ({"ρ, actual over promised change": "rho", "α, how much of d was taken": "alpha"}, {}),
+    "ρ and α": ({"ρ, actual over promised change": "rho", "α, how much of d was taken": "alpha"}, {}),
     "solver": (
         {"iterations of CG": "cg_iterations", "inner steps": "inner_steps", "learning rate": "lr"},
         {"ylim": (0, None)},
     ),
+}
+COSTS = {  # of runs that are compared
+    "step": "outer steps",
+    "tokens": "M tokens",
+    "grad_equivalents": "work, gradients of 1M tokens",
+}
+LADDER = {  # {what is kept of G: its directions in directions.jsonl, the pale one first}
+    "nothing: the gradient": ["gradient"],
+    "a diagonal: AdamW": ["AdamW", "AdamW, moments"],
+    "Muon": ["Muon", "Muon, moments"],
+    "SOAP": ["SOAP", "SOAP, moments"],
+    "K-FAC": ["K-FAC", "K-FAC, moments"],
+    "K-FAC, the best damping": ["K-FAC's inverse"],
+    "exact blocks of tensors": ["CG, tensors, 1", "CG, tensors, 8"],
+    "of kinds of tensors": ["CG, kinds, 1", "CG, kinds, 8"],
+    "of layers": ["CG, layers, 1", "CG, layers, 8"],
+    "all of G": ["CG, all, 1", "CG, all, 8"],
+    "all, by inner SOAP": ["inner SOAP, 1", "inner SOAP, 2"],
 }
 STEP = {  # {curve of step.jsonl, first on unseen tokens, then on the line search's rows: its style}
     "  network, unseen tokens": "C0-",
@@ -36,13 +52,13 @@ STEP = {  # {curve of step.jsonl, first on unseen tokens, then on the line searc
 
 @contextmanager
 def picture(path, width, height, rows=1, columns=1, **options):
-    """A panel of matplotlib, or panels, to draw in; then the file."""
+    """Panels of matplotlib to draw in, a list; then the file."""
     import matplotlib.style
     from matplotlib.figure import Figure
 
     matplotlib.style.use(HERE / "pictures.mplstyle")
     figure = Figure((width, height), layout="constrained")
-    yield figure.subplots(rows, columns, **options)
+    yield figure.subplots(rows, columns, squeeze=False, **options).ravel()
     figure.savefig(path, metadata={"Date": None})
     print(f"drawn: {path}")
 
@@ -63,7 +79,7 @@ def draw(axis, lines, marker="", **settings):
 
 def study(runs):
     methods = frontier(runs)
-    with picture(HERE / "frontier.svg", 10, 5) as axis:
+    with picture(HERE / "frontier.svg", 10, 5) as [axis]:
         draw(
             axis,
             {name: [points.values()] for name, points in methods.items()},
@@ -79,12 +95,14 @@ def study(runs):
 
     with picture(HERE / "loss.svg", 11, 5, 1, 2) as panels:
         for axis, stage in zip(panels, ("same batch", "slow")):
-            methods = methods_of(stage, runs).items()
-            lines = {method: [run["curve"][1:] for run in found] for method, found in methods}  # not step 0
+            lines = {  # without step 0
+                method: [run["curve"][1:] for run in found]
+                for method, found in methods_of(stage, runs).items()
+            }
             draw(axis, lines, ylabel=LOSS, xlabel=f"outer steps. {RACES[stage]}")
         axis.figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
-    points = [json.loads(line) for line in (HERE / "step.jsonl").read_text().splitlines()]
+    points = read_rows(HERE / "step.jsonl")
     with picture(HERE / "step.svg", 12, 4.5, 1, len(points)) as panels:
         for axis, point in zip(panels, points):
             alphas = point["alphas"]
@@ -98,23 +116,43 @@ def study(runs):
             axis.set(title=f"From a loss of {network[0]:.2f}", xlabel=taken, ylabel="loss, nats per token")
 
 
+def ladder(rows):
+    """What one direction is worth, a panel a point. What is not recorded yet has no bar."""
+    points = grouped(rows, "point").values()
+    with picture(HERE / "directions.svg", 12, 5, 1, len(points), sharey=True) as panels:
+        for axis, found in zip(panels, points):
+            rungs = grouped(found, "rung")
+            for y, names in enumerate(LADDER.values()):
+                for name in filter(rungs.get, names):
+                    fall, work = (average(key, rungs[name]) for key in ("fall", "work"))
+                    side = y + 0.2 * (len(names) - 1) - 0.4 * names.index(name)
+                    axis.barh(side, fall, 0.4, color="C0", alpha=1 if name == names[-1] else 0.4)
+                    axis.text(fall, side, f" {fall:.3f} for {work:.1f}", va="center", fontsize=7)
+            axis.set(
+                title="From a loss of {loss:.2f}, {parameters:,} parameters".format(**found[0]),
+                xlabel="fall of the loss on unseen tokens, for work in gradients of the batch",
+            )
+            axis.margins(x=0.2)
+        panels[0].set_yticks(range(len(LADDER)), LADDER)
+
+
 def one_run(folder, path):
     """What each step did. A panel for which the run has no numbers is left out."""
     head, rows, _ = read_log(folder)
     layers = ["embedding", *(f"block {i + 1}" for i in range(head["model"]["n_layer"])), "head"]
     for row in rows:
         row.update(zip(layers, row.get("layer_norms") or []))
+        if row.get("lr") is not None:  # a baseline's ρ and α say nothing
+            row["rho"] = row["alpha"] = None
 
     def curve(key):
         before = key == "train_loss"
         return [(row["step"] - before, row[key]) for row in rows if row.get(key) is not None]
 
     panels = {**PANELS, "how far a layer moved": (dict(zip(layers, layers)), {"yscale": "log"})}
-    if curve("lr"):
-        del panels[SHARES]  # a baseline's say nothing
     panels = {label: panel for label, panel in panels.items() if any(map(curve, panel[0].values()))}
-    with picture(path, 8, 9, len(panels), sharex=True, squeeze=False) as axes:
-        for axis, (label, (keys, settings)) in zip(axes.flat, panels.items()):
+    with picture(path, 8, 9, len(panels), sharex=True) as axes:
+        for axis, (label, (keys, settings)) in zip(axes, panels.items()):
             for name, key in keys.items():
                 if curve(key):
                     axis.plot(*zip(*curve(key)), label=name, marker=".")
@@ -125,7 +163,7 @@ def one_run(folder, path):
             axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6)
         axis.set_xlabel("step (dotted: rejected)")
         if curve("damping"):
-            right = axes[1, 0].twinx()
+            right = axes[1].twinx()
             right.semilogy(*zip(*curve("damping")), "C2.-")
             right.set_ylabel("damping λ", color="C2")
 
@@ -134,31 +172,26 @@ def compare(folders, path):
     """Print what each run took to each loss, and draw its loss against steps, tokens and work."""
     runs = {}
     for folder in folders:
-        head, _, evaluated = read_log(folder)
+        head, _, runs[folder] = read_log(folder)
         batch = head["config"]["batch_tokens"] / 1e6  # work is logged in gradients of it
-        runs[folder] = [
-            (
-                row["step"],
-                row["tokens"] / 1e6,
-                batch * row["grad_equivalents"],
-                row["seconds"],
-                row["val_loss"],
-            )
-            for row in evaluated
-        ]
-    reached = max(min(point[-1] for point in points) for points in runs.values())
+        for row in runs[folder]:
+            row["tokens"] /= 1e6
+            row["grad_equivalents"] *= batch
+    reached = max(min(row["val_loss"] for row in rows) for rows in runs.values())
     common = math.ceil(20 * reached) / 20  # of all of them, rounded up
     print(f"{'loss':6}{'run':30}{'steps':>8}{'M tokens':>10}{'gradients of 1M':>18}{'seconds':>10}")
     for loss in (common + 0.4, common + 0.2, common):
-        for name, points in runs.items():
-            hits = [point for point in points if point[-1] <= loss]
-            step, tokens, work, seconds, _ = [*hits, points[-1]][0]
+        for name, rows in runs.items():
+            hits = [row for row in rows if row["val_loss"] <= loss]
             missed = "" if hits else ">"
-            print(f"{loss:<6.2f}{name:30}{missed:>2}{step:6}{tokens:10.2f}{work:18.2f}{seconds:10.0f}")
+            print(f"{loss:<6.2f}{name:30}{missed:>2}", end="")
+            print(
+                "{step:6}{tokens:10.2f}{grad_equivalents:18.2f}{seconds:10.0f}".format(**[*hits, rows[-1]][0])
+            )
     with picture(path, 14, 4.2, 1, 3, sharey=True) as panels:
-        for i, label in enumerate(("outer steps", "M tokens", "work, gradients of 1M tokens")):
-            lines = {name: [[(point[i], point[-1]) for point in points[1:]]] for name, points in runs.items()}
-            draw(panels[i], lines, xlabel=label)
+        for axis, (key, label) in zip(panels, COSTS.items()):
+            lines = {name: [[(row[key], row["val_loss"]) for row in rows[1:]]] for name, rows in runs.items()}
+            draw(axis, lines, xlabel=label)
         panels[0].set_ylabel(LOSS)
         panels[0].legend()
 
@@ -175,6 +208,7 @@ def main():
             one_run(*args.runs, args.save)
         else:
             study(load())
+            ladder(directions())
     except (ImportError, OSError, ValueError) as e:
         parser.exit(2, f"plot.py: error: cannot draw this: {e}\n")
 

@@ -15,11 +15,10 @@ from study import HERE
 sys.path.append(f"{HERE}/..")
 import train  # noqa: E402
 from baselines import assign, batch_loss, flatten, pieces, trainable, unflatten  # noqa: E402
-from gauss_newton import SEARCH_FRAC, Piece, local_change  # noqa: E402
+from gauss_newton import SEARCH_FRAC, Piece, local_change, swapped_parameters  # noqa: E402
 
 FLAGS = "--opt full_gn --batch_tokens 262144"
 ALPHAS = [i / 20 for i in range(33)]
-ROWS = 128  # at a time
 
 
 def begin(weights, flags):
@@ -29,22 +28,36 @@ def begin(weights, flags):
     return train.Run(args, None)
 
 
-def along(model, theta, d, x, y):
-    """Losses on x, y for each of ALPHAS: the network's at θ + αd, the linearised network's, GN's."""
-    params = trainable(model)
+def probe(run, stream, rows):
+    """A step of the run, taken back: how it moved the weights, and its record."""
+    params = trainable(run.model)
+    theta = flatten(params).detach()
+    record = run.stepper.step(*run.batch(stream, rows))
+    d = flatten(params).detach() - theta
     assign(params, unflatten(theta, params))
+    return d, record
+
+
+def loss_at(run, d, x, y):
+    """The loss on x, y where d is added to the weights."""
+    params = trainable(run.model)
+    moved = flatten(params).detach() + d
+    with swapped_parameters(run.model, unflatten(moved, params)):
+        return batch_loss(run.model, x, y, run.args.micro_batch)
+
+
+def along(run, d, x, y):
+    """Losses on x, y for each of ALPHAS: the network's at θ + αd, the linearised network's, GN's."""
+    network = [loss_at(run, alpha * d, x, y) for alpha in ALPHAS]
+    params = trainable(run.model)
     changes = torch.zeros(2, len(ALPHAS))
-    for inputs, targets in pieces(x, y, ROWS):
-        piece = Piece(model, params, inputs, targets, y.numel())
+    for inputs, targets in pieces(x, y, run.args.micro_batch):
+        piece = Piece(run.model, params, inputs, targets, y.numel())
         z = piece.z.detach()
         Jd = piece.jvp(d, range(len(params)))
         for i, alpha in enumerate(ALPHAS):
             for row, prox_linear in zip(changes, (True, False)):
                 row[i] += local_change(z, alpha * Jd, targets, y.numel(), prox_linear, False)[0]
-    network = []
-    for alpha in ALPHAS:
-        assign(params, unflatten(theta + alpha * d, params))
-        network.append(batch_loss(model, x, y, ROWS))
     return network, *(changes + network[0]).tolist()
 
 
@@ -52,16 +65,18 @@ def main():
     lines = []
     for weights in sys.argv[1:]:
         run = begin(weights, FLAGS)
-        params = trainable(run.model)
-        theta = flatten(params).detach()
-        batch = run.batch(0, run.rows)
-        record = run.stepper.step(*batch)
-        d = (flatten(params).detach() - theta) / record["alpha"]
-        search = [t[-int(SEARCH_FRAC * run.rows) :] for t in batch]
-        unseen = along(run.model, theta, d, *run.val)
-        seen = along(run.model, theta, d, *search)
-        names = {"from": weights, "flags": FLAGS, "alphas": ALPHAS}
-        lines.append(json.dumps({**names, **record, "unseen": unseen, "search": seen}) + "\n")
+        d, record = probe(run, 0, run.rows)
+        d /= record["alpha"]
+        search = [t[-int(SEARCH_FRAC * run.rows) :] for t in run.batch(0, run.rows)]
+        row = {
+            "from": weights,
+            "flags": FLAGS,
+            "alphas": ALPHAS,
+            **record,
+            "unseen": along(run, d, *run.val),
+            "search": along(run, d, *search),
+        }
+        lines.append(json.dumps(row) + "\n")
     (HERE / "step.jsonl").write_text("".join(lines))
 
 

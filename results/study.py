@@ -53,10 +53,14 @@ def read_list(path=HERE / "study.txt"):
     return [Line(*line.split(" | ")) for line in lines if line and line[0] != "#"]
 
 
+def read_rows(path):
+    """What a file of JSON has, line by line; nothing where there is no file."""
+    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+
+
 def read_records(path=HERE / "runs.jsonl"):
     """{flags: record}; of two records with the same flags the later one."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {record["flags"]: record for record in map(json.loads, lines)}
+    return {record["flags"]: record for record in read_rows(path)}
 
 
 def read_log(folder):

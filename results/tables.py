@@ -1,13 +1,13 @@
-"""Every table of the records: python results/tables.py [--records FILE] > results/tables.md"""
+"""Every table of the records: python results/tables.py [FILE] > results/tables.md"""
 
-import argparse
 import re
+import sys
 from collections import defaultdict
 from math import hypot, isnan, log, nan
 from pathlib import Path
 from statistics import mean, stdev
 
-from study import HERE, read_list, read_records
+from study import HERE, read_list, read_records, read_rows
 
 FIRST_LINES = """# Tables, printed by `python results/tables.py > results/tables.md`
 
@@ -25,6 +25,7 @@ Change the records or that program, not this page.
 How the runs were made is in [protocol.md](protocol.md). CG's work is by
 [an older account](protocol.md#what-an-older-program-did), which is a little too low.
 """
+DIRECTIONS = HERE / "directions.jsonl"
 STUDY = "tuning", "ending", "batch", "same batch", "large batch"  # stages that go from the warmup to 1.60
 MAIN = {  # of the stage "same batch": the name in the main comparison
     "full GN, inner SOAP, 2 passes": "**full GN, inner SOAP**, two passes",
@@ -32,8 +33,12 @@ MAIN = {  # of the stage "same batch": the name in the main comparison
     "full GN, CG, prox-linear, G from 1/2": "**full GN, CG**, prox-linear, G from a half ¹ ²",
     "full GN, CG": "full GN, CG, GN model, G from a quarter ¹",
     "full GN, inner Muon": "full GN, inner Muon, one pass",
-    **{name: name for name in ("K-FAC", "SOAP", "Muon", "AdamW")},
+    "K-FAC": "K-FAC",
+    "SOAP": "SOAP",
+    "Muon": "Muon",
+    "AdamW": "AdamW",
 }
+MAIN_COLUMNS = "method", "steps", "each run", "ratio", "work", "interpolated steps", "interpolated ratio"
 RACES = {
     "same batch": "The same batch, 262,144 tokens, to 1.60",
     "large batch": "Larger batches, to 1.60",
@@ -59,14 +64,14 @@ TRIALS = {
 FAMILY = r"(\w+ GN, )?[^,]+"  # of a method's name; G's share, rates, betas and the like follow
 
 
-def show(title, rows):
+def show(title, rows, wanted=None):
     """Print a table of rows {column: cell}, without columns that are empty; none where there are no rows."""
-    columns = [column for column in rows[0] if any(row[column] for row in rows)] if rows else []
-    if not columns:
+    if not rows:
         return
+    columns = [column for column in wanted or rows[0] if any(row[column] for row in rows)]
     print(f"\n## {title}\n")
     for cells in [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]:
-        print("| " + " | ".join(map(str, cells)) + " |")
+        print("| " + " | ".join(cells) + " |")
 
 
 def load(path=HERE / "runs.jsonl"):
@@ -179,19 +184,21 @@ def best_runs(runs, stages, family, fair):
 
     The best takes the fewest steps, interpolated. A setting must arrive with each of its seeds. Full GN's must
     have three seeds where any has; if `fair`, baselines' too."""
-    chosen = [run for run in runs if run["stage"] in stages and not run["flags"].startswith("was")]
+    chosen = {
+        run["flags"]: run for run in runs if run["stage"] in stages and not run["flags"].startswith("was")
+    }
     settings = defaultdict(list)
-    for run in {run["flags"]: run for run in chosen}.values():
-        setting = re.match(family, run["method"])[0], run["batch_tokens"] // 1024
-        settings[setting, re.sub(r"--seed \d+", "", run["flags"])].append(run)
+    for flags, run in chosen.items():
+        method = re.match(family, run["method"])[0]
+        settings[method, run["batch_tokens"] // 1024, re.sub(r"--seed \d+", "", flags)].append(run)
 
-    def worth(found):
+    def order(found):
         return -min(len(found), 3) * (fair or "gn" in found[0]["flags"]), average("between", found)
 
     best = defaultdict(dict)
-    for ((method, batch), _), found in settings.items():
-        if None not in [run["steps"] for run in found]:
-            best[method][batch] = min(found, best[method].get(batch, found), key=worth)
+    for (method, batch, _), found in settings.items():
+        if not rank(found)[0]:
+            best[method][batch] = min(found, best[method].get(batch, found), key=order)
     return best
 
 
@@ -212,10 +219,10 @@ def batches(methods):
     every = sorted(set().union(*methods.values()))
     rows = []
     for method, points in methods.items():
-        row = {
-            f"{size}k": "{1:.1f} ({0:.3g})".format(*points[size]) if size in points else "" for size in every
-        }
-        rows.append({"tokens": method, **row})
+        row = {"tokens": method}
+        for size in every:
+            row[f"{size}k"] = "{1:.1f} ({0:.3g})".format(*points[size]) if size in points else ""
+        rows.append(row)
     show("Steps at each batch, to 1.60 (work)", rows)
 
 
@@ -227,8 +234,8 @@ def sizes(runs):
         baselines = [
             (batch, average("between", found), name, found)
             for name, points in best.items()
-            if " GN" not in name
             for batch, found in points.items()
+            if " GN" not in name
         ]
         for batch in sorted(best["full GN, inner SOAP"]):
             same = [row for row in baselines if row[0] == min(batch, max(baselines)[0])]
@@ -248,6 +255,30 @@ def sizes(runs):
                 row[f"{solver}'s lead (interpolated)"] = "{:.1f} ({:.1f})".format(*leads) if its else ""
             rows.append(row)
     show("Lead by size", rows)
+
+
+def directions():
+    """What directions were worth on whole batches; the records of the scans are left out."""
+    return [row for row in read_rows(DIRECTIONS) if row["share"] == 1]
+
+
+def worth(rows):
+    """A row for each direction from a point."""
+    rungs = grouped(rows, "rung").items()
+    show(
+        "One direction, from a loss of {loss:.2f} with {parameters:,} parameters".format(**rows[0]),
+        [
+            {
+                "direction": rung,
+                "fall of the loss": f"{average('fall', found):.4f}",
+                "each batch": listed(found, lambda row: f"{row['fall']:.4f}"),
+                "work": f"{average('work', found):.3g}",
+                "cosine": listed(found, lambda row: row["cosine"] and f"{row['cosine']:.2f}"),
+                "flags": f"`{found[0]['flags'].removeprefix('--opt full_gn --line_search none ')}`",
+            }
+            for rung, found in sorted(rungs, key=lambda item: average("fall", item[1]))
+        ],
+    )
 
 
 def trials(title, methods):
@@ -270,18 +301,17 @@ def trials(title, methods):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=Path, default=HERE / "runs.jsonl")
-    runs = load(parser.parse_args().records)
+    runs = load(*map(Path, sys.argv[1:]))
     print(FIRST_LINES, end="")
-    columns = "method", "steps", "each run", "ratio", "work", "interpolated steps", "interpolated ratio"
     same = methods_of("same batch", runs)
-    main_rows = race({MAIN[method]: same[method] for method in MAIN if method in same})
-    show("The main comparison", [{column: row[column] for column in columns} for row in main_rows])
+    rows = race({name: same[method] for method, name in MAIN.items() if method in same})
+    show("The main comparison", rows, MAIN_COLUMNS)
     for stage, title in RACES.items():
         show(title, race(methods_of(stage, runs)))
     batches(frontier(runs))
     sizes(runs)
+    for rows in grouped(directions(), "point").values():
+        worth(rows)
     for stage, title in TRIALS.items():
         trials(title, methods_of(stage, runs))
 

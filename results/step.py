@@ -24,7 +24,10 @@ ALPHAS = [i / 20 for i in range(33)]
 def begin(weights, flags):
     """A run of train.py from the weights in a run's folder, before its first step. It has a model, a stepper,
     batch(stream, rows), and val: validation tokens, which no step sees."""
-    args, _ = train.resolve([*flags.split(), "--init_from", weights, "--out_dir", "out/begun", "--overwrite"])
+    size = train.load_checkpoint(weights)["model_config"]
+    flags += "".join(f" --{key} {size[key]}" for key in train.PRESETS["tiny"])
+    flags += f" --init_from {weights} --out_dir out/begun --overwrite"
+    args, _ = train.resolve(flags.split())
     return train.Run(args, None)
 
 

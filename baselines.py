@@ -1,6 +1,5 @@
-"""The optimizers Gauss-Newton is compared with: AdamW, Adam, SGD, Muon, SOAP, K-FAC; learning-rate schedules;
-and what Gauss-Newton shares with them: vectors over parameters, work shared by processes, the loss, Kronecker
-factors.
+"""The optimizers that Gauss-Newton is compared with (AdamW, Adam, SGD, Muon, SOAP, K-FAC) and their schedule.
+Then what it shares with them: Kronecker factors, vectors over parameters, processes, the loss.
 
     opt = make_optimizer("soap", model)                     # any nn.Module; lr=None takes the default
     base = [group["lr"] for group in opt.param_groups]
@@ -14,7 +13,7 @@ factors.
         opt.zero_grad()
 
 To add an optimizer: write it as an Optimizer (below: a torch.optim.Optimizer that defines `move`), give it a
-row in DEFAULTS, and add its branch to make_optimizer. The trainer and the tests find it in BASELINES. Use
+row in DEFAULTS, and add its branch to make_optimizer. The trainer and the tests find it there. Use
 Combined if it suits only some of the parameters. Its step() must leave p.grad as it was.
 """
 
@@ -31,8 +30,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.backends import mha
 
-# As each method's reference has it. But lr, the peak rate, is the best of 2 to 6 for preset tiny on Python's
-# library with 16k tokens a step: other models and data need others.
+# Each method's settings, as its reference has them. But lr, the peak rate, is the best of 2 to 6 that were
+# tried with preset tiny, Python's library and 16k tokens a step. Other models and data need others.
 DEFAULTS = {
     "adamw": dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),  # GPT-3: arXiv 2005.14165, appendix B
     "adam": dict(lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0),  # arXiv 1412.6980, algorithm 1
@@ -44,7 +43,6 @@ DEFAULTS = {
     # arXiv 1503.05671; clipping in KL: ACKTR, arXiv 1708.05144
     "kfac": dict(lr=0.03, momentum=0.9, weight_decay=0.0, precondition_frequency=10),
 }
-BASELINES = tuple(DEFAULTS)
 
 
 def make_optimizer(
@@ -57,8 +55,8 @@ def make_optimizer(
     precondition_frequency=None,
     muon_scale=None,
 ):
-    """One of BASELINES for a model's trainable parameters. None stands for the default. A method ignores
-    the settings that it does not use.
+    """One of those in DEFAULTS for a model's trainable parameters. None stands for the default. A method
+    ignores what it does not use.
 
     weight_decay reaches matrices (ndim >= 2) only, never norms and biases. It is decoupled, p -= lr *
     weight_decay * p, except in adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to
@@ -67,7 +65,7 @@ def make_optimizer(
     """
     given = locals()  # each argument by its name
     if name not in DEFAULTS:
-        raise ValueError(f"unknown optimizer {name!r}; choose from {', '.join(BASELINES)}")
+        raise ValueError(f"unknown optimizer {name!r}; choose from {', '.join(DEFAULTS)}")
     o = {key: default if given[key] is None else given[key] for key, default in DEFAULTS[name].items()}
     params = [p for p in model.parameters() if p.requires_grad]  # a tied matrix comes once
     plain = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "soap": SOAP}
@@ -76,7 +74,7 @@ def make_optimizer(
     if name in plain:
         return plain[name](decay_groups(params), **o)
     if name == "kfac":
-        return KFACOptimizer(model, decay_groups(params), **o)
+        return KFACOptimizer(model, **o)
     hidden = hidden_matrices(model)
     rest = [p for p in params if p not in set(hidden)]
     adamw = torch.optim.AdamW(
@@ -454,7 +452,8 @@ class KFAC:
         found = {i: [square / n_targets] for i, square in squares.items()}
         for i, side in uses:
             outside, inside, count = sum_over_processes(*sums[i, side])
-            # What comes out is a sum over positions and a mean over tokens, what goes in is a mean over both.
+            # Σ δδᵀ is divided by the batch's targets, Σ aaᵀ by the number of its own terms. The two differ
+            # where a map is used at several positions a token.
             found[i] = [outside / n_targets, inside / count]
             if side == 1:
                 found[i].reverse()
@@ -469,8 +468,9 @@ class KFAC:
             state["factors"] = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
 
     def _sums(self, inputs, targets, micro_batch, generator):
-        """Over a batch: {(index of a parameter, the side of it that s has): [Σ δδᵀ, Σ aaᵀ, number of terms]},
-        of this process's rows, and {index of a parameter without factors: Σ g²}, of all rows."""
+        """Two dicts of sums over a batch. {(i, side): [Σ δδᵀ, Σ aaᵀ, number of terms]}, of this process's
+        rows, for parameter i and the side of it that s has. {i: Σ g²}, of all rows, for parameters without
+        factors."""
         all_rows = torch.arange(len(inputs))
         [own_rows] = local_rows(all_rows)
         z = logits(self.model, inputs[:2], targets[:2])
@@ -490,8 +490,7 @@ class KFAC:
                 if len(own):
                     first = own[0] - rows[0]  # draws are sliced: a copy may be large
                     self._add(inputs[own], targets[own], draws[first:][: len(own)], sums, grads)
-            # Labels or signs are independent: the square of a sum over rows has the mean of the sum of
-            # squares.
+            # Labels or signs are independent, so that in the mean the square of a sum is the sum of squares.
             for i, g in zip(others, sum_over_processes(*grads.values())):
                 squares[i] += g * g
         return sums, squares
@@ -500,11 +499,11 @@ class KFAC:
         """Add some rows to the factors' sums, and to the gradients of the parameters that have no factors."""
         z = logits(self.model, x)
         maps = list(linear_maps(z, self.params))
-        probs = torch.softmax(z.detach().float(), dim=-1)
+        probs = torch.softmax(z.detach(), dim=-1)
         # argmax p / e with exponential e has the distribution p; e > log 2 is a coin
         labels = y if self.batch_labels else (probs / draws).argmax(-1)
         # a sum over tokens, so that each has its own gradient
-        u = cross_entropy_grad(probs, labels, per_token(y, 1.0)).to(z.dtype)
+        u = cross_entropy_grad(probs, labels, per_token(y, 1.0))
         if self.batch_labels:
             u *= (draws - math.log(2)).sign()
         edges = [edge for _, _, edge, _ in maps]
@@ -514,7 +513,7 @@ class KFAC:
             if delta is None:
                 continue
             delta = delta.to(self.params[i].dtype).flatten(0, -2)  # (rows, out); autocast's is bfloat16, say
-            count = delta.new_full((1,), len(delta))
+            count = delta.new_tensor([len(delta)])
             if a is None:
                 inside = count
             elif a.is_floating_point():
@@ -592,10 +591,10 @@ class KFACOptimizer(Optimizer):
     STAT_DECAY = 0.95
     CURVATURE_FRAC = 0.25
 
-    def __init__(self, model, params, precondition_frequency, **settings):
-        """settings: lr, momentum and weight_decay, for groups that have none of their own."""
+    def __init__(self, model, precondition_frequency, **settings):
+        """For all of a model's trainable parameters. settings: lr, momentum and weight_decay."""
         self.kfac = KFAC(model)  # first, for `problem`
-        super().__init__(params, settings)
+        super().__init__(decay_groups(self.kfac.params), settings)
         self.kfac.state = self.state  # so that torch saves and loads it
         self.frequency = precondition_frequency
         self.steps = 0
@@ -647,7 +646,7 @@ class KFACOptimizer(Optimizer):
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.kfac.state = self.state  # a new one
+        self.kfac.state = self.state  # load_state_dict made a new dict
         self.steps = state["steps"]
         self.generator.set_state(state["generator"].cpu())
 
@@ -832,9 +831,9 @@ def logits(model, x, y=None):
 
 
 def counted_rows(inputs, targets):
-    """The rows that have a target that counts, so that every share of them has some."""
+    """The rows that have a target that counts, so that any subset of them has some."""
     counted = (targets != IGNORED).reshape(len(targets), -1).any(1)
-    return inputs[counted], targets[counted]
+    return (inputs, targets) if counted.all() else (inputs[counted], targets[counted])
 
 
 def per_token(targets, n):
@@ -860,7 +859,7 @@ def evaluate(model, x, y=None):
     mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
-            return logits(model, x, y)
+            return logits(model, x, y).detach()
     finally:
         mha.set_fastpath_enabled(fast)
 

@@ -15,8 +15,8 @@ Left out. Files that are not text (archives, tables, pictures, ...), links to fo
 valid text are counted and named, with the reason, in meta["left_out"]; what is hidden, and what a run or
 `prepare` wrote, is not read and not counted. If no text is left, that is a DataError with the same words.
 
-Split. The unit is a document. Where there are fewer than 100 text files, the unit of these is about 4096
-characters, up to the end of a line where it is near. A unit whose sha256 falls into the lowest 5 % is
+Split. The unit is a document. Where there are fewer than 100 text files, the unit is 1 % of the text, but 256
+to 4096 characters, up to the end of a line where it is near. A unit whose sha256 falls into the lowest 5 % is
 validation. So duplicates share a side, the order of files does not matter, and one streaming pass is enough.
 tokens.bin is training, then validation; where one side is shorter than a block, the cut between them moves
 by just the tokens that are missing. A document ends with a newline (bytes) or <|endoftext|> (gpt2).
@@ -51,8 +51,8 @@ import torch
 
 DATA_FORMAT = 4  # of the prepared folder; raise it whenever the same files would give other data
 VAL_FRACTION = 0.05
-FEW_DOCUMENTS = 100  # if there are fewer text files, the unit of the split is a piece of one
-PIECE = (256, 4096)  # characters, least and most; in between 1 % of the text
+FEW_DOCUMENTS = 100  # if there are fewer text files, the unit of the split is a part of one
+PART = (256, 4096)  # characters, least and most; in between 1 % of the text
 COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2"}  # and the module of Python's that reads it
 RECORDS = (".jsonl", ".json")  # have one document per line
 UNREADABLE = {  # what is not text, by the end of its name, in words that follow a count
@@ -153,7 +153,7 @@ def build(folder, root, files, meta, encoding, block_size, progress):
     # 2.4 is a guess, C4's ratio
     total = int(sum(path.stat().st_size * (2.4 if path.suffix in COMPRESSED else 1) for path in files))
     few = sum(kind_of(path) not in RECORDS for path in files) < FEW_DOCUMENTS
-    length = min(max(total // 100, PIECE[0]), PIECE[1]) if few else -1  # -1 is the whole file
+    length = min(max(total // 100, PART[0]), PART[1]) if few else -1  # -1 is the whole file
     dtype, content, n_documents, n_bytes = np.min_scalar_type(encoding.n_vocab - 1), hashlib.sha256(), 0, 0
     temp = folder.with_name(folder.name + ".tmp")
     try:

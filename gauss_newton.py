@@ -254,7 +254,7 @@ class ConjugateGradients:
                  gᵀd + ½ dᵀG d                          GN
 
     The correction g − g_k gives this model of few rows the slope of all rows at d = 0 (it is a control
-    variate). A slice first judges the δ of the slice before, then makes its own. M and K are told below:
+    variate). A slice first judges the δ of the slice before, then makes its own. M and K are explained below:
 
         judge    t ← argmin m_k(d + tδ) over t in LENGTHS
                  λ ← LOWER λ where t = 1, else λ / t, at most 4 λ
@@ -297,9 +297,8 @@ class ConjugateGradients:
         self.params = trainable(self.model)
         self.kfac = KFAC(self.model, batch_labels=True) if self.precond == "kfac" else None
         self.prox_linear = self.local_model == "prox_linear"
-        self.keep_rows = None  # found in the first step: later torch holds on to memory that it has freed
+        self.keep_rows = None  # found in the first step: torch keeps what it frees, and less looks free
         self.progress = no_progress
-        self.mean_eigenvalue = 1.0  # of K
         self.direction = None  # of the last outer step, at the length that was taken
 
     def solve(self, parts, inputs, targets):
@@ -350,7 +349,7 @@ class ConjugateGradients:
         return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
 
     def least_rows(self, rows, n_targets):
-        """Those of a Newton step."""
+        """Rows of a slice."""
         return subset_rows(rows, n_targets, self.curvature_frac / self.newton_steps)
 
     def _rows_that_fit(self, inputs, targets, rows):
@@ -532,7 +531,7 @@ class InnerSolver:
         return Solution(loss, flatten(self.v).detach(), slope, -change, trouble, record)
 
     def least_rows(self, rows, n_targets):
-        """Those of the last micro-batch."""
+        """Rows of the last micro-batch, which may be shorter than the others."""
         return rows % self.rows or self.rows
 
     def _inner_step(self, parts, gradient, k, steps):
@@ -754,9 +753,9 @@ class GGN:
                    weight, a product 4. A product with a block has 4 per weight of its own and 2 per weight
                    between them and the logits
 
-    With several processes inputs and targets are the whole batch on each; each works on its share, and sums
-    are reduced. The parameters must not change while the object is in use. Raises ValueError for a model or
-    batch that it cannot work with.
+    With several processes inputs and targets are the whole batch on each; each works on its own rows, and
+    results are summed. The parameters must not change while the object is in use. Raises ValueError for a
+    model or batch that it cannot work with.
 
     Products are by double backward (`create_graph`), not by torch.func. The graph of the gradient is the
     graph of Jᵀ, and all products use it: 1.3 gradients each, where torch.func's jvp and vjp take 2.3.
@@ -769,7 +768,7 @@ class GGN:
         self.data = pieces(*local_rows(inputs, targets), micro_batch)
         self.cache = []
         self.offset = None  # (d, part): where H is, if not at z
-        self.shifts = []  # J d of the kept pieces for the next move_to, where best_length has it
+        self.shifts = []  # J d of the kept pieces: left by best_length, used by move_to
         self.products = 0
         self.work = 0.0
         self.loss = 0.0

@@ -51,7 +51,7 @@ import baselines
 import data as D
 import gauss_newton as gn
 import train
-from baselines import BASELINES, DEFAULTS, KFAC, SOAP, hidden_matrices, lr_schedule, make_optimizer
+from baselines import DEFAULTS, KFAC, SOAP, hidden_matrices, lr_schedule, make_optimizer
 from data import DataError, get_batch, get_encoding, prepare, val_batch
 from gauss_newton import (
     GGN,
@@ -277,7 +277,7 @@ def test_layers_partition_and_generate(tie):
 
 # ---- baselines ----
 
-every_baseline = parametrize("name", BASELINES)
+every_baseline = parametrize("name", DEFAULTS)
 
 
 def baseline_steps(model, opt, seeds):
@@ -941,7 +941,7 @@ def test_what_cannot_be_stepped_is_named():
         opt.step(*tokens())
 
 
-@parametrize("name", ["full_gn", "inner", *BASELINES])
+@parametrize("name", ["full_gn", "inner", *DEFAULTS])
 def test_step_inside_autocast(name):
     """Only the model works in bfloat16, in the closure and in K-FAC's observe too: the steps are those
     of a model whose own forward opens autocast. The GPT leaves that of others alone."""
@@ -960,7 +960,7 @@ def test_step_inside_autocast(name):
             return loss
 
         with torch.autocast("cpu", torch.bfloat16, enabled=outside):
-            if name in BASELINES:
+            if name in DEFAULTS:
                 opt = make_optimizer(name, model, precondition_frequency=2)
                 for _ in range(4):
                     if name == "kfac":
@@ -1863,7 +1863,7 @@ def test_compiled_equals_eager(monkeypatch):
 SMALL = "--n_layer 1 --n_embd 8 --block_size 16 --batch_tokens 512 --eval_tokens 512 --eval_interval 1"
 CG = "--opt full_gn --cg_iters 3 --newton_steps 2"
 INNER = "--opt layerwise_gn --solver soap --inner_tokens 128"
-METHODS = [CG, INNER, *(f"--opt {name}" for name in BASELINES)]
+METHODS = [CG, INNER, *(f"--opt {name}" for name in DEFAULTS)]
 TEXT = argparse.__file__  # 100 kB of Python
 CLOCKS = ("seconds", "step_seconds", "peak_memory_mb")
 

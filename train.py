@@ -38,7 +38,6 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401 (else torch imports it in a step, and then it never frees the group)
 
 from baselines import (
-    BASELINES,
     DEFAULTS,
     KFACOptimizer,
     assign,
@@ -75,7 +74,7 @@ MAX_REJECTIONS = 8  # in a row, before a run gives up
 def main(argv):
     """Flags as typed -> the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot
     be used, 130 where Ctrl-C ended it at once."""
-    with suppress(AttributeError):  # it may be no file
+    with suppress(AttributeError):  # stdout may be no file
         sys.stdout.reconfigure(errors="replace")  # for terminals that do not have λ
     process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
     try:
@@ -207,7 +206,9 @@ class Run:
         if meta["left_out"]:
             say(f"note: left out of --data {args.data}: {meta['left_out']}")
         optimizer = args.solver if args.kind == "inner" else args.opt
-        others = set().union(*DEFAULTS.values()) - set(DEFAULTS.get(optimizer, ()))  # only others have these
+        others = set().union(*DEFAULTS.values()) - set(
+            DEFAULTS.get(optimizer, ())
+        )  # of other optimizers alone
         unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds or key in others]
         if unused:
             say(f"note: {args.opt} ({args.kind}) does not use {', '.join(unused)}")
@@ -374,6 +375,77 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# A baseline's step
+
+
+@dataclass(eq=False)
+class FirstOrder:
+    """A baseline behind the interface of GaussNewton. Its step:
+
+        g ← gradient of the batch's loss
+        rate ← optimizer's own * lr_schedule(step, total_steps, schedule, warmup_steps)
+        g′ ← g min(1, clip / ‖g‖)            clip 0: g′ = g
+        θ ← optimizer(θ, g′)                 K-FAC observes the batch first
+
+    A loss, gradient or step that is not finite leaves the parameters bitwise as they were.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer  # from make_optimizer
+    total_steps: int
+    schedule: str
+    warmup_steps: int
+    clip: float
+    micro_batch: int
+
+    def __post_init__(self):
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, inputs, targets):
+        """One step on a batch; returns its record, a flat dict."""
+        lr = self.lr * lr_schedule(self.steps, self.total_steps, self.schedule, self.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.steps += 1
+        params = trainable(self.model)
+        loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
+        norm = grad.norm().item()
+        record = {"accepted": False, "loss": loss, "grad_norm": norm, "lr": lr, "alpha": 0.0, "work": 1.0}
+        if not math.isfinite(loss + norm):
+            return {**record, "reason": "loss or gradient not finite"}
+        if isinstance(self.optimizer, KFACOptimizer):
+            record["work"] += self.optimizer.observe(inputs, targets, self.micro_batch)
+            record["repaired"] = self.optimizer.kfac.repaired or None
+        clipped = grad * (self.clip / norm) if 0 < self.clip < norm else grad
+        for p, g in zip(params, unflatten(clipped, params)):
+            p.grad = g
+        before = flatten(params)
+        self.optimizer.step()
+        d = flatten(params) - before
+        length = d.norm().item()
+        if not math.isfinite(length):
+            assign(params, unflatten(before, params))
+            return {**record, "reason": "step not finite"}
+        slope = grad.dot(d).item()  # what a first-order method promises
+        cos = -slope / (norm * length + 1e-30)
+        record.update(accepted=True, reason="", alpha=1.0, predicted=slope, cosine=cos)
+        return record
+
+    def least_rows(self, rows, n_targets):
+        """Of a batch: the fewest rows that processes divide among them in a step."""
+        return self.optimizer.curvature_rows(rows) if isinstance(self.optimizer, KFACOptimizer) else rows
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Set-up
 
 
@@ -445,73 +517,6 @@ def make_stepper(model, args, progress=None):
 def settings(args, names):
     """{argument: value} of the flags in `names`; an argument has the name of its flag, without "inner_"."""
     return {name.removeprefix("inner_"): getattr(args, name) for name in names.split()}
-
-
-@dataclass(eq=False)
-class FirstOrder:
-    """A baseline behind the interface of GaussNewton. Its step:
-
-        g ← gradient of the batch's loss
-        rate ← optimizer's own * lr_schedule(step, total_steps, schedule, warmup_steps)
-        g′ ← g min(1, clip / ‖g‖)            clip 0: g′ = g
-        θ ← optimizer(θ, g′)                 K-FAC has observed the batch before
-
-    A loss, gradient or step that is not finite leaves the parameters bitwise as they were.
-    """
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer  # from make_optimizer
-    total_steps: int
-    schedule: str
-    warmup_steps: int
-    clip: float
-    micro_batch: int
-
-    def __post_init__(self):
-        self.lr = self.optimizer.param_groups[0]["lr"]
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, inputs, targets):
-        """One step on a batch; returns its record, a flat dict."""
-        lr = self.lr * lr_schedule(self.steps, self.total_steps, self.schedule, self.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.steps += 1
-        params = trainable(self.model)
-        loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
-        norm = grad.norm().item()
-        record = {"accepted": False, "loss": loss, "grad_norm": norm, "lr": lr, "alpha": 0.0, "work": 1.0}
-        if not math.isfinite(loss + norm):
-            return {**record, "reason": "loss or gradient not finite"}
-        if isinstance(self.optimizer, KFACOptimizer):
-            record["work"] += self.optimizer.observe(inputs, targets, self.micro_batch)
-            record["repaired"] = self.optimizer.kfac.repaired or None
-        clipped = grad * (self.clip / norm) if 0 < self.clip < norm else grad
-        for p, g in zip(params, unflatten(clipped, params)):
-            p.grad = g
-        before = flatten(params)
-        self.optimizer.step()
-        d = flatten(params) - before
-        length = d.norm().item()
-        if not math.isfinite(length):
-            assign(params, unflatten(before, params))
-            return {**record, "reason": "step not finite"}
-        slope = grad.dot(d).item()  # what a first-order method promises
-        cos = -slope / (norm * length + 1e-30)
-        record.update(accepted=True, reason="", alpha=1.0, predicted=slope, cosine=cos)
-        return record
-
-    def least_rows(self, rows, n_targets):
-        """Of a batch: the fewest rows that processes divide among them in a step."""
-        return self.optimizer.curvature_rows(rows) if isinstance(self.optimizer, KFACOptimizer) else rows
-
-    def state_dict(self):
-        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
-
-    def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"]
 
 
 def open_out_dir(args):
@@ -624,7 +629,7 @@ def build_parser():
     decay = number(0, 0.999999)
 
     flag = p.heading("what to run")
-    flag("--opt", "optimizer", ("full_gn", "layerwise_gn", *BASELINES), "full_gn")
+    flag("--opt", "optimizer", ("full_gn", "layerwise_gn", *DEFAULTS), "full_gn")
     flag(
         "--muon_scale",
         "size of muon's steps, as --opt or --solver: like adamw's, or, as in the paper, "
@@ -710,14 +715,14 @@ def build_parser():
     )
     flag(
         "--line_search",
-        "along each step: backtracking, the best of ten or five candidates, or none",
+        "armijo: backtracking; grid, grid5: the best of ten or five lengths; none: the whole step",
         LINE_SEARCHES,
         "armijo",
     )
     flag(
         "--line_search_data",
-        "search on the last sixteenth of the batch, on as many fresh tokens, which no "
-        "solver has fitted (safer with small batches), or on as many fresh tokens as the batch has",
+        "what the search is on. same: the last sixteenth of the batch; fresh: as many new tokens, which no "
+        "solver has fitted (safer with small batches); fresh_batch: as many new tokens as the batch has",
         ("same", "fresh", "fresh_batch"),
         "same",
     )
@@ -817,7 +822,7 @@ def resolve(argv):
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in argv}
     given = {key: kinds for key, kinds in parser.used_by.items() if f"--{key}" in words}
-    kind = "baseline" if args.opt in BASELINES else "cg" if args.solver == "cg" else "inner"
+    kind = "baseline" if args.opt in DEFAULTS else "cg" if args.solver == "cg" else "inner"
     parser.set_defaults(kind=kind, **RUN_DEFAULTS[kind])
     return parser.parse_args(argv), given
 
@@ -905,9 +910,8 @@ def duration(seconds):
 # ---------------------------------------------------------------------------------------------------------
 # The log and checkpoints
 
-CHECKPOINT_FORMAT = (
-    9  # of a checkpoint; raise it when an older program could not read a newer one, or the reverse
-)
+# Raise it when an older program could not read a newer one's checkpoints, or the reverse.
+CHECKPOINT_FORMAT = 9
 
 
 def lines_until(path, step):

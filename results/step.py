@@ -56,7 +56,7 @@ def along(run, d, x, y):
     changes = torch.zeros(2, len(ALPHAS))
     for inputs, targets in pieces(x, y, run.args.micro_batch):
         piece = Piece(run.model, params, inputs, targets, y.numel())
-        z = piece.z.detach()
+        z = piece.z0
         Jd = piece.jvp(d, range(len(params)))
         for i, alpha in enumerate(ALPHAS):
             for row, prox_linear in zip(changes, (True, False)):

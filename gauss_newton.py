@@ -244,7 +244,8 @@ class Newton:
 
 @dataclass(eq=False)
 class ConjugateGradients:
-    """Hessian-free optimization: minimise the local model over each part's d, the other parts at rest.
+    """Hessian-free optimization: minimise the local model over each part's d, the other parts at rest. Full
+    Gauss-Newton has one part, all parameters; layerwise has a part for each layer.
 
     Martens (2010) solves one damped system by conjugate gradients. Here d is a sum of Newton steps δ. Each
     solves a system of its own, made from one slice of the batch. Let L be the loss of slice k, g_k the
@@ -267,10 +268,11 @@ class ConjugateGradients:
     line search judges the sum, and changes λ once more (levenberg_marquardt). With several parts each has its
     own λ within an outer step; the next one starts from their geometric mean.
 
-    K is K-FAC's matrix, made with the batch's own labels. The metric M = s^(1 − POWER) K^POWER stands where
-    Martens has the identity. It holds back directions of large curvature, along which the linearisation fails
-    first. s is the geometric mean of K's mean eigenvalue and the weight's own; it has K's unit, so that λ has
-    none. (`metric` adds floors, so that M is not singular.)
+    K is K-FAC's matrix, made with the batch's own labels. The metric M = unit^(1 − POWER) K^POWER stands
+    where Martens has the identity. It holds back directions of large curvature, along which the linearisation
+    fails first. For each weight `unit` is the geometric mean of two mean eigenvalues, that of K and that of
+    the weight's own block of K. So M has K's unit, and λ has none. (`metric` adds floors, so that M is not
+    singular.)
     """
 
     LENGTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -297,7 +299,7 @@ class ConjugateGradients:
         self.params = trainable(self.model)
         self.kfac = KFAC(self.model, batch_labels=True) if self.precond == "kfac" else None
         self.prox_linear = self.local_model == "prox_linear"
-        self.keep_rows = None  # found in the first step: torch keeps what it frees, and less looks free
+        self.keep_rows = None  # found in the first step, before torch holds memory that it has freed
         self.progress = no_progress
         self.direction = None  # of the last outer step, at the length that was taken
 
@@ -385,7 +387,8 @@ class ConjugateGradients:
         precond = self._preconditioner(s.damping, s.part)
         found = cg(matvec, -(gradient + correction), precond, self.cg_iters)
         s.delta = found.x
-        # m_k(0) − m_k(d + δ): from 0 to d exactly, from d to d + δ as the system promises, without damping
+        # m_k(0) − m_k(d + δ). From 0 to d: change, of L alone, and the correction's part. From d to d + δ:
+        # the system's last value, from which the damping is taken out.
         damped = 0.5 * s.damping * s.delta.dot(self._damp(s.delta, s.part)).item()
         s.decrease = damped - found.values[-1] - change - correction.dot(s.d).item()
         return found.iterations, found.reason
@@ -394,6 +397,7 @@ class ConjugateGradients:
         """K-FAC's factors, from as many rows as a slice has, but at least KFAC_TARGETS targets."""
         self.progress("kfac")
         rows = subset_rows(len(inputs), n_targets, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
+        # For K-FAC's diagonals: a random sign for each sequence, the same in every step
         signs = torch.Generator(device=inputs.device).manual_seed(0)
         self.kfac.update(inputs[:rows], targets[:rows], self.micro_batch, signs)
         self.kfac.decompose()
@@ -403,8 +407,8 @@ class ConjugateGradients:
 
     def metric(self, S):
         """K-FAC's eigenvalues S -> those of M; kept away from 0 where S is 0: tokens never seen."""
-        s = (self.mean_eigenvalue * (S.mean() + 1e-6 * self.mean_eigenvalue)).sqrt()
-        return s ** (1 - self.POWER) * (S + 0.01 * s) ** self.POWER
+        unit = (self.mean_eigenvalue * (S.mean() + 1e-6 * self.mean_eigenvalue)).sqrt()
+        return unit ** (1 - self.POWER) * (S + 0.01 * unit) ** self.POWER
 
     def _damp(self, v, part):
         """M v."""

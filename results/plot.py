@@ -128,11 +128,13 @@ def ladder(rows):
                     side = y + 0.2 * (len(names) - 1) - 0.4 * names.index(name)
                     axis.barh(side, fall, 0.4, color="C0", alpha=1 if name == names[-1] else 0.4)
                     axis.text(fall, side, f" {fall:.3f} for {work:.1f}", va="center", fontsize=7)
-            axis.set(
-                title="From a loss of {loss:.2f}, {parameters:,} parameters".format(**found[0]),
-                xlabel="fall of the loss on unseen tokens, for work in gradients of the batch",
-            )
-            axis.margins(x=0.2)
+            axis.set_title("from {loss:.2f}, {parameters:,} parameters".format(**found[0]))
+            axis.margins(x=0.3)
+        axis.figure.supxlabel(
+            "fall of the loss on unseen tokens, for work in gradients of the batch\n"
+            "pale: one system, one pass, no moments; dark: eight systems, two passes, with moments",
+            fontsize=9,
+        )
         panels[0].set_yticks(range(len(LADDER)), LADDER)
 
 

@@ -266,11 +266,11 @@ def worth(rows):
     """A row for each direction from a point."""
     rungs = grouped(rows, "rung").items()
     show(
-        "One direction, from a loss of {loss:.2f} with {parameters:,} parameters".format(**rows[0]),
+        "One direction from {loss:.2f}, {parameters:,} parameters".format(**rows[0]),
         [
             {
                 "direction": rung,
-                "fall of the loss": f"{average('fall', found):.4f}",
+                "fall of the loss": f"{average('fall', found):.3g}",
                 "each batch": listed(found, lambda row: f"{row['fall']:.4f}"),
                 "work": f"{average('work', found):.3g}",
                 "cosine": listed(found, lambda row: row["cosine"] and f"{row['cosine']:.2f}"),

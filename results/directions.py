@@ -2,7 +2,7 @@
 each method's direction, at the length that is best for it.
 
 python results/directions.py warmup late               # weights by the commands in step.py; hours on one core
-python results/directions.py big --like warmup --batches 1     # with the settings that were best at warmup
+python results/directions.py warmup_1.1M --like warmup --batches 1      # by what was best at warmup
 
 A direction is where a command of train.py goes in its first step. The ladder leads from the gradient to G of
 all parameters at once. On half of the first batch a rung's knob (a damping or a rate) is changed by its

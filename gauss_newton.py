@@ -1068,9 +1068,9 @@ def refuse_randomness(model, x, y):
     theta = [p.detach().clone() for p in trainable(model)]
     first = evaluate(model, x, y)
     refuse_writing(model, theta)
-    seen = torch.softmax(first, dim=-1) > 0  # but for masked classes, whose logits are −1e9, say
+    seen = torch.softmax(first, dim=-1) > 0  # leaves out masked classes, whose logits are −1e9, say
     tolerance = working_eps(model, x, y) ** 0.5 * first.abs().where(seen, 0).max()
-    for _ in range(9):  # some change rarely
+    for _ in range(9):  # some models change their logits only now and then
         change = (evaluate(model, x, y) - first).abs()
         if (change.where(seen, 0) > tolerance).any():
             raise ValueError(f"the model gives the same inputs other logits every time (dropout?): {advice}")
@@ -1129,11 +1129,11 @@ def refuse_derivatives(model, x, y, twice):
                     Jv, h = piece.jvp(v.flatten(), [i]), 1.0
                 else:
                     Jv, h = difference(model, x, z0, theta, {i: v}, [i], eps)
-                one = c * Jv
-                other = g * v
-                scale = other.sum().abs() + other.norm() + one.norm()
+                forward = c * Jv
+                backward = g * v
+                scale = backward.sum().abs() + backward.norm() + forward.norm()
                 allowed = max(0.1, 10 * eps**0.5) * scale + rounding / h
-                if (one.sum() - other.sum()).abs() > allowed:
+                if (forward.sum() - backward.sum()).abs() > allowed:
                     raise RuntimeError(
                         "a second derivative is missing, or the gradient is changed (by a straight-through "
                         "estimator, a stopped gradient, a hook or a jump),"

@@ -174,8 +174,8 @@ def child(script):
     return [float(n) for n in python("-c", script).stdout.split()]
 
 
-def expand(ggn, d, prox_linear=False, part=None):
-    """(m(d) − m(0), ∇m(d)), where matvec is expanded from now on."""
+def moved_to(ggn, d, prox_linear=False, part=None):
+    """(m(d) − m(0), ∇m(d)), where matvec has H from now on."""
     return ggn.move_to(d, part or range(len(ggn.params)), prox_linear)
 
 
@@ -1197,7 +1197,7 @@ def test_local_models_are_the_authors(released, numbers):
     found = [ggn.loss]
     parts = GaussNewton(model).parts + GaussNewton(model, parts=model.layers()).parts
     for part, prox in itertools.product(parts, (False, True)):
-        change, gradient = expand(ggn, gn.select(v, ggn.params, part), prox, part)
+        change, gradient = moved_to(ggn, gn.select(v, ggn.params, part), prox, part)
         found += [ggn.loss + change, gradient.norm()]
     assert np.allclose(found, np.fromstring(numbers, sep=" "), rtol=1e-11, atol=0)
 
@@ -1345,7 +1345,7 @@ def test_levenberg_marquardt_moves_as_documented(rho, alpha, want):
 @parametrize("tie, micro_batch, kept", [(False, None, None), (True, 2, 0), (False, 2, 4)])
 def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
     """Loss, gradient, J v, G v and its diagonal blocks, tied weights counted once, whole or in pieces of 2,
-    2 and 1 rows of which none or two are kept; and the same after expand(v), the linearised network at
+    2 and 1 rows of which none or two are kept; and the same after a move to v, the linearised network at
     v, and after a search along a line; then G v again after the expansion to second order. (Expansions of
     blocks, and to second order, are in the solvers' tests.)"""
     model, (inputs, targets) = gpt(tie), tokens()
@@ -1360,17 +1360,17 @@ def test_ggn_is_the_dense_matrix(tie, micro_batch, kept):
     for v in torch.randn(3, len(dense.g)).double():
         assert close(ggn.matvec(v), G @ v)
         assert close(ggn.matvec(v[at], part), G[at][:, at] @ v[at])
-        change, slope = expand(ggn, v, prox_linear=True)
+        change, slope = moved_to(ggn, v, prox_linear=True)
         want, g, G = dense.local(v, True)
         assert isclose(change, want) and close(slope, g)
     ends = [dense.local(v - 2 * t * v, True)[0] for t in (0, 1)]
     for extra in (0, ends[0] - ends[1] - 0.1, ends[0] - ends[1] + 0.1):
         t = ggn.best_length(v, -2 * v, [0.0, 1.0], extra, everything, True)
-        change, slope = expand(ggn, v - 2 * t * v, prox_linear=True)
+        change, slope = moved_to(ggn, v - 2 * t * v, prox_linear=True)
         want, g, G = dense.local(v - 2 * t * v, True)
         assert t == (ends[1] + extra < ends[0]) and isclose(change, want)
         assert close(slope, g) and close(ggn.matvec(v), G @ v)
-    expand(ggn, v)
+    moved_to(ggn, v)
     assert close(ggn.matvec(v), dense.G @ v)
 
 
@@ -1401,10 +1401,10 @@ def test_work_and_products_are_counted():
         g = ggn.grad
         ggn.matvec(g)
         ggn.matvec(g[:28], [0])
-        expand(ggn, g)
+        moved_to(ggn, g)
         ggn.best_length(g, g, [0.0, 1.0], 0.0, range(len(ggn.params)), False)
-        expand(ggn, g)
-        expand(ggn, g, prox_linear=True)
+        moved_to(ggn, g)
+        moved_to(ggn, g, prox_linear=True)
         ggn.matvec(g)  # pieces that were not kept are moved to z + J d once more
         part = (4 * 28 + 2 * 200) / 228 / 3
         again = 4 + (2 + 2 / 3) + (1 + 2 / 3)  # the search, and the last product
@@ -1786,7 +1786,7 @@ def test_ignored_targets_are_left_out():
     def found(x, y, micro_batch=None):
         ggn = GGN(model, x, y, micro_batch)
         v = ggn.grad
-        change, slope = expand(ggn, v, prox_linear=True)
+        change, slope = moved_to(ggn, v, prox_linear=True)
         loss, *solved = InnerSolver(model, "adamw", rows=1).solve([range(6)], *gn.counted_rows(x, y))[:4]
         exact = ggn.loss, batch_loss(model, x, y, micro_batch), change, loss, v, slope, ggn.matvec(v)
         return [*exact, *batch_grad(model, x, y, micro_batch)], solved

@@ -205,10 +205,8 @@ class Run:
         )
         if meta["left_out"]:
             say(f"note: left out of --data {args.data}: {meta['left_out']}")
-        optimizer = args.solver if args.kind == "inner" else args.opt
-        others = set().union(*DEFAULTS.values()) - set(
-            DEFAULTS.get(optimizer, ())
-        )  # of other optimizers alone
+        own = DEFAULTS.get(args.opt, DEFAULTS.get(args.solver, ()))
+        others = set().union(*DEFAULTS.values()) - set(own)  # settings that only other optimizers have
         unused = [f"--{key}" for key, kinds in given.items() if args.kind not in kinds or key in others]
         if unused:
             say(f"note: {args.opt} ({args.kind}) does not use {', '.join(unused)}")
@@ -484,10 +482,10 @@ def default_micro_batch(model, x, y):
 def make_stepper(model, args, progress=None):
     """The optimizer, with step(inputs, targets) -> record and state_dict."""
     if args.kind == "baseline":
-        names = "lr weight_decay betas momentum precondition_frequency muon_scale"
+        own = settings(args, "lr weight_decay betas momentum precondition_frequency muon_scale")
         return FirstOrder(
             model,
-            make_optimizer(args.opt, model, **settings(args, names)),
+            make_optimizer(args.opt, model, **own),
             total_steps=args.steps,
             **settings(args, "schedule warmup_steps clip micro_batch"),
         )
@@ -497,11 +495,10 @@ def make_stepper(model, args, progress=None):
             **settings(args, "local_model newton_steps cg_iters damping precond curvature_frac micro_batch"),
         )
     else:
-        rows = in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size)
         solver = InnerSolver(
             model,
             name=args.solver,
-            rows=rows,
+            rows=in_blocks("--inner_tokens", args.inner_tokens, model.config.block_size),
             outer_steps=args.steps,
             **settings(
                 args,
@@ -509,9 +506,13 @@ def make_stepper(model, args, progress=None):
                 "inner_schedule inner_warmup inner_reset",
             ),
         )
-    parts = model.layers() if args.opt == "layerwise_gn" else None
-    search = settings(args, "line_search micro_batch")
-    return GaussNewton(model, solver, parts=parts, progress=progress, **search)
+    return GaussNewton(
+        model,
+        solver,
+        parts=model.layers() if args.opt == "layerwise_gn" else None,
+        progress=progress,
+        **settings(args, "line_search micro_batch"),
+    )
 
 
 def settings(args, names):
@@ -539,8 +540,9 @@ def open_out_dir(args):
 
 
 def device_name(device):
-    cpu = f"cpu, {torch.get_num_threads()} thread(s)"
-    name = torch.cuda.get_device_name(device) if on_gpu(device) else cpu
+    name = f"cpu, {torch.get_num_threads()} thread(s)"
+    if on_gpu(device):
+        name = torch.cuda.get_device_name(device)
     return f"{ranks()[1]} processes, {name} each" if ranks()[1] > 1 else name
 
 
@@ -786,7 +788,8 @@ def build_parser():
     )
 
     flag = p.heading("baselines", "baseline")
-    flag("--lr", "peak rate (default: adamw, adam and soap 0.01, muon and kfac 0.03, sgd 0.3)", positive)
+    rates = {name: defaults["lr"] for name, defaults in DEFAULTS.items()}
+    flag("--lr", f"peak learning rate (default {rates})", positive)
     flag(
         "--schedule",
         "after warmup; wsd decays over the last fifth",

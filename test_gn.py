@@ -3059,4 +3059,5 @@ def test_code_of_the_readme_runs():
         exec(code, names)
     assert names["rho"] > 0.5
     opt = GaussNewton(model, names["OneSystem"](model))
+    opt.load_state_dict(opt.state_dict())
     assert opt.step(x, y)["loss"] > opt.step(x, y)["loss"]

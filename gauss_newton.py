@@ -244,35 +244,42 @@ class Newton:
 
 @dataclass(eq=False)
 class ConjugateGradients:
-    """Hessian-free optimization: minimise the local model over each part's d, the other parts at rest. Full
-    Gauss-Newton has one part, all parameters; layerwise has a part for each layer.
+    """Hessian-free optimization: minimise each part's local model over its displacement d, the other
+    parameters fixed. Full Gauss-Newton has one part, all parameters; layerwise has a part for each layer.
 
     Martens (2010) solves one damped system by conjugate gradients. Here d is a sum of Newton steps δ. Each
-    solves a system of its own, made from one slice of the batch. Let L be the loss of slice k, g_k the
-    gradient of L, and g the gradient of the whole batch. Linearised, the slice has the local model
+    δ solves a system of its own, made from one slice of the batch. Let L(z) be the loss of slice k at
+    logits z, g_k its gradient, and g the gradient of the whole batch. Linearised, the slice has the local
+    model
 
-        m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd        prox-linear
-                 gᵀd + ½ dᵀG d                          GN
+        m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd           prox-linear
+                 g_kᵀd + ½ dᵀG_k d + (g − g_k)ᵀd           GN
 
-    The correction g − g_k gives this model of few rows the slope of all rows at d = 0 (it is a control
-    variate). A slice first judges the δ of the slice before, then makes its own. M and K are explained below:
+    Its last term is the correction. With it the model of a slice has, at d = 0, the slope of the whole
+    batch (it is a control variate). Each slice first judges the δ of the slice before, then makes a new
+    one:
 
         judge    t ← argmin m_k(d + tδ) over t in LENGTHS
-                 λ ← LOWER λ where t = 1, else λ / t, at most 4 λ
+                 λ ← LOWER · λ where t = 1, else λ / max(t, ¼)
                  d ← d + tδ
-        solve    δ ← −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)         by conjugate gradients, preconditioned by P = K + λM
+        solve    δ ← −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)            by cg_iters iterations of conjugate gradients from
+                                                           0, preconditioned by P = K + λM
 
-    So t is how much of δ suits rows that did not make it. λ is Martens' damping. He adapts it by ρ, a ratio
-    of two decreases; here it falls where δ was taken whole, and grows where δ was cut. The first slice has no
-    δ to judge, and starts from d = MOMENTUM times the last outer step. The last δ is added to d whole. The
-    line search judges the sum, and changes λ once more (levenberg_marquardt). With several parts each has its
-    own λ within an outer step; the next one starts from their geometric mean.
+    So t is how much of δ suits rows from which δ was not made. The first slice has no δ to judge, and
+    starts from d = MOMENTUM times the last outer step. The δ of the last slice is added to d whole, and the
+    decrease that the step promises is that slice's. A system that is indefinite or not finite rejects the
+    outer step.
 
-    K is K-FAC's matrix, made with the batch's own labels. The metric M = unit^(1 − POWER) K^POWER stands
-    where Martens has the identity. It holds back directions of large curvature, along which the linearisation
-    fails first. For each weight `unit` is the geometric mean of two mean eigenvalues, that of K and that of
-    the weight's own block of K. So M has K's unit, and λ has none. (`metric` adds floors, so that M is not
-    singular.)
+    λ is Martens' damping. He adapts it by ρ, a ratio of two decreases, as `adapt` does after the line
+    search. Here t has changed it before, in every slice. With several parts each has its own λ within an
+    outer step; the next outer step starts from their geometric mean.
+
+    K is K-FAC's approximation of the curvature, made with the batch's own labels (an empirical Fisher
+    matrix). The metric M = unit^(1 − POWER) K^POWER stands where Martens has the identity. A power of K
+    holds directions of large curvature back more. For each weight `unit` is the geometric mean of two mean
+    eigenvalues, that of K and that of the weight's own block of K. So M grows as K does, and λ is a pure
+    number. (`metric` adds floors, so that M is not singular.) The constants come from trials, in
+    results/notes.md.
     """
 
     LENGTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -283,12 +290,12 @@ class ConjugateGradients:
 
     model: nn.Module
     local_model: str = "prox_linear"  # the loss itself on the linearised network; "gn": to second order in z
-    newton_steps: int = 8  # slices in an outer step; fewer on a batch that has no 32 targets for each
+    newton_steps: int = 8  # slices in an outer step; fewer where a slice would have under 32 targets
     cg_iters: int = 4  # conjugate-gradient iterations of a Newton step, at most
     damping: float = 3.0  # λ at the start
-    precond: str = "kfac"  # as above; "none": no preconditioner, and M = I
-    curvature_frac: float = 0.25  # share of the batch's rows that the slices have together
-    micro_batch: int = None  # rows worked on at a time; None: those of a slice
+    precond: str = "kfac"  # P and M as above; "none": both are the identity
+    curvature_frac: float = 0.25  # share of the batch's rows that is cut into slices
+    micro_batch: int = None  # rows worked on at a time; None: all of a batch, all of a slice
 
     def __post_init__(self):
         check_choice("local_model", self.local_model, ("gn", "prox_linear"))
@@ -299,7 +306,7 @@ class ConjugateGradients:
         self.params = trainable(self.model)
         self.kfac = KFAC(self.model, batch_labels=True) if self.precond == "kfac" else None
         self.prox_linear = self.local_model == "prox_linear"
-        self.keep_rows = None  # found in the first step, before torch holds memory that it has freed
+        self.keep_rows = None  # found in the first step, before torch's allocator keeps memory for later use
         self.progress = no_progress
         self.direction = None  # of the last outer step, at the length that was taken
 
@@ -317,18 +324,18 @@ class ConjugateGradients:
         if self.direction is not None:
             start = self.MOMENTUM * self.direction.to(grad)  # a checkpoint's is on the CPU
         states = [Newton(part, select(start, self.params, part), self.damping) for part in parts]
-        del start  # a vector less in all that follows
+        del start  # one vector less in memory
         solves = []  # (iterations, reason) of each slice and part
         rows = self.least_rows(len(inputs), n_targets)
         steps = min(self.newton_steps, len(inputs) // rows)
         if self.keep_rows is None:
             self.keep_rows = self._rows_that_fit(inputs, targets, rows)
-        products = len(parts) * self.cg_iters  # of a slice, at most
+        most = len(parts) * self.cg_iters  # products of a slice
         for k, (x, y) in zip(range(steps), pieces(inputs, targets, rows)):
             self.progress("linearise", k, steps)
             ggn = GGN(self.model, x, y, self.micro_batch, self.keep_rows)
             for s in states:
-                solves.append(self._newton_step(s, grad, ggn, k * products, steps * products))
+                solves.append(self._newton_step(s, grad, ggn, k * most, steps * most))
             record["products"] += ggn.products
             record["work"] += ggn.work * rows / len(inputs)
             del ggn  # before the next one is made: memory holds one slice
@@ -336,7 +343,7 @@ class ConjugateGradients:
         views = unflatten(d, self.params)
         for s in states:
             own = [views[i] for i in s.part]
-            assign(own, unflatten(s.d + s.delta, own))
+            assign(own, unflatten(s.d + s.delta, own))  # through these views into d
         self.damping = geometric_mean(s.damping for s in states)
         iterations, reasons = zip(*solves)
         bad = sorted({"nonfinite", "indefinite"}.intersection(reasons))
@@ -355,8 +362,8 @@ class ConjugateGradients:
         return subset_rows(rows, n_targets, self.curvature_frac / self.newton_steps)
 
     def _rows_that_fit(self, inputs, targets, rows):
-        """How many rows' graphs three eighths of the free memory hold. (Another eighth is for the piece that
-        is worked on.) Raises MemoryError where the free memory does not hold a piece."""
+        """How many rows' graphs fit into three eighths of the free memory. (Another eighth is left for the
+        piece that is worked on.) Raises MemoryError where not even one piece fits."""
         free = free_memory(inputs.device)
         each = row_bytes(self.model, inputs, targets)
         needed = each * min(self.micro_batch or rows, rows)
@@ -368,7 +375,7 @@ class ConjugateGradients:
         return int(3 / 8 * free / each)
 
     def _newton_step(self, s, grad, ggn, done, total):
-        """A slice's work for one part: judge the last δ, and make the next.
+        """A slice's work for one part: judge the δ of the slice before, and make a new one.
 
         grad: of the whole batch. done, total: CG's iterations, for progress. Returns how many iterations CG
         made, and why it ended."""
@@ -382,14 +389,14 @@ class ConjugateGradients:
 
         def matvec(v):
             self.progress("cg", done + ggn.products, total)
-            return ggn.matvec(v, s.part) + s.damping * self._damp(v, s.part)
+            return ggn.matvec(v, s.part) + s.damping * self._times_metric(v, s.part)
 
         precond = self._preconditioner(s.damping, s.part)
         found = cg(matvec, -(gradient + correction), precond, self.cg_iters)
         s.delta = found.x
-        # m_k(0) − m_k(d + δ). From 0 to d: change, of L alone, and the correction's part. From d to d + δ:
-        # the system's last value, from which the damping is taken out.
-        damped = 0.5 * s.damping * s.delta.dot(self._damp(s.delta, s.part)).item()
+        # m_k(0) − m_k(d + δ). From 0 to d it is −(change + correctionᵀd). From d to d + δ, to second order,
+        # it is −(the system's last value − damped).
+        damped = 0.5 * s.damping * s.delta.dot(self._times_metric(s.delta, s.part)).item()
         s.decrease = damped - found.values[-1] - change - correction.dot(s.d).item()
         return found.iterations, found.reason
 
@@ -397,7 +404,8 @@ class ConjugateGradients:
         """K-FAC's factors, from as many rows as a slice has, but at least KFAC_TARGETS targets."""
         self.progress("kfac")
         rows = subset_rows(len(inputs), n_targets, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
-        # For K-FAC's diagonals: a random sign for each sequence, the same in every step
+        # A random sign for each sequence, the same in every step: K-FAC's diagonals are Σ g² over sequences,
+        # which (Σ ± g)² is in the mean
         signs = torch.Generator(device=inputs.device).manual_seed(0)
         self.kfac.update(inputs[:rows], targets[:rows], self.micro_batch, signs)
         self.kfac.decompose()
@@ -406,11 +414,11 @@ class ConjugateGradients:
         record["work"] += 2 / 3 * rows / len(inputs)  # a forward, and a backward for the activations alone
 
     def metric(self, S):
-        """K-FAC's eigenvalues S -> those of M; kept away from 0 where S is 0: tokens never seen."""
+        """K's eigenvalues S -> M's, with a floor where S is 0, as for tokens that never came."""
         unit = (self.mean_eigenvalue * (S.mean() + 1e-6 * self.mean_eigenvalue)).sqrt()
         return unit ** (1 - self.POWER) * (S + 0.01 * unit) ** self.POWER
 
-    def _damp(self, v, part):
+    def _times_metric(self, v, part):
         """M v."""
         return self.kfac.apply(v, self.metric, part) if self.kfac else v
 
@@ -419,13 +427,13 @@ class ConjugateGradients:
             return lambda v: self.kfac.apply(v, lambda S: 1 / (S + damping * self.metric(S)), part)
 
     def adapt(self, rho, alpha):
-        """After a step of αd; α = 0: it was rejected."""
+        """After every step, of αd; α = 0: it was rejected."""
         self.damping = levenberg_marquardt(self.damping, rho, alpha)
         if alpha:
             self.direction = alpha * self.direction
 
     def forget(self):
-        """After a step that was not taken: the next one starts from d = 0."""
+        """After a step that was rejected or interrupted, before `adapt`: the next one starts from d = 0."""
         self.direction = None
 
     def state_dict(self):

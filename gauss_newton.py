@@ -284,7 +284,7 @@ class ConjugateGradients:
 
     LENGTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     LOWER = 0.5
-    POWER = 0.25
+    POWER = 0.5
     MOMENTUM = 0.5
     KFAC_TARGETS = 16384
 

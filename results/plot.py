@@ -1,17 +1,18 @@
 """Pictures, by matplotlib.
 
-python results/plot.py                 # the study's: directions.svg, frontier.svg, loss.svg, step.svg
+python results/plot.py                 # the study's: directions.svg, frontier.svg, leads.svg, step.svg
 python results/plot.py out/a           # what each step of a run did, in run.svg
 python results/plot.py out/a out/b     # what each run took to each loss, and a picture of it, run.svg
 """
 
 import argparse
 import math
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
 from study import HERE, read_log, read_rows
-from tables import RACES, average, directions, frontier, grouped, load, methods_of
+from tables import average, directions, frontier, grouped, lead, leads, load
 
 LOSS = "validation loss, nats per token"
 COLOURS = {}  # {name: the one that it has in every picture}
@@ -93,14 +94,15 @@ def study(runs):
                 axis.text(*point, f"  {batch}k", fontsize=7, va="bottom", color=COLOURS[name])
         axis.figure.legend(loc="outside right upper")
 
-    with picture(HERE / "loss.svg", 11, 5, 1, 2) as panels:
-        for axis, stage in zip(panels, ("same batch", "slow")):
-            lines = {  # without step 0
-                method: [run["curve"][1:] for run in found]
-                for method, found in methods_of(stage, runs).items()
-            }
-            draw(axis, lines, ylabel=LOSS, xlabel=f"outer steps. {RACES[stage]}")
-        axis.figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    curves = defaultdict(list)
+    for solver, parameters, batch, its, baseline in leads(runs):
+        curves[f"{solver}, {parameters:,} parameters"].append((1024 * batch, parameters, lead(its, baseline)))
+    with picture(HERE / "leads.svg", 11, 5, 1, 2, sharey=True) as panels:
+        for axis, power in zip(panels, (0, 1)):
+            lines = {name: [[(x / p**power, y) for x, p, y in found]] for name, found in curves.items()}
+            draw(axis, lines, "o", xlabel="tokens a step" + power * ", for each parameter", yscale="log")
+        panels[0].set_ylabel("steps of the best baseline, over full GN's")
+        panels[0].legend()
 
     points = read_rows(HERE / "step.jsonl")
     with picture(HERE / "step.svg", 12, 4.5, 1, len(points)) as panels:

@@ -15,12 +15,11 @@ Change the records or that program, not this page.
 
 - **steps**: whole ones, until the run was evaluated at or under its target. `>` marks a run that missed it,
   with its length and its last loss.
-- **each run**: a number for each seed, by the machine that it was made on.
+- **each run**: a number for each seed.
 - **work**: gradients of a million tokens, to the end of the last step.
 - **ratio**: to the steps of the table's first row.
 - **interpolated**: between the last two evaluations, by the logarithm of the loss. ± is the deviation of one
   run, or the standard error of a ratio.
-- **seconds**: means of the runs that had a core of an idle machine.
 
 How the runs were made is in [protocol.md](protocol.md). CG's work is by
 [an older account](protocol.md#what-an-older-program-did), which is a little too low.
@@ -76,13 +75,12 @@ def show(title, rows, wanted=None):
 
 def load(path=HERE / "runs.jsonl"):
     """The lines of the list that have a record, in its order: {stage, method, which, flags, *the record}. Added
-    are its machine, and steps and work "between" the last two evaluations."""
+    are its machine, and its steps "between" the last two evaluations."""
     records = read_records(path)
     runs = [{**records[line.key], **line._asdict()} for line in read_list() if line.key in records]
     for run in runs:
         run["machine"] = re.search("H100|H200|cpu", run["device"])[0].upper()
         run["between"] = crossing(run)
-        run["work between"] = run["gradients"] * run["between"] / run["ran"]
     return runs
 
 
@@ -119,12 +117,6 @@ def interpolated(run):
     return f"{run['between']:.1f}" if run["steps"] else "-" * bool(run["target"])
 
 
-def each_machine(runs, text=whole):
-    """A text for each run, by the machines that they were made on."""
-    machines = grouped(runs, "machine")
-    return "; ".join(f"{name} {listed(found, text)}" for name, found in machines.items())
-
-
 def listed(runs, text=whole):
     return ", ".join(filter(None, map(text, runs)))
 
@@ -159,19 +151,17 @@ def race(methods):
         over = "> " * missed
         ratio = between / average("between", best)
         error = hypot(*(spread(each) / len(each) ** 0.5 for each in (runs, best)))
-        seconds = [run["seconds"] for run in runs if run["device"] == "cpu, 1 thread(s)"]
         row = {
             "method": method,
             "batch": f"{runs[0]['batch_tokens'] // 1024}k",
             "steps": f"{over}{steps:.1f}",
-            "each run": each_machine(runs),
+            "each run": listed(runs),
             "ratio": f"{over}{steps / average('ran', best):.2f}",
             "work": f"{average('gradients', runs):.3g}",
             "interpolated steps": over + with_error(between, between * spread(runs), 1),
-            "each run, interpolated": each_machine(runs, interpolated),
+            "each run, interpolated": listed(runs, interpolated),
             "interpolated ratio": over + with_error(ratio, ratio * error, 2),
-            "interpolated work": f"{average('work between', runs):.3g}",
-            "seconds": f"{mean(seconds):,.0f}" if seconds else "",
+            "machine": ", ".join(grouped(runs, "machine")),
         }
         if not rows:
             row.update({"ratio": "", "interpolated ratio": ""})
@@ -226,9 +216,9 @@ def batches(methods):
     show("Steps at each batch, to 1.60 (work)", rows)
 
 
-def sizes(runs):
-    """Leads of full GN over the best baseline with the same batch, or with the largest of a baseline."""
-    rows = []
+def leads(runs):
+    """Full GN's runs beside the best baseline's with the same batch, or with the largest of a baseline. Yields
+    (solver, parameters, batch in 1024 tokens, its runs, the baseline's)."""
     for parameters, stages in SIZES.items():
         best = best_runs(runs, stages, FAMILY, fair=True)
         baselines = [
@@ -237,24 +227,34 @@ def sizes(runs):
             for batch, found in points.items()
             if " GN" not in name
         ]
-        for batch in sorted(best["full GN, inner SOAP"]):
-            same = [row for row in baselines if row[0] == min(batch, max(baselines)[0])]
-            if not same:
-                continue
-            at, _, name, found = min(same)
-            row = {
+        for solver in ("inner SOAP", "CG"):
+            for batch, its in sorted(best[f"full GN, {solver}"].items()):
+                same = [row for row in baselines if row[0] == min(batch, max(baselines)[0])]
+                if same:
+                    yield solver, parameters, batch, its, min(same)[-1]
+
+
+def lead(its, baseline, key="between"):
+    return average(key, baseline) / average(key, its)
+
+
+def sizes(runs):
+    show(
+        "Lead by size",
+        [
+            {
+                "solver": solver,
                 "parameters": f"{parameters:,}",
                 "tokens a step": f"{batch}k",
                 "tokens a parameter": f"{1024 * batch / parameters:.2g}",
-                "best baseline": f"{name}, {at}k: {listed(found)}",
+                "steps": listed(its),
+                "best baseline": "{method}: ".format(**baseline[0]) + listed(baseline),
+                "lead": f"{lead(its, baseline, 'ran'):.1f}",
+                "interpolated": f"{lead(its, baseline):.1f}",
             }
-            for solver in ("inner SOAP", "CG"):
-                its = best[f"full GN, {solver}"].get(batch, [])
-                leads = [average(key, found) / average(key, its) for key in ("ran", "between") if its]
-                row[solver] = listed(its)
-                row[f"{solver}'s lead (interpolated)"] = "{:.1f} ({:.1f})".format(*leads) if its else ""
-            rows.append(row)
-    show("Lead by size", rows)
+            for solver, parameters, batch, its, baseline in leads(runs)
+        ],
+    )
 
 
 def directions():

@@ -194,8 +194,8 @@ class GaussNewton:
         return parts
 
     def _check_parameters(self):
-        if torch.is_inference_mode_enabled():
-            raise ValueError("no step can be made inside torch.inference_mode, which has no derivatives")
+        if torch.is_inference_mode_enabled() or self.params[0].is_inference():
+            raise ValueError("no step is possible inside torch.inference_mode, or of a model made there")
         if list(map(id, self.params)) != list(map(id, trainable(self.model))):
             raise ValueError(
                 f"this {type(self.solver).__name__} was made for other trainable parameters than the model "
@@ -1133,7 +1133,7 @@ def refuse_derivatives(model, x, y, twice):
         raise
     except RuntimeError as e:
         if "nference" in str(e):
-            advice = "make the model and the batch outside of torch.inference_mode"
+            advice = "make the batch, and what the model keeps, outside of torch.inference_mode"
         raise ValueError(f"{needs}: {first_line(e)}{where}; {advice}") from e
 
 

@@ -62,6 +62,7 @@ def make_optimizer(
     weight_decay * p, except in adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to
     the AdamW beside it. Its steps are U Vᵀ times muon_scale: "match_rms_adamw" 0.2 sqrt(max(m, n)), steps of
     AdamW's size, so that one rate suits both; "original" sqrt(max(1, m / n)), the paper's.
+    Raises ValueError for an unknown name, and as `trainable` does.
     """
     given = locals()  # each argument by its name
     if name not in DEFAULTS:
@@ -850,7 +851,7 @@ def full_precision(model):
     device_type = next(model.parameters()).device.type
     outside = torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type), cache_enabled=False)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # torch would compile these two anew for every context
     def enter(*_):
         torch.clear_autocast_cache()  # of a forward that @torch.autocast decorates
         outside.__enter__()

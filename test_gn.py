@@ -410,6 +410,7 @@ def test_kfac_baseline_equals_dense_derivation():
     momentum_buffer = 0
     opt = make_optimizer("kfac", model, lr=0.3, momentum=0.8, weight_decay=0.1, precondition_frequency=2)
     opt.param_groups[1]["lr"] = 2.0  # norms, which do not decay
+    model(tokens()[0]).sum().backward()
     with raises(RuntimeError, match="observe"):
         opt.step()
     reference = KFAC(model)

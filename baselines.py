@@ -62,12 +62,13 @@ def make_optimizer(
     weight_decay * p, except in adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to
     the AdamW beside it. Its steps are U Vᵀ times muon_scale: "match_rms_adamw" 0.2 sqrt(max(m, n)), steps of
     AdamW's size, so that one rate suits both; "original" sqrt(max(1, m / n)), the paper's.
+    Raises ValueError for an unknown name, and as `trainable` does.
     """
     given = locals()  # each argument by its name
     if name not in DEFAULTS:
         raise ValueError(f"unknown optimizer {name!r}; choose from {', '.join(DEFAULTS)}")
     o = {key: default if given[key] is None else given[key] for key, default in DEFAULTS[name].items()}
-    params = [p for p in model.parameters() if p.requires_grad]  # a tied matrix comes once
+    params = trainable(model)
     plain = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "soap": SOAP}
     if name == "sgd":
         o["nesterov"] = o["momentum"] > 0
@@ -119,15 +120,11 @@ def cosine(done):
 
 
 class Optimizer(torch.optim.Optimizer):
-    """torch.optim's contract. A subclass defines `move`; and `problem`, if it cannot train every
-    parameter."""
+    """torch.optim's contract. A subclass defines `move`."""
 
     def move(self):
         """One step of all parameters that have a gradient; no autograd, no autocast."""
         raise NotImplementedError
-
-    def problem(self, params):
-        """Why this optimizer cannot train params, a list; None if it can."""
 
     def with_grad(self):
         """(group, parameter) for every parameter that has a gradient."""
@@ -140,12 +137,6 @@ class Optimizer(torch.optim.Optimizer):
         with torch.autocast(next(devices, "cpu"), enabled=False):
             self.move()
         return loss
-
-    def add_param_group(self, group):
-        super().add_param_group(group)
-        if problem := self.problem(self.param_groups[-1]["params"]):
-            self.param_groups.pop()
-            raise ValueError(problem)
 
     def __getstate__(self):
         # For copies and pickles. torch would keep three attributes, we keep all but the private ones and
@@ -247,14 +238,6 @@ class SOAP(Optimizer):
                 f"least 1, and the settings are {settings}"
             )
         super().__init__(params, settings)
-
-    def problem(self, params):
-        for p in params:
-            if p.dtype not in (torch.float32, torch.float64):
-                return (
-                    f"SOAP needs parameters in float32 or float64, and one is {p.dtype}: "
-                    "keep them in float32 and call the model under torch.autocast"
-                )
 
     def move(self):
         for group, p in self.with_grad():
@@ -593,16 +576,12 @@ class KFACOptimizer(Optimizer):
 
     def __init__(self, model, precondition_frequency, **settings):
         """For all of a model's trainable parameters. settings: lr, momentum and weight_decay."""
-        self.kfac = KFAC(model)  # first, for `problem`
+        self.kfac = KFAC(model)
         super().__init__(decay_groups(self.kfac.params), settings)
         self.kfac.state = self.state  # so that torch saves and loads it
         self.frequency = precondition_frequency
         self.steps = 0
         self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(0)
-
-    def problem(self, params):
-        if set(params) - set(self.kfac.params):
-            return "K-FAC has factors for the parameters it was made with: make a new optimizer for others"
 
     def curvature_rows(self, rows):
         """How many of a batch's rows the factors are made from."""
@@ -620,11 +599,12 @@ class KFACOptimizer(Optimizer):
         return 2 / 3 * rows / len(inputs)
 
     def move(self):
-        if not self.state:
-            raise RuntimeError(
-                "call observe(inputs, targets) before the first step: K-FAC has no factors yet"
-            )
         moved = self.with_grad()
+        if not all("eigen" in self.state[p] for _, p in moved):
+            raise RuntimeError(
+                "call observe(inputs, targets) before the first step, which makes K-FAC's factors; for "
+                "parameters that the model did not train at the start, make a new optimizer"
+            )
         natural = {}
         for _, p in moved:
             sides = tikhonov(self.state[p]["eigen"], self.DAMPING**0.5)
@@ -871,10 +851,12 @@ def full_precision(model):
     device_type = next(model.parameters()).device.type
     outside = torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type), cache_enabled=False)
 
+    @torch.compiler.disable  # torch would compile these two anew for every context
     def enter(*_):
         torch.clear_autocast_cache()  # of a forward that @torch.autocast decorates
         outside.__enter__()
 
+    @torch.compiler.disable
     def leave(*_):
         outside.__exit__(None, None, None)
 

@@ -38,7 +38,6 @@ import platform
 import re
 import shutil
 import sysconfig
-import threading
 import urllib.request
 import zlib
 from collections import defaultdict
@@ -398,24 +397,14 @@ def get_encoding(name):
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", mergeable_ranks=ranks, special_tokens={})
     if name != "gpt2":
         raise DataError(f"no tokenizer called {name!r}: use one of {', '.join(TOKENIZERS)}")
-    result = ["no answer in 60 s"]
-
-    def fetch():  # in a thread: tiktoken sets no timeout, and a silent firewall would keep it for minutes
-        try:
-            result[0] = tiktoken.get_encoding(name)
-        except Exception as e:  # requests' errors, a wrong hash, a cache that cannot be written
-            result[0] = type(e).__name__
-
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(60)
-    if isinstance(result[0], str):
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as e:  # requests' errors, a wrong hash, a cache that cannot be written
         raise DataError(
-            f"cannot get the files of the gpt2 tokenizer ({result[0]}): set TIKTOKEN_CACHE_DIR "
+            f"cannot get the files of the gpt2 tokenizer ({type(e).__name__}): set TIKTOKEN_CACHE_DIR "
             "to a folder that a run with network has filled, or use the bytes tokenizer, which "
             "needs none"
-        )
-    return result[0]
+        ) from e
 
 
 def get_batch(tokens, block_size, batch_size, seed, step, stream=0):

@@ -21,18 +21,15 @@ The model is any nn.Module whose forward(inputs) gives logits (..., classes):
 """
 
 import math
-import warnings
 import weakref
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from statistics import geometric_mean
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from torch.autograd.graph import get_gradient_edge
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from baselines import (
@@ -111,7 +108,6 @@ class GaussNewton:
         self.micro_batch = micro_batch
         self.progress = self.solver.progress = progress or no_progress
 
-    @torch.inference_mode(False)
     def step(self, inputs, targets, search=None):
         """One outer step on a batch: inputs (B, ...) and int64 classes (B, ...). Returns its record, a flat
         dict.
@@ -124,8 +120,6 @@ class GaussNewton:
         says why; it is "" for an accepted step. torch.autocast outside works on the model's forward alone.
         """
         self._check_parameters()
-        batch = inputs, targets, *(search or ())  # tensors of inference mode have no derivatives; copies do
-        inputs, targets, *search = (t.clone() if t.is_inference() else t for t in batch)
         targets, n_targets = check_targets(inputs, targets)
         inputs, targets = counted_rows(inputs, targets)
         theta = [p.detach().clone() for p in self.params]
@@ -200,8 +194,8 @@ class GaussNewton:
         return parts
 
     def _check_parameters(self):
-        if any(p.is_inference() for p in self.params):
-            raise ValueError("no step can change a model that was made inside torch.inference_mode")
+        if torch.is_inference_mode_enabled() or self.params[0].is_inference():
+            raise ValueError("no step is possible inside torch.inference_mode, or of a model made there")
         if list(map(id, self.params)) != list(map(id, trainable(self.model))):
             raise ValueError(
                 f"this {type(self.solver).__name__} was made for other trainable parameters than the model "
@@ -494,7 +488,7 @@ class InnerSolver:
     warmup: int = 0
     outer_steps: int = 100
     reset: bool = False  # start every outer step at v = 0, and the moments at 0
-    compile: bool = False  # what is done per micro-batch; eager, with a warning, where that fails
+    compile: bool = False  # local_model_once by torch.compile, which needs a C++ compiler
 
     def __post_init__(self):
         if self.name == "kfac":
@@ -506,7 +500,9 @@ class InnerSolver:
             raise ValueError(f"damping must not be negative, and finite, got {self.damping}")
         self.params = trainable(self.model)
         self.prox_linear = self.local_model == "prox_linear"
-        self.programs = {}
+        self.local_model_once = local_model_once
+        if self.compile:
+            self.local_model_once = torch.compile(local_model_once, dynamic=False)
         self.progress = no_progress
         self.outer = 0
         self.forget()
@@ -564,20 +560,15 @@ class InnerSolver:
         x, y = local_rows(x, y)
         theta = [p.detach() for p in self.params]
         v = [t.detach() for t in self.v]
-        function = partial(local_model_once, self.model, parts, self.prox_linear, self.eps)
-        modes = tuple(m.training for m in self.model.modules())
-        key = x.shape, self.eps, str(parts), modes
-        if self.compile and key not in self.programs:
-            anywhere = [p.clone() for p in theta]  # not v, which may be 0: the check would see no J v
-            tolerance = self.eps**0.25  # two differences of logits are some √eps apart
-            self.programs[key] = compiled_or_eager(function, tolerance, theta, x, y, anywhere, n_targets)
-        return sum_over_processes(*self.programs.get(key, function)(theta, x, y, v, n_targets))
+        found = self.local_model_once(
+            self.model, parts, self.prox_linear, self.eps, theta, x, y, v, n_targets
+        )
+        return sum_over_processes(*found)
 
     def adapt(self, rho, alpha):
         """After a step of αv: v is what is left of it."""
         assign(self.v, [(1 - alpha) * v for v in self.v])
 
-    @torch.inference_mode(False)
     def forget(self):
         """The next solve starts at v = 0, and the moments at 0."""
         self.v = [nn.Parameter(torch.zeros_like(p)) for p in self.params]
@@ -1150,7 +1141,7 @@ def refuse_derivatives(model, x, y, twice):
         raise
     except RuntimeError as e:
         if "nference" in str(e):
-            advice = "make what the model keeps outside of torch.inference_mode"
+            advice = "make the batch, and what the model keeps, outside of torch.inference_mode"
         raise ValueError(f"{needs}: {first_line(e)}{where}; {advice}") from e
 
 
@@ -1164,34 +1155,6 @@ DERIVATIVES = {  # by `twice`: what is needed, and what to do without it
         "replace what is named, or take ConjugateGradients",
     ),
 }
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Compilation
-
-
-def trace(function, *examples):
-    """The function's operations on tensors, its derivatives included, as one torch.fx graph for the examples'
-    shapes."""
-    graph = make_fx(torch.func.functionalize(make_fx(function)(*examples)))(*examples)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
-
-
-def compiled_or_eager(function, tolerance, *examples):
-    """The function, compiled for the examples' shapes. Where that fails, or the results differ by more than
-    the tolerance, it is returned as it is, with a warning."""
-    try:
-        compiled = torch.no_grad()(torch.compile(trace(function, *examples), dynamic=False))
-        for a, b in zip(function(*examples), compiled(*examples)):
-            size = a.norm() if a.dim() else 1.0  # loss, decrease and slope err by the rounding of the loss
-            if not (a - b).norm() <= tolerance * (size + 1e-3):
-                raise RuntimeError("the compiled result differs from the eager one")
-        return compiled
-    except Exception as e:
-        warnings.warn(f"not compiled: {first_line(e)}")
-        return function
 
 
 def first_line(e):

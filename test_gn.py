@@ -255,22 +255,18 @@ def test_model_errors_name_the_values():
     for told, wrong in sizes.items():
         with raises(ValueError, match=told):
             gpt(**wrong)
-    for told, inputs in {"9 tokens.*8": [0] * 9, "-1.*0 .. 6": [0, -1], "7.*0 .. 6": [0, 7]}.items():
-        with raises(ValueError, match=told):
-            gpt()(torch.tensor([inputs]))
+    with raises(ValueError, match="9 tokens.*8"):
+        gpt()(torch.zeros(1, 9).long())
 
 
 @parametrize("tie", [False, True])
 def test_layers_partition_and_generate(tie):
     """layers() holds every parameter once (else GaussNewton would refuse it), {embedding}, blocks, {head}
-    (tied: no head); generate runs past block_size, repeats itself with the same generator, and at temperature
-    0 takes the likeliest token."""
+    (tied: no head); generate runs past block_size, and at temperature 0 takes the likeliest token."""
     model = gpt(tie, n_layer=2)
     assert len(GaussNewton(model, parts=model.layers()).parts) == 4 - tie
     start = torch.zeros(2, 1).long()
-    one, two = (model.generate(start, 12, generator=torch.Generator().manual_seed(1)) for _ in range(2))
-    assert one.shape == (2, 13)
-    assert torch.equal(one, two)
+    assert model.generate(start, 12).shape == (2, 13)
     greedy = model.generate(start, 3, temperature=0)
     assert torch.equal(greedy[:, 1:], model(greedy[:, :-1]).argmax(-1))
 
@@ -414,6 +410,7 @@ def test_kfac_baseline_equals_dense_derivation():
     momentum_buffer = 0
     opt = make_optimizer("kfac", model, lr=0.3, momentum=0.8, weight_decay=0.1, precondition_frequency=2)
     opt.param_groups[1]["lr"] = 2.0  # norms, which do not decay
+    model(tokens()[0]).sum().backward()
     with raises(RuntimeError, match="observe"):
         opt.step()
     reference = KFAC(model)
@@ -535,18 +532,19 @@ def test_baselines_refuse_nonsense():
 @every_baseline
 def test_optimizer_groups(name):
     """Every parameter sits in one group at its default rate, also where a group is added (K-FAC, which has no
-    factors for it, refuses it unchanged); rates of 0 stop all."""
+    factors for it, makes no step then); rates of 0 stop all."""
     model = gpt(n_layer=2)
+    model.blocks[1].requires_grad_(False)
+    opt = make_optimizer(name, model)
+    model.requires_grad_(True)
+    baseline_steps(model, opt, [9])
+    opt.add_param_group(dict(params=list(model.blocks[1].parameters())))
     if name == "kfac":
+        before = named(model)
+        with raises(RuntimeError, match="new optimizer"):
+            baseline_steps(model, opt, [9])
+        assert not moved(model, before)
         opt = make_optimizer(name, model)
-        with raises(ValueError, match="new optimizer"):
-            opt.add_param_group(dict(params=[nn.Parameter(torch.ones(2))]))
-    else:
-        model.blocks[1].requires_grad_(False)
-        opt = make_optimizer(name, model)
-        model.requires_grad_(True)
-        baseline_steps(model, opt, [9])
-        opt.add_param_group(dict(params=list(model.blocks[1].parameters())))
     names = {p: n for n, p in model.named_parameters()}
     groups = [{names[p] for p in group["params"]} for group in opt.param_groups]
     assert sorted(n for group in groups for n in group) == sorted(names.values())
@@ -1737,19 +1735,19 @@ def test_randomness_is_refused(function, modules):
 
 @parametrize("inner", [False, True])
 def test_a_step_inside_inference_mode(inner):
-    """On tensors made there, by a solver made there: as outside. A model made there is refused for that."""
-    models = gpt(), gpt()
-    for inside, model in zip((False, True), models):
-        with torch.inference_mode(inside):
-            opt = either(model, inner)
-            data = tokens()
-            for _ in range(2):
-                assert opt.step(*data, data)["accepted"]
-    assert torch.equal(*map(theta_of, models))
+    """It is refused, and so are a batch and a model that were made there; the next step is as ever."""
+    model = gpt()
+    opt = either(model, inner)
     with torch.inference_mode():
-        opt = GaussNewton(gpt())
-    with raises(ValueError, match="made inside torch.inference_mode"):
-        opt.step(*tokens())
+        data = tokens()
+        made_inside = gpt()
+        with raises(ValueError, match="possible inside torch.inference_mode"):
+            opt.step(*tokens())
+    with raises(ValueError, match="a model made there"):
+        either(made_inside, inner).step(*tokens())
+    with raises(ValueError, match="make the batch"):
+        opt.step(*data)
+    assert opt.step(*tokens())["accepted"]
 
 
 def test_randomness_is_seen_behind_large_and_short_numbers():
@@ -1826,36 +1824,32 @@ def test_batches_that_cannot_be_learned_from_are_named():
 # ---- compilation ----
 
 
-@pytest.mark.filterwarnings("error:not compiled")
 def test_compiled_equals_eager(monkeypatch):
-    """What is traced for the compiler gives the eager inner solver's result. Where the compiled function
-    differs, or does not come to be: a warning, and the eager result's very bits."""
-
-    def solve(model, data, compile):
-        solver = InnerSolver(model, "adamw", rows=6, compile=compile)
-        return solver.solve([range(len(solver.params))], *data)
-
-    model = gpt()
-    data = tokens()
+    """What torch traces for its compiler gives the eager inner solver's steps, after a change of mode too,
+    and is traced once: not anew in every outer step."""
     graphs = []
-    eager = solve(model, data, False)
-    monkeypatch.setattr(torch, "compile", lambda graph, **_: graphs.append(graph) or graph)
-    compiled = solve(model, data, True)
-    assert graphs
-    torch.testing.assert_close(compiled[:4], eager[:4], rtol=1e-5, atol=1e-8)
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    counts = []
+    found = []
+    for compile in (False, True):
+        model = gpt()
+        opt = GaussNewton(model, InnerSolver(model, "adamw", rows=6, compile=compile), parts=model.layers())
+        for _ in range(6):
+            found.append(opt.step(*tokens())["loss"])
+            counts.append(len(graphs))
+        found.append(theta_of(model))
+    torch.testing.assert_close(found[7:], found[:7], rtol=1e-4, atol=1e-5)
+    assert counts[5] == 0 < counts[6] == counts[-1]
     model = Between(lambda h, m: h * (1 + m.training))
     solver = InnerSolver(model, "adamw", rows=6, compile=True)
     for _ in range(2):
-        found = solver.solve([range(4)], *vectors())
-        assert isclose(found.loss, batch_loss(model, *vectors()))
+        assert isclose(solver.solve([range(4)], *vectors()).loss, batch_loss(model, *vectors()), rel_tol=1e-6)
         model.eval()
-    model = FOREIGN["twice"]()
-    data = vectors()
-    eager = solve(model, data, False)
-    for wrong in (lambda graph: lambda *a: [1.01 * t for t in graph(*a)], lambda graph: 1 / 0):
-        monkeypatch.setattr(torch, "compile", lambda graph, **_: wrong(graph))
-        with pytest.warns(UserWarning, match="not compiled"):
-            assert torch.equal(solve(model, data, True).direction, eager.direction)
 
 
 # ---- trainer ----
@@ -1956,8 +1950,9 @@ def test_a_duration_can_be_of_any_length():
     assert train.duration(9e18).startswith("2500000000000000h")
 
 
-def test_flags_reach_the_solver():
-    """Each of its settings, by the flag's name."""
+def test_flags_reach_the_solver(monkeypatch):
+    """Each of its settings, by the flag's name. Where torch has no compiler, --compile is refused."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     flags = {
         "cg": "--local_model gn --newton_steps 3 --cg_iters 5 --damping 0.7 --precond none "
         "--curvature_frac 0.3",
@@ -1975,6 +1970,9 @@ def test_flags_reach_the_solver():
         solver = train.make_stepper(gpt(block_size=16), args).solver
         assert want.items() <= vars(solver).items() and solver.damping == 0.7 and not solver.prox_linear
     assert solver.optimizer.param_groups[0]["adjust_lr_fn"] == "original"
+    monkeypatch.setattr(torch, "compile", lambda function: lambda t: torch.zeros(2) @ torch.zeros(3))
+    with raises(train.UsageError, match="--compile cannot be used: .*size"):
+        train.make_stepper(gpt(), args)
 
 
 @parametrize(
@@ -2010,16 +2008,18 @@ def test_a_row_says_what_the_step_did(go, flags, data_dir, capsys):
     d = thetas[1] - thetas[0]
     grad = batch_grad(with_theta(model, thetas[0]), *whole)[1]
     slope = grad @ d
-    assert isclose(row["actual"], losses[1] - losses[0], abs_tol=1e-5)
+    if "gn" in flags:
+        assert isclose(row["actual"], losses[1] - losses[0], abs_tol=1e-5)
+        assert isclose(row["rho"], row["actual"] / row["predicted"], rel_tol=1e-3)
     assert isclose(row["actual_val"], row["val_loss"] - last["val_loss"], abs_tol=1e-5)
     assert "gn" in flags or isclose(row["predicted"], slope, rel_tol=1e-3)
-    assert isclose(row["rho"], row["actual"] / row["predicted"], rel_tol=1e-3)
     assert "sgd" not in flags or isclose(d.norm(), 0.3 * 0.5 * 0.1, rel_tol=1e-4)
     assert isclose(row["cosine"], -slope / (grad.norm() * d.norm()), rel_tol=1e-3, abs_tol=1e-4)
     assert isclose(hypot(*row["layer_norms"]), d.norm(), rel_tol=5e-5)
     line = capsys.readouterr().out.split("step 2/2")[1]
     assert f", model {row['predicted']:+.3f}" in line
-    assert f"| rho {row['rho']:.2f} | alpha {row['alpha']:.2f} | cos {row['cosine']:.2f} | |d| " in line
+    assert f" | alpha {row['alpha']:.2f} | cos {row['cosine']:.2f} | |d| " in line
+    assert "gn" not in flags or f" | rho {row['rho']:.2f} | alpha" in line
 
 
 @parametrize(

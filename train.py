@@ -275,9 +275,6 @@ class Run:
             ]
             if last and val_loss:  # both evaluated, on tokens that the step has not seen
                 record["actual_val"] = val_loss - last
-            if val_loss is not None and record["actual"] is None:  # a baseline: on its batch
-                record["actual"] = batch_loss(self.model, *batch, args.micro_batch) - record["loss"]
-                record["rho"] = record["actual"] / record["predicted"] if record["predicted"] < 0 else 0.0
         return {
             **progress,
             "train_loss": record.pop("loss"),
@@ -495,6 +492,8 @@ def make_stepper(model, args, progress=None):
             **settings(args, "local_model newton_steps cg_iters damping precond curvature_frac micro_batch"),
         )
     else:
+        if args.compile:
+            check_compiler(args.device)
         solver = InnerSolver(
             model,
             name=args.solver,
@@ -513,6 +512,14 @@ def make_stepper(model, args, progress=None):
         progress=progress,
         **settings(args, "line_search micro_batch"),
     )
+
+
+def check_compiler(device):
+    """Raises UsageError where torch cannot compile for the device."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except RuntimeError as e:
+        raise UsageError(f"--compile cannot be used: {first_line(e)}") from e
 
 
 def settings(args, names):

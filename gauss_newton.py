@@ -318,7 +318,6 @@ class ConjugateGradients:
         if self.direction is not None:
             start = self.MOMENTUM * self.direction.to(grad)  # a checkpoint's is on the CPU
         states = [Newton(part, select(start, self.params, part), self.damping) for part in parts]
-        del start  # one vector less in memory
         solves = []  # (iterations, reason) of each slice and part
         rows = self.least_rows(len(inputs), n_targets)
         steps = min(self.newton_steps, len(inputs) // rows)
@@ -500,9 +499,8 @@ class InnerSolver:
             raise ValueError(f"damping must not be negative, and finite, got {self.damping}")
         self.params = trainable(self.model)
         self.prox_linear = self.local_model == "prox_linear"
-        self.local_model_once = local_model_once
-        if self.compile:
-            self.local_model_once = torch.compile(local_model_once, dynamic=False)
+        compiled = torch.compile(local_model_once, dynamic=False)
+        self.local_model_once = compiled if self.compile else local_model_once
         self.progress = no_progress
         self.outer = 0
         self.forget()
@@ -560,10 +558,9 @@ class InnerSolver:
         x, y = local_rows(x, y)
         theta = [p.detach() for p in self.params]
         v = [t.detach() for t in self.v]
-        found = self.local_model_once(
-            self.model, parts, self.prox_linear, self.eps, theta, x, y, v, n_targets
+        return sum_over_processes(
+            *self.local_model_once(self.model, parts, self.prox_linear, self.eps, theta, x, y, v, n_targets)
         )
-        return sum_over_processes(*found)
 
     def adapt(self, rho, alpha):
         """After a step of αv: v is what is left of it."""
@@ -701,7 +698,7 @@ def line_search(loss_at, loss0, slope, kind="armijo"):
         loss = loss_at(alpha)
         finite |= math.isfinite(loss)
         lower = loss < best[1]
-        if kind == "armijo" and best[0] > 0 and not lower:
+        if kind == "armijo" and best[0] and not lower:
             break
         wanted = {
             "armijo": lower and loss <= loss0 + 0.01 * alpha * slope,
@@ -1098,7 +1095,8 @@ def refuse_derivatives(model, x, y, twice):
     twice        the derivative of that backward, as in GGN. Refused are a model without one, and a hook that
                  is not linear
     not twice    a difference of logits, as in an InnerSolver. Refused is a backward that is not the
-                 derivative of the forward. J v errs by √eps, and by eps / h of z
+                 derivative of the forward. J v errs by √eps, and by eps / h of z. The
+                 difference is central: a wave meets a large second derivative
     """
     needs, advice = DERIVATIVES[twice]
     params = trainable(model)
@@ -1127,7 +1125,10 @@ def refuse_derivatives(model, x, y, twice):
                 if twice:
                     Jv, h = piece.jvp(v.flatten(), [i]), 1.0
                 else:
-                    Jv, h = difference(model, x, z0, theta, {i: v}, [i], eps)
+                    (ahead, h), (behind, _) = (
+                        difference(model, x, z0, theta, {i: w}, [i], eps) for w in (v, -v)
+                    )
+                    Jv = (ahead - behind) / 2  # the second derivative along v cancels
                 forward = c * Jv
                 backward = g * v
                 scale = backward.sum().abs() + backward.norm() + forward.norm()
@@ -1140,8 +1141,6 @@ def refuse_derivatives(model, x, y, twice):
     except torch.OutOfMemoryError:  # a RuntimeError too; its own message is the right one
         raise
     except RuntimeError as e:
-        if "nference" in str(e):
-            advice = "make the batch, and what the model keeps, outside of torch.inference_mode"
         raise ValueError(f"{needs}: {first_line(e)}{where}; {advice}") from e
 
 

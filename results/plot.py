@@ -91,7 +91,7 @@ def study(runs):
         )
         for name, points in methods.items():
             for batch, point in points.items():
-                axis.text(*point, f"  {batch}k", fontsize=7, va="bottom", color=COLOURS[name])
+                axis.text(*point, f"  {batch}k", fontsize=7, color=COLOURS[name])
         axis.figure.legend(loc="outside right upper")
 
     curves = defaultdict(list)

@@ -238,42 +238,40 @@ class Newton:
 
 @dataclass(eq=False)
 class ConjugateGradients:
-    """Hessian-free optimization: minimise each part's local model over its displacement d, the other
+    """Hessian-free optimization: minimise a local model over the displacement d of each part, the other
     parameters fixed. Full Gauss-Newton has one part, all parameters; layerwise has a part for each layer.
 
     Martens (2010) solves one damped system by conjugate gradients. Here d is a sum of Newton steps δ. Each
-    δ solves a system of its own, made from one slice of the batch. Let L(z) be the loss of slice k at
-    logits z, g_k its gradient, and g the gradient of the whole batch. Linearised, the slice has the local
-    model
+    δ solves a system of its own, made from one slice of the batch. Slice k has logits z, their Jacobian J,
+    the loss L(z), its gradient g_k and the Gauss-Newton matrix G_k. The gradient of the whole batch is g.
+    The slice's local model is
 
         m_k(d) = L(z + J d) − L(z) + (g − g_k)ᵀd           prox-linear
                  g_kᵀd + ½ dᵀG_k d + (g − g_k)ᵀd           GN
 
-    Its last term is the correction. With it the model of a slice has, at d = 0, the slope of the whole
-    batch (it is a control variate). Each slice first judges the δ of the slice before, then makes a new
-    one:
+    Its last term, the correction, makes ∇m_k(0) = g (a control variate). Each slice first judges the δ of
+    the slice before, then makes a new one:
 
         judge    t ← argmin m_k(d + tδ) over t in LENGTHS
-                 λ ← LOWER · λ where t = 1, else λ / max(t, ¼)
+                 λ ← LOWER · λ where t = 1, else λ · min(1/t, 4)
                  d ← d + tδ
         solve    δ ← −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)            by cg_iters iterations of conjugate gradients from
                                                            0, preconditioned by P = K + λM
 
-    So t is how much of δ suits rows from which δ was not made. The first slice has no δ to judge, and
-    starts from d = MOMENTUM times the last outer step. The δ of the last slice is added to d whole, and the
-    decrease that the step promises is that slice's. A system that is indefinite or not finite rejects the
-    outer step.
+    So t tests δ on rows that it was not fitted to. The first slice has no δ to judge, and starts from d =
+    MOMENTUM times the last outer step. The δ of the last slice is added to d whole, and the model of that
+    slice gives the decrease that the step promises. A system that is not finite, or by rounding indefinite,
+    rejects the outer step.
 
-    λ is Martens' damping. He adapts it by ρ, a ratio of two decreases, as `adapt` does after the line
-    search. Here t has changed it before, in every slice. With several parts each has its own λ within an
-    outer step; the next outer step starts from their geometric mean.
+    λ is Martens' damping. He adapts it once a step by ρ, the actual over the promised decrease. Here t adapts
+    it in every slice but the first, and ρ after the line search (`adapt`). Each part has its own λ; the
+    next outer step starts all from their geometric mean.
 
     K is K-FAC's approximation of the curvature, made with the batch's own labels (an empirical Fisher
-    matrix). The metric M = unit^(1 − POWER) K^POWER stands where Martens has the identity. A power of K
-    holds directions of large curvature back more. For each weight `unit` is the geometric mean of two mean
-    eigenvalues, that of K and that of the weight's own block of K. So M grows as K does, and λ is a pure
-    number. (`metric` adds floors, so that M is not singular.) The constants come from trials, in
-    results/notes.md.
+    matrix). The metric M = unit^(1 − POWER) K^POWER stands where Martens has the identity, and damps
+    directions of large curvature more than the identity would. Each weight matrix has a `unit`, the root of
+    K's mean eigenvalue times that of the matrix's own block. So K doubled is M doubled, and λ has no unit.
+    (`metric` adds floors, so that M is not singular.) The constants come from trials, in results/notes.md.
     """
 
     LENGTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)

@@ -423,9 +423,8 @@ class FirstOrder:
         if not math.isfinite(length):
             assign(params, unflatten(before, params))
             return {**record, "reason": "step not finite"}
-        slope = grad.dot(d).item()  # what a first-order method promises
-        cos = -slope / (norm * length + 1e-30)
-        record.update(accepted=True, reason="", alpha=1.0, predicted=slope, cosine=cos)
+        cos = -grad.dot(d).item() / (norm * length + 1e-30)
+        record.update(accepted=True, reason="", alpha=1.0, cosine=cos)
         return record
 
     def least_rows(self, rows, n_targets):
@@ -868,8 +867,8 @@ LINE = {  # what a step's line shows of its row, each where the row has it
     "train_loss": " | loss {:.3f}",
     "val_loss": " | val {:.3f}",
     "actual": " | change {:+.3f}",
-    "actual_val": ", on val {:+.3f}",
     "predicted": ", model {:+.3f}",
+    "actual_val": " | change on val {:+.3f}",
     "cg_iterations": " | cg {}",
     "cg_reason": " ({})",
     "damping": " | damping {:.1e}",

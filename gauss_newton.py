@@ -141,8 +141,13 @@ class GaussNewton:
             with full_precision(self.model):
                 found = self.solver.solve(self.parts, inputs, targets)
                 refuse_writing(self.model, theta)
-                record = {"alpha": 0.0, "rho": None, **found.record}
-                record.update(loss=found.loss, reason=found.trouble)
+                record = {
+                    "alpha": 0.0,
+                    "rho": None,
+                    **found.record,
+                    "loss": found.loss,
+                    "reason": found.trouble,
+                }
                 if not found.trouble:
                     record.update(self._search(found, loss_at))
             if not record["reason"]:
@@ -194,8 +199,8 @@ class GaussNewton:
         return parts
 
     def _check_parameters(self):
-        if torch.is_inference_mode_enabled() or self.params[0].is_inference():
-            raise ValueError("no step is possible inside torch.inference_mode, or of a model made there")
+        if torch.is_inference_mode_enabled():
+            raise ValueError("no step is possible inside torch.inference_mode")
         if list(map(id, self.params)) != list(map(id, trainable(self.model))):
             raise ValueError(
                 f"this {type(self.solver).__name__} was made for other trainable parameters than the model "
@@ -265,7 +270,8 @@ class ConjugateGradients:
 
     λ is Martens' damping. He adapts it once a step by ρ, the actual over the promised decrease. Here t adapts
     it in every slice but the first, and ρ after the line search (`adapt`). Each part has its own λ; the
-    next outer step starts all from their geometric mean.
+    next outer step starts all from their geometric mean. Slices can agree on a model that the network
+    leaves. So where the line search takes less than 0.4 of d, λ is not lower than before the step.
 
     K is K-FAC's approximation of the curvature, made with the batch's own labels (an empirical Fisher
     matrix). The metric M = unit^(1 − POWER) K^POWER stands where Martens has the identity, and damps
@@ -304,6 +310,7 @@ class ConjugateGradients:
 
     def solve(self, parts, inputs, targets):
         check_model(self.model, inputs, targets, twice=True)
+        self.began = self.damping
         n_targets = (targets != IGNORED).sum().item()
         self.progress("gradient")
         loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
@@ -322,7 +329,7 @@ class ConjugateGradients:
         if self.keep_rows is None:
             self.keep_rows = self._rows_that_fit(inputs, targets, rows)
         most = len(parts) * self.cg_iters  # products of a slice
-        for k, (x, y) in zip(range(steps), pieces(inputs, targets, rows)):
+        for k, (x, y) in enumerate(pieces(inputs, targets, rows)[:steps]):
             self.progress("linearise", k, steps)
             ggn = GGN(self.model, x, y, self.micro_batch, self.keep_rows)
             for s in states:
@@ -382,8 +389,7 @@ class ConjugateGradients:
             self.progress("cg", done + ggn.products, total)
             return ggn.matvec(v, s.part) + s.damping * self._times_metric(v, s.part)
 
-        precond = self._preconditioner(s.damping, s.part)
-        found = cg(matvec, -(gradient + correction), precond, self.cg_iters)
+        found = cg(matvec, -(gradient + correction), self._preconditioner(s.damping, s.part), self.cg_iters)
         s.delta = found.x
         # m_k(0) − m_k(d + δ). From 0 to d it is −(change + correctionᵀd). From d to d + δ, to second order,
         # it is −(the system's last value − damped).
@@ -419,6 +425,8 @@ class ConjugateGradients:
 
     def adapt(self, rho, alpha):
         """After every step, of αd; α = 0: it was rejected."""
+        if alpha < 0.4:
+            self.damping = max(self.damping, self.began)
         self.damping = levenberg_marquardt(self.damping, rho, alpha)
         if alpha:
             self.direction = alpha * self.direction
@@ -688,7 +696,6 @@ def line_search(loss_at, loss0, slope, kind="armijo"):
     none      α = 1 if its loss is finite
     A loss that is not finite is no candidate.
     """
-    check_choice("line_search", kind, LINE_SEARCHES)
     best = (0.0, loss0)
     finite = False
     for i in range(LINE_SEARCHES[kind]):

@@ -846,6 +846,14 @@ def test_a_step_is_its_solvers_along_its_search(layerwise, search, monkeypatch):
     assert isclose(solver.damping, levenberg_marquardt(0.01, record["rho"], alpha))
 
 
+def test_a_short_step_gives_lambda_back():
+    """Slices had lowered it to 1/8 of what the step began with; λ / α of that is next."""
+    solver = ConjugateGradients(gpt())
+    solver.began, solver.damping, solver.direction = 0.8, 0.1, torch.zeros(1)
+    solver.adapt(0.9, 0.25)
+    assert isclose(solver.damping, 0.8 / 0.25)
+
+
 @parametrize(
     "owner, name, change, reason",
     [
@@ -1743,16 +1751,13 @@ def test_randomness_is_refused(function, modules):
 
 @parametrize("inner", [False, True])
 def test_a_step_inside_inference_mode(inner):
-    """It is refused, and so are a batch and a model that were made there; the next step is as ever."""
+    """It is refused, and so is a batch that was made there; the next step is as ever."""
     model = gpt()
     opt = either(model, inner)
     with torch.inference_mode():
         data = tokens()
-        made_inside = gpt()
         with raises(ValueError, match="possible inside torch.inference_mode"):
             opt.step(*tokens())
-    with raises(ValueError, match="a model made there"):
-        either(made_inside, inner).step(*tokens())
     with raises(ValueError, match="Inference tensors"):
         opt.step(*data)
     assert opt.step(*tokens())["accepted"]
@@ -2893,7 +2898,6 @@ def test_downloads_come_once(web):
         assert more.count(SHARDS[1]) > 3
     assert [*others, c4(1)] == [one] * 3
     assert web.seen == SHARDS
-    assert all("1024" in error_of("c4", shards=shards) for shards in (0, 1025))
 
 
 @parametrize(

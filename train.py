@@ -703,7 +703,7 @@ def build_parser():
         str,
         "stdlib",
     )
-    flag("--shards", "C4 files to download and use", count, 1)
+    flag("--shards", "C4 files to download and use, of 1024", number(1, 1024, int), 1)
     flag("--tokenizer", "bytes (256 tokens) or gpt2 (50257)", TOKENIZERS, "bytes")
     flag("--data_dir", "where prepared data is kept", str, "data")
 

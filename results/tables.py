@@ -29,8 +29,8 @@ STUDY = "tuning", "ending", "batch", "same batch", "large batch"  # stages that 
 MAIN = {  # of the stage "same batch": the name in the main comparison
     "full GN, inner SOAP, 2 passes": "**full GN, inner SOAP**, two passes",
     "full GN, inner SOAP": "full GN, inner SOAP, one pass",
-    "full GN, CG, prox-linear, G from 1/2": "**full GN, CG**, prox-linear, G from a half ¹ ²",
-    "full GN, CG": "full GN, CG, GN model, G from a quarter ¹",
+    "full GN, CG, GN model": "**full GN, CG**, GN model, six iterations",
+    "full GN, CG": "full GN, CG, as by default",
     "full GN, inner Muon": "full GN, inner Muon, one pass",
     "K-FAC": "K-FAC",
     "SOAP": "SOAP",

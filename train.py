@@ -747,8 +747,8 @@ def build_parser():
     )
     flag(
         "--curvature_frac",
-        "share of the batch that the Newton steps divide among them, up to 1 for a model with more parameters "
-        "than a batch has tokens; the gradient uses all of it",
+        "share of the batch that the Newton steps divide among them, up to 1 for a model with more "
+        "parameters than a batch has tokens; the gradient uses all of it",
         number(1e-6, 1),
         0.25,
     )

@@ -19,6 +19,7 @@ Combined if it suits only some of the parameters. Its step() must leave p.grad a
 
 import math
 import os
+import sys
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager, suppress
@@ -851,12 +852,16 @@ def full_precision(model):
     device_type = next(model.parameters()).device.type
     outside = torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type), cache_enabled=False)
 
-    @torch.compiler.disable  # torch would compile these two anew for every context
+    # A compiler must leave the two hooks alone, or it would compile anew for every context. To ask torch for
+    # that loads its compiler, which takes a second: so only where it is loaded.
+    disable = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda hook: hook
+
+    @disable
     def enter(*_):
         torch.clear_autocast_cache()  # of a forward that @torch.autocast decorates
         outside.__enter__()
 
-    @torch.compiler.disable
+    @disable
     def leave(*_):
         outside.__exit__(None, None, None)
 

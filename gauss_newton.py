@@ -505,8 +505,9 @@ class InnerSolver:
             raise ValueError(f"damping must not be negative, and finite, got {self.damping}")
         self.params = trainable(self.model)
         self.prox_linear = self.local_model == "prox_linear"
-        compiled = torch.compile(local_model_once, dynamic=False)
-        self.local_model_once = compiled if self.compile else local_model_once
+        self.local_model_once = local_model_once
+        if self.compile:
+            self.local_model_once = torch.compile(local_model_once, dynamic=False)
         self.progress = no_progress
         self.outer = 0
         self.forget()
@@ -1101,7 +1102,7 @@ def refuse_derivatives(model, x, y, twice):
                  is not linear
     not twice    a difference of logits, as in an InnerSolver. Refused is a backward that is not the
                  derivative of the forward. J v errs by √eps, and by eps / h of z. The
-                 difference is central: a wave meets a large second derivative
+                 difference is central, since the second derivative along a wave can be large
     """
     needs, advice = DERIVATIVES[twice]
     params = trainable(model)

@@ -1,6 +1,6 @@
 """Train a GPT with full Gauss-Newton or a baseline; one command, no set-up.
 
-    python train.py --opt full_gn                                # tiny GPT on Python's library, 5 minutes
+    python train.py --opt full_gn                                # tiny GPT on Python's library, 4 minutes
     python train.py --opt layerwise_gn                           # with curvature inside each layer only
     python train.py --opt full_gn --solver soap                  # solved by an optimizer: soap, muon, adamw
     python train.py --opt soap --batch_tokens 65536              # or adamw, adam, sgd, muon, kfac

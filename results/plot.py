@@ -37,17 +37,17 @@ LADDER = {  # {what is kept of G: its directions in directions.jsonl, the pale o
     "K-FAC": ["K-FAC", "K-FAC, moments"],
     "K-FAC, the best damping": ["K-FAC's inverse"],
     "exact blocks of tensors": ["CG, tensors, 1", "CG, tensors, 8"],
-    "of kinds of tensors": ["CG, kinds, 1", "CG, kinds, 8"],
-    "of layers": ["CG, layers, 1", "CG, layers, 8"],
+    "blocks of kinds of tensors": ["CG, kinds, 1", "CG, kinds, 8"],
+    "blocks of layers": ["CG, layers, 1", "CG, layers, 8"],
     "all of G": ["CG, all, 1", "CG, all, 8"],
     "all, by inner SOAP": ["inner SOAP, 1", "inner SOAP, 2"],
 }
 STEP = {  # {curve of step.jsonl, first on unseen tokens, then on the line search's rows: its style}
-    "  network, unseen tokens": "C0-",
-    "  linearised": "C1-",
-    "  GN, a parabola": "C2-",
-    "  network, rows of the search": "C0:",
-    "  linearised, there": "C1:",
+    "\u2002network, unseen tokens": "C0-",
+    "\u2002linearised": "C1-",
+    "\u2002GN, a parabola": "C2-",
+    "\u2002network, rows of the search": "C0:",
+    "\u2002linearised, these rows": "C1:",
 }
 
 
@@ -65,7 +65,7 @@ def picture(path, width, height, rows=1, columns=1, **options):
 
 
 def draw(axis, lines, marker="", **settings):
-    """Lines {name: [[(x, y), ...], ...]} into a panel, the first name on top. Logarithmic axes have 1, 2, 5."""
+    """Lines {name: [[(x, y), ...], ...]} into a panel, the first name on top. Logarithmic axes have 1, 2, 3, 5."""
     for depth, (name, curves) in enumerate(lines.items()):
         colour = COLOURS.setdefault(name, f"C{len(COLOURS)}")
         for i, curve in enumerate(curves):
@@ -73,8 +73,8 @@ def draw(axis, lines, marker="", **settings):
     axis.set(xscale="log", **settings)
     for side in (axis.xaxis, axis.yaxis):
         if side.get_scale() == "log":
-            side.get_major_locator().set_params(subs=(1, 2, 5))
-            side.set_major_formatter("{x:g}")
+            side.get_major_locator().set_params(subs=(1, 2, 3, 5))
+            side.set_major_formatter("{x:.7g}")
             side.set_minor_formatter("")
 
 
@@ -85,23 +85,25 @@ def study(runs):
             axis,
             {name: [points.values()] for name, points in methods.items()},
             "o",
-            xlabel="work to 1.60, gradients of a million tokens",
-            ylabel="whole steps to 1.60",
+            xlabel="work to a validation loss of 1.60, in gradients of a million tokens",
+            ylabel="whole steps",
             yscale="log",
         )
         for name, points in methods.items():
             for batch, point in points.items():
-                axis.text(*point, f"  {batch}k", fontsize=7, color=COLOURS[name])
+                axis.text(*point, f"\u2002{batch}k", fontsize=7, color=COLOURS[name])
         axis.figure.legend(loc="outside right upper")
 
     curves = defaultdict(list)
     for solver, parameters, batch, its, baseline in leads(runs):
-        curves[f"{solver}, {parameters:,} parameters"].append((1024 * batch, parameters, lead(its, baseline)))
+        point = 1.024 * batch, parameters / 1000, lead(its, baseline)
+        curves[f"{solver}, {parameters:,} parameters"].append(point)
     with picture(HERE / "leads.svg", 11, 5, 1, 2, sharey=True) as panels:
-        for axis, power in zip(panels, (0, 1)):
+        for power, axis in enumerate(panels):
             lines = {name: [[(x / p**power, y) for x, p, y in found]] for name, found in curves.items()}
-            draw(axis, lines, "o", xlabel="tokens a step" + power * ", for each parameter", yscale="log")
-        panels[0].set_ylabel("steps of the best baseline, over full GN's")
+            labels = "thousand tokens a step", "tokens a step for each parameter"
+            draw(axis, lines, "o", xlabel=labels[power], yscale="log")
+        panels[0].set_ylabel("lead: steps of the best baseline / full GN's, interpolated")
         panels[0].legend()
 
     points = read_rows(HERE / "step.jsonl")
@@ -114,8 +116,11 @@ def study(runs):
             network, linear, _ = point["unseen"]
             axis.fill_between(alphas, network, linear, color="C1", alpha=0.15)
             axis.axvline(point["alpha"], color="grey")
-            taken = "α. The line search takes {alpha:.2f}, where ρ = {rho:.2f}".format(**point)
-            axis.set(title=f"From a loss of {network[0]:.2f}", xlabel=taken, ylabel="loss, nats per token")
+            axis.set(
+                title=f"From a loss of {network[0]:.2f}",
+                xlabel="length α; the line search takes {alpha:.2f}, where ρ = {rho:.2f}".format(**point),
+                ylabel="loss, nats per byte",
+            )
 
 
 def ladder(rows):
@@ -129,12 +134,12 @@ def ladder(rows):
                     fall, work = (average(key, rungs[name]) for key in ("fall", "work"))
                     side = y + 0.2 * (len(names) - 1) - 0.4 * names.index(name)
                     axis.barh(side, fall, 0.4, color="C0", alpha=1 if name == names[-1] else 0.4)
-                    axis.text(fall, side, f" {fall:.3f} for {work:.1f}", va="center", fontsize=7)
-            axis.set_title("from {loss:.2f}, {parameters:,} parameters".format(**found[0]))
+                    axis.text(fall, side, f"\u2002{fall:.3f} ({work:.1f})", va="center", fontsize=7)
+            axis.set_title("loss {loss:.2f}, {parameters:,} parameters".format(**found[0]))
             axis.margins(x=0.3)
         axis.figure.supxlabel(
-            "fall of the loss on unseen tokens, for work in gradients of the batch\n"
-            "pale: one system, one pass, no moments; dark: eight systems, two passes, with moments",
+            "fall of the loss on unseen tokens (and work, in gradients of the batch)\n"
+            "pale: one system, one pass, no moments; dark: eight systems, two passes, moments; no bar: not measured",
             fontsize=9,
         )
         panels[0].set_yticks(range(len(LADDER)), LADDER)

@@ -17,6 +17,7 @@ Change the records or that program, not this page.
   with its length and its last loss.
 - **each run**: a number for each seed.
 - **work**: gradients of a million tokens, to the end of the last step.
+- **CG**: of the GN model, with six iterations, unless the row or protocol.md says otherwise.
 - **ratio**: to the steps of the table's first row.
 - **interpolated**: between the last two evaluations, by the logarithm of the loss. ± is the deviation of one
   run, or the standard error of a ratio.
@@ -30,7 +31,7 @@ MAIN = {  # of the stage "same batch": the name in the main comparison
     "full GN, inner SOAP, 2 passes": "**full GN, inner SOAP**, two passes",
     "full GN, inner SOAP": "full GN, inner SOAP, one pass",
     "full GN, CG, GN model": "**full GN, CG**, GN model, six iterations",
-    "full GN, CG": "full GN, CG, as by default",
+    "full GN, CG, as by default": "full GN, CG, as by default",
     "full GN, inner Muon": "full GN, inner Muon, one pass",
     "K-FAC": "K-FAC",
     "SOAP": "SOAP",

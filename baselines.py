@@ -186,7 +186,7 @@ def hidden_matrices(model):
     head = [m for m in modules if isinstance(m, nn.Linear)][-1:]
     embeddings = [m for m in modules if isinstance(m, nn.Embedding)]
     outer = {p for m in head + embeddings for p in m.parameters()}
-    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and p not in outer]
+    return [p for p in trainable(model) if p.ndim == 2 and p not in outer]
 
 
 class SOAP(Optimizer):
@@ -249,13 +249,8 @@ class SOAP(Optimizer):
             sides = [k for k in (0, 1) if G.ndim == 2 and G.shape[k] <= group["max_precond_dim"]]
             first = not s
             if first:
-                s.update(
-                    step=0,
-                    M=torch.zeros_like(p),
-                    V=torch.zeros_like(p),
-                    cov=[None, None],
-                    basis=[None, None],  # the identity
-                )
+                s.update(step=0, M=torch.zeros_like(p), V=torch.zeros_like(p))
+                s.update(cov=[None, None], basis=[None, None])  # a basis of None is the identity
             s["step"] += 1
             M = s["M"]
             V = s["V"]
@@ -409,7 +404,7 @@ class KFAC:
     A weight kept as (in, out) has the two the other way round. Embedding (tokens, width): L is diagonal, the
     frequency of each token, and R = E[δ δᵀ]. A bias: R = 1. A side above `max_side`: diagonal. All other
     parameters (norms, say): a diagonal, the mean square of the gradient with sampled labels, or with the
-    batch's and a random sign for each sequence.
+    batch's and a random sign for each sequence. Of tokens whose targets are left out a counts, δ does not.
     """
 
     SQUARES = 8  # diagonals are made from so many gradients, each of a part of the rows
@@ -433,7 +428,7 @@ class KFAC:
         uses = sorted(sums)
         if not same_everywhere(hash(tuple(uses)) >> 20):  # exact as a float
             raise ValueError("K-FAC needs every process's rows to take the same paths through the model")
-        found = {i: [square / n_targets] for i, square in squares.items()}
+        found = {i: [square / n_targets] for i, square in squares.items() if square.any()}
         for i, side in uses:
             outside, inside, count = sum_over_processes(*sums[i, side])
             # Σ δδᵀ is divided by the batch's targets, Σ aaᵀ by the number of its own terms. The two differ
@@ -444,12 +439,14 @@ class KFAC:
         self.repaired = ""
         for i, p in enumerate(self.params):
             state = self.state[p]
-            new = found.get(i, [torch.zeros_like(p)])
+            before = state.get("factors", [torch.zeros_like(p)])
+            new = found.get(i, before)  # not there: not used in this batch
             if not all(side.isfinite().all() for side in new):
                 self.repaired = "K-FAC factors not finite"
-                new = state.get("factors", [torch.zeros_like(side) for side in new])
-            old = state.get("factors", new)
-            state["factors"] = [decay * o + (1 - decay) * side for o, side in zip(old, new)]
+                new = before
+            if "factors" in state and len(before) == len(new):
+                new = [decay * o + (1 - decay) * side for o, side in zip(before, new)]
+            state["factors"] = new
 
     def _sums(self, inputs, targets, micro_batch, generator):
         """Two dicts of sums over a batch. {(i, side): [Σ δδᵀ, Σ aaᵀ, number of terms]}, of this process's
@@ -619,11 +616,7 @@ class KFACOptimizer(Optimizer):
         self.steps += 1
 
     def state_dict(self):
-        return {
-            **super().state_dict(),
-            "steps": self.steps,
-            "generator": self.generator.get_state(),
-        }
+        return {**super().state_dict(), "steps": self.steps, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
@@ -727,8 +720,9 @@ def same_everywhere(number):
 
 
 def free_memory(device):
-    """Bytes that this process can take on the device. On a CPU: its part of what the machine has left or, if
-    that is less, a control group (a container's, a job's). 4 GB where the system does not say."""
+    """Bytes that this process can take on the device. On a CPU: its share of what the machine has left, or of
+    what its control group (a container, a job) has left, if that is less. 4 GB where the system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(left_on_cpu(), default=4e9) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -852,8 +846,8 @@ def full_precision(model):
     device_type = next(model.parameters()).device.type
     outside = torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type), cache_enabled=False)
 
-    # A compiler must leave the two hooks alone, or it would compile anew for every context. To ask torch for
-    # that loads its compiler, which takes a second: so only where it is loaded.
+    # A compiler must leave the two hooks alone, or it would compile anew for every context. To name
+    # torch.compiler.disable loads the compiler, which takes a second. So it is used where that is loaded.
     disable = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda hook: hook
 
     @disable

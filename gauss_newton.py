@@ -83,7 +83,7 @@ class GaussNewton:
                    own (layerwise), without the curvature across parts; None: one part, full Gauss-Newton
     line_search    one of LINE_SEARCHES; it takes the loss of the batch's last rows, unless step() is given
                    other data (in a large batch no Newton step has any of these rows)
-    micro_batch    rows worked on at a time; None: all at once
+    micro_batch    rows worked on at a time; None: all at once. A solver that is given has its own
     progress       called inside long steps, as progress(what) or progress(what, done, total)
     """
 
@@ -141,13 +141,7 @@ class GaussNewton:
             with full_precision(self.model):
                 found = self.solver.solve(self.parts, inputs, targets)
                 refuse_writing(self.model, theta)
-                record = {
-                    "alpha": 0.0,
-                    "rho": None,
-                    **found.record,
-                    "loss": found.loss,
-                    "reason": found.trouble,
-                }
+                record = dict(found.record, alpha=0.0, rho=None, loss=found.loss, reason=found.trouble)
                 if not found.trouble:
                     record.update(self._search(found, loss_at))
             if not record["reason"]:
@@ -161,7 +155,7 @@ class GaussNewton:
         return {**record, "accepted": accepted}
 
     def least_rows(self, rows, n_targets):
-        """Of a batch: the fewest rows that processes divide among them in a step."""
+        """The fewest rows of such a batch that processes divide among them in a step."""
         return min(subset_rows(rows, n_targets, SEARCH_FRAC), self.solver.least_rows(rows, n_targets))
 
     def _search(self, found, loss_at):
@@ -194,7 +188,7 @@ class GaussNewton:
         parts = [[index.get(p, -1) for p in part] for part in parts]
         if sorted(sum(parts, [])) != list(range(len(self.params))) or [] in parts:
             raise ValueError(
-                "parts, none empty, must hold every parameter that the solver moves exactly once"
+                "parts, none empty, must hold each parameter that the solver moves exactly once, and no other"
             )
         return parts
 
@@ -231,8 +225,8 @@ def no_progress(what, done=0, total=0):
 
 
 @dataclass
-class Newton:
-    """Where ConjugateGradients stands with one part, in its letters."""
+class PartState:
+    """What one part carries from slice to slice, in the letters of ConjugateGradients."""
 
     part: list  # indices of the part's parameters
     d: torch.Tensor
@@ -270,13 +264,14 @@ class ConjugateGradients:
 
     λ is Martens' damping. He adapts it once a step by ρ, the actual over the promised decrease. Here t adapts
     it in every slice but the first, and ρ after the line search (`adapt`). Each part has its own λ; the
-    next outer step starts all from their geometric mean. Slices can agree on a model that the network
-    leaves. So where the line search takes less than 0.4 of d, λ is not lower than before the step.
+    next outer step starts all from their geometric mean. All slices linearise at the same θ, and can agree
+    on a d where the network is far from linear. So where the line search takes less than 0.4 of d, λ is not
+    lower than before the step.
 
     K is K-FAC's approximation of the curvature, made with the batch's own labels (an empirical Fisher
     matrix). The metric M = unit^(1 − POWER) K^POWER stands where Martens has the identity, and damps
-    directions of large curvature more than the identity would. Each weight matrix has a `unit`, the root of
-    K's mean eigenvalue times that of the matrix's own block. So K doubled is M doubled, and λ has no unit.
+    directions of large curvature more than the identity would. Each weight matrix has a `unit`: the geometric
+    mean of two mean eigenvalues, K's and its own block's. So K doubled is M doubled, and λ is a pure number.
     (`metric` adds floors, so that M is not singular.) The constants come from trials, in results/notes.md.
     """
 
@@ -288,11 +283,11 @@ class ConjugateGradients:
 
     model: nn.Module
     local_model: str = "prox_linear"  # the loss itself on the linearised network; "gn": to second order in z
-    newton_steps: int = 8  # slices in an outer step; fewer where a slice would have under 32 targets
+    newton_steps: int = 8  # slices in an outer step; fewer in a batch with under 32 targets for each
     cg_iters: int = 4  # conjugate-gradient iterations of a Newton step, at most
     damping: float = 3.0  # λ at the start
     precond: str = "kfac"  # P and M as above; "none": both are the identity
-    curvature_frac: float = 0.25  # share of the batch's rows that is cut into slices
+    curvature_frac: float = 0.25  # share of the batch's rows in slices; more if one had under 32 targets
     micro_batch: int = None  # rows worked on at a time; None: all of a batch, all of a slice
 
     def __post_init__(self):
@@ -304,13 +299,13 @@ class ConjugateGradients:
         self.params = trainable(self.model)
         self.kfac = KFAC(self.model, batch_labels=True) if self.precond == "kfac" else None
         self.prox_linear = self.local_model == "prox_linear"
-        self.keep_rows = None  # found in the first step, before torch's allocator keeps memory for later use
+        self.free = None  # bytes in the first step, before torch's allocator keeps memory for later use
         self.progress = no_progress
         self.direction = None  # of the last outer step, at the length that was taken
 
     def solve(self, parts, inputs, targets):
         check_model(self.model, inputs, targets, twice=True)
-        self.began = self.damping
+        self.next_damping = self.damping
         n_targets = (targets != IGNORED).sum().item()
         self.progress("gradient")
         loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
@@ -322,16 +317,16 @@ class ConjugateGradients:
         start = torch.zeros_like(grad)
         if self.direction is not None:
             start = self.MOMENTUM * self.direction.to(grad)  # a checkpoint's is on the CPU
-        states = [Newton(part, select(start, self.params, part), self.damping) for part in parts]
+        states = [PartState(part, select(start, self.params, part), self.damping) for part in parts]
         solves = []  # (iterations, reason) of each slice and part
         rows = self.least_rows(len(inputs), n_targets)
         steps = min(self.newton_steps, len(inputs) // rows)
-        if self.keep_rows is None:
-            self.keep_rows = self._rows_that_fit(inputs, targets, rows)
+        self.free = self.free or free_memory(inputs.device)
+        keep_rows = self._rows_that_fit(inputs, targets, rows)
         most = len(parts) * self.cg_iters  # products of a slice
         for k, (x, y) in enumerate(pieces(inputs, targets, rows)[:steps]):
             self.progress("linearise", k, steps)
-            ggn = GGN(self.model, x, y, self.micro_batch, self.keep_rows)
+            ggn = GGN(self.model, x, y, self.micro_batch, keep_rows)
             for s in states:
                 solves.append(self._newton_step(s, grad, ggn, k * most, steps * most))
             record["products"] += ggn.products
@@ -342,12 +337,12 @@ class ConjugateGradients:
         for s in states:
             own = [views[i] for i in s.part]
             assign(own, unflatten(s.d + s.delta, own))  # through these views into d
-        self.damping = geometric_mean(s.damping for s in states)
+        self.next_damping = geometric_mean(s.damping for s in states)
         iterations, reasons = zip(*solves)
         bad = sorted({"nonfinite", "indefinite"}.intersection(reasons))
         slope = grad.dot(d).item()
         record.update(
-            damping=self.damping,
+            damping=self.next_damping,
             cosine=-slope / (record["grad_norm"] * d.norm().item() + 1e-30),
             cg_iterations=sum(iterations),
             cg_reason="+".join(bad or sorted(set(reasons))),
@@ -362,15 +357,14 @@ class ConjugateGradients:
     def _rows_that_fit(self, inputs, targets, rows):
         """How many rows' graphs fit into three eighths of the free memory. (Another eighth is left for the
         piece that is worked on.) Raises MemoryError where not even one piece fits."""
-        free = free_memory(inputs.device)
         each = row_bytes(self.model, inputs, targets)
         needed = each * min(self.micro_batch or rows, rows)
-        if needed > free:
+        if needed > self.free:
             raise MemoryError(
-                f"a micro-batch takes {needed / 1e9:.1f} GB to linearise, and {free / 1e9:.1f} GB are free: "
-                "--micro_batch must be smaller"
+                f"a micro-batch takes {needed / 1e9:.1f} GB to linearise, and {self.free / 1e9:.1f} GB are "
+                "free: --micro_batch must be smaller"
             )
-        return int(3 / 8 * free / each)
+        return int(3 / 8 * self.free / each)
 
     def _newton_step(self, s, grad, ggn, done, total):
         """A slice's work for one part: judge the δ of the slice before, and make a new one.
@@ -378,7 +372,7 @@ class ConjugateGradients:
         grad: of the whole batch. done, total: CG's iterations, for progress. Returns how many iterations CG
         made, and why it ended."""
         correction = select(grad - ggn.grad, self.params, s.part)
-        if s.delta is not None:
+        if s.delta is not None and s.delta.any():
             slope = correction.dot(s.delta).item()
             t = ggn.best_length(s.d, s.delta, self.LENGTHS, slope, s.part, self.prox_linear)
             s.d = s.d + t * s.delta
@@ -426,8 +420,8 @@ class ConjugateGradients:
     def adapt(self, rho, alpha):
         """After every step, of αd; α = 0: it was rejected."""
         if alpha < 0.4:
-            self.damping = max(self.damping, self.began)
-        self.damping = levenberg_marquardt(self.damping, rho, alpha)
+            self.next_damping = max(self.next_damping, self.damping)
+        self.damping = levenberg_marquardt(self.next_damping, rho, alpha)
         if alpha:
             self.direction = alpha * self.direction
 
@@ -467,8 +461,8 @@ class InnerSolver:
             v ← (1 − η λ) v               the optimizer's weight decay, of matrices only; η: its rate
             v ← optimizer(v, ∇)           ∇ clipped in norm for each part
 
-    The damping λ keeps v near 0 where micro-batches do not agree. Where they do it keeps entries of v below
-    about 1 / λ. (adam and sgd have no such decay: λ v is added to ∇.)
+    The damping λ keeps v near 0 where micro-batches do not agree. Where they agree, it keeps entries of v
+    below about 1 / λ. (adam and sgd have no such decay: λ v is added to ∇.)
 
     J v is a difference of logits (see local_model_once). So the model's backward must be the derivative of
     its forward: no straight-through estimators, no stopped gradients, no jumps. (A top-k router's jumps make
@@ -496,8 +490,6 @@ class InnerSolver:
     compile: bool = False  # local_model_once by torch.compile, which needs a C++ compiler
 
     def __post_init__(self):
-        if self.name == "kfac":
-            raise ValueError("kfac cannot be an inner solver: it has to observe each batch")
         check_choice("local_model", self.local_model, ("gn", "prox_linear"))
         check_choice("schedule", self.schedule, SCHEDULES)
         check_positive(self, "rows", "passes", "lr", "outer_steps")
@@ -535,7 +527,6 @@ class InnerSolver:
                 change += m * (counts[k] / n_late)
                 slope += gv * (counts[k] / n_late)
             self._inner_step(parts, gradient, k, len(batches))
-        self.outer += 1
         loss, change, slope = map(float, (loss, change, slope))
         trouble = "" if math.isfinite(loss + change + slope) else "loss or local model not finite"
         # local_model_once: a forward, and for each part a J v and a backward
@@ -549,11 +540,10 @@ class InnerSolver:
 
     def _inner_step(self, parts, gradient, k, steps):
         """v ← optimizer(v, ∇) by the k-th micro-batch's gradient, clipped for each part."""
+        for v, g in zip(self.v, gradient):
+            v.grad = g
         for part in parts:
-            norm = flatten([gradient[i] for i in part]).norm()
-            clip = (self.CLIP / (norm + 1e-12)).clamp(max=1.0)
-            for i in part:
-                self.v[i].grad = clip * gradient[i]
+            nn.utils.clip_grad_norm_([self.v[i] for i in part], self.CLIP)
         factor = inner_schedule(self.schedule, self.outer, self.outer_steps, k, steps, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
@@ -571,6 +561,7 @@ class InnerSolver:
 
     def adapt(self, rho, alpha):
         """After a step of αv: v is what is left of it."""
+        self.outer += 1
         assign(self.v, [(1 - alpha) * v for v in self.v])
 
     def forget(self):
@@ -590,14 +581,12 @@ class InnerSolver:
         return {
             "v": [v.detach() for v in self.v],
             "optimizer": self.optimizer.state_dict(),
-            "damping": self.damping,  # for the optimizer that `forget` makes
             "outer": self.outer,
         }
 
     def load_state_dict(self, state):
         assign(self.v, state["v"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.damping = state["damping"]
         self.outer = state["outer"]
 
 
@@ -641,8 +630,8 @@ def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
     precond   v -> P⁻¹v, P ≈ A symmetric positive definite
     rtol      stop at ‖b − Ax‖ <= rtol ‖b‖; machine epsilon where rtol is less, since numbers resolve no more
 
-    From x = 0. Trouble is a `reason`, not an exception: on "indefinite" (pᵀAp <= 0, or rᵀP⁻¹r <= 0) and
-    "nonfinite" x is the last good iterate.
+    From x = 0. Trouble is a `reason`, not an exception: "indefinite" (pᵀAp <= 0, or rᵀP⁻¹r <= 0), where x is
+    the last good iterate, or "nonfinite", where x may not be finite itself.
     """
     x = torch.zeros_like(b)
     r = b.clone()
@@ -683,7 +672,7 @@ class Search(NamedTuple):
     alpha: float  # 0.0: nothing was better
     loss: float  # at alpha
     tries: int  # losses evaluated
-    reason: str  # "armijo", "grid", "none", "no decrease" or "nonfinite" (no candidate had a finite loss)
+    reason: str  # the kind, "no decrease" or "nonfinite" (no candidate had a finite loss)
 
 
 def line_search(loss_at, loss0, slope, kind="armijo"):
@@ -837,8 +826,8 @@ class GGN:
         return sum_number(change), sum_over_processes(gradient)[0]
 
     def _pieces(self, offset=None):
-        """The linearised pieces: first those that are kept, then the others, linearised one by one. These
-        have H at the offset, (d, part)."""
+        """The linearised pieces: first those that are kept, then the others, linearised one by one. The
+        others get H at the offset, (d, part); those that are kept have it."""
         yield from self.cache
         for x, y in self.data[len(self.cache) :]:
             piece = Piece(self.model, self.params, x, y, self.n_targets)
@@ -881,7 +870,7 @@ class Piece:
 
 def row_bytes(model, x, y):
     """Bytes that keep one more row of a batch linearised."""
-    one, two = (graph_bytes(model, x[:rows], y[:rows]) for rows in (1, 2))
+    one, two = (graph_bytes(model, x[[0] * rows], y[[0] * rows]) for rows in (1, 2))
     return max(two - one, 1)
 
 
@@ -1048,14 +1037,14 @@ CHECKED = weakref.WeakKeyDictionary()  # model -> {(twice, train or eval of each
 
 
 def check_model(model, x, y, twice):
-    """Raises ValueError for a model that cannot be worked with, seen on the first rows of a batch. Done once
-    for a model in its modes (train or eval); twice: see refuse_derivatives."""
+    """Raises ValueError for a model that cannot be worked with, seen on the first rows of a batch. Done for
+    a model in its modes (train or eval) until all was seen; twice: see refuse_derivatives."""
     done = CHECKED.setdefault(model, set())
     modes = twice, *(m.training for m in model.modules())
     if modes not in done:
         refuse_randomness(model, x[:8], y[:8])
-        refuse_derivatives(model, x[:2], y[:2], twice)
-        done.add(modes)
+        if refuse_derivatives(model, x[:2], y[:2], twice):
+            done.add(modes)
 
 
 def refuse_randomness(model, x, y):
@@ -1096,12 +1085,13 @@ def trainable_names(model):
 
 def refuse_derivatives(model, x, y, twice):
     """Raises ValueError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter. Jᵀ is the model's backward, and c is
-    H ∂L/∂z. v is Jᵀc, then a wave that meets all entries. J v is
+    H ∂L/∂z. v is Jᵀc, then a cosine, nonzero in nearly every entry. Returns whether each parameter had a
+    derivative to judge by. J v is
 
-    twice        the derivative of that backward, as in GGN. Refused are a model without one, and a hook that
-                 is not linear
-    not twice    a difference of logits, as in an InnerSolver. Refused is a backward that is not the
-                 derivative of the forward. J v errs by √eps, and by eps / h of z. The
+    twice        the derivative of that backward, as in GGN. Models without one are refused, and hooks that
+                 are not linear
+    not twice    a difference of logits, as in an InnerSolver. A backward is refused that is not
+                 the derivative of the forward. J v errs by √eps, and by eps / h of z. The
                  difference is central, since the second derivative along a wave can be large
     """
     needs, advice = DERIVATIVES[twice]
@@ -1148,6 +1138,7 @@ def refuse_derivatives(model, x, y, twice):
         raise
     except RuntimeError as e:
         raise ValueError(f"{needs}: {first_line(e)}{where}; {advice}") from e
+    return all(0 < g.norm() < math.inf for g in gradient)
 
 
 DERIVATIVES = {  # by `twice`: what is needed, and what to do without it

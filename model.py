@@ -230,7 +230,8 @@ def attention(
     """torch's scaled_dot_product_attention, by _Attention where it can be."""
     qkv = query, key, value
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # which would have done it further down
+    # Autocast would have done this further down. It leaves float64 alone.
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         qkv = [t.to(torch.get_autocast_dtype(device)) for t in qkv]
     # Where they are not alike, torch may broadcast. Where they are no plain tensors (nested, or inside vmap),
     # it has rules of its own.

@@ -407,7 +407,7 @@ class FirstOrder:
         params = trainable(self.model)
         loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
         norm = grad.norm().item()
-        record = {"accepted": False, "loss": loss, "grad_norm": norm, "lr": lr, "alpha": 0.0, "work": 1.0}
+        record = {"accepted": False, "loss": loss, "grad_norm": norm, "lr": lr, "work": 1.0}
         if not math.isfinite(loss + norm):
             return {**record, "reason": "loss or gradient not finite"}
         if isinstance(self.optimizer, KFACOptimizer):
@@ -424,8 +424,7 @@ class FirstOrder:
             assign(params, unflatten(before, params))
             return {**record, "reason": "step not finite"}
         cos = -grad.dot(d).item() / (norm * length + 1e-30)
-        record.update(accepted=True, reason="", alpha=1.0, cosine=cos)
-        return record
+        return {**record, "accepted": True, "reason": "", "cosine": cos}
 
     def least_rows(self, rows, n_targets):
         """Of a batch: the fewest rows that processes divide among them in a step."""

@@ -151,8 +151,6 @@ def one_run(folder, path):
     layers = ["embedding", *(f"block {i + 1}" for i in range(head["model"]["n_layer"])), "head"]
     for row in rows:
         row.update(zip(layers, row.get("layer_norms") or []))
-        if row.get("lr") is not None:  # a baseline's ρ and α say nothing
-            row["rho"] = row["alpha"] = None
 
     def curve(key):
         before = key == "train_loss"

@@ -1,4 +1,4 @@
-"""The optimizers that Gauss-Newton is compared with (AdamW, Adam, SGD, Muon, SOAP, K-FAC) and their schedule.
+"""The optimizers that Gauss-Newton is compared with (AdamW, SGD, Muon, SOAP, K-FAC) and their schedule.
 Then what it shares with them: Kronecker factors, vectors over parameters, processes, the loss.
 
     opt = make_optimizer("soap", model)                     # any nn.Module; lr=None takes the default
@@ -17,6 +17,7 @@ row in DEFAULTS, and add its branch to make_optimizer. The trainer and the tests
 Combined if it suits only some of the parameters. Its step() must leave p.grad as it was.
 """
 
+import ctypes
 import math
 import os
 import sys
@@ -35,7 +36,6 @@ from torch.backends import mha
 # tried with preset tiny, Python's library and 16k tokens a step. Other models and data need others.
 DEFAULTS = {
     "adamw": dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),  # GPT-3: arXiv 2005.14165, appendix B
-    "adam": dict(lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0),  # arXiv 1412.6980, algorithm 1
     "sgd": dict(lr=0.3, momentum=0.9, weight_decay=0.0),  # Sutskever et al. 2013, Nesterov's form
     # Jordan 2024; decay and scale: arXiv 2502.16982
     "muon": dict(lr=0.03, momentum=0.95, betas=(0.9, 0.95), weight_decay=0.1, muon_scale="match_rms_adamw"),
@@ -60,8 +60,8 @@ def make_optimizer(
     ignores what it does not use.
 
     weight_decay reaches matrices (ndim >= 2) only, never norms and biases. It is decoupled, p -= lr *
-    weight_decay * p, except in adam and sgd, where it is the L2 term of the gradient. Muon's betas belong to
-    the AdamW beside it. Its steps are U Vᵀ times muon_scale: "match_rms_adamw" 0.2 sqrt(max(m, n)), steps of
+    weight_decay * p, except in sgd, where it is the L2 term of the gradient. Muon's betas belong to the
+    AdamW beside it. Its steps are U Vᵀ times muon_scale: "match_rms_adamw" 0.2 sqrt(max(m, n)), steps of
     AdamW's size, so that one rate suits both; "original" sqrt(max(1, m / n)), the paper's.
     Raises ValueError for an unknown name, and as `trainable` does.
     """
@@ -70,7 +70,7 @@ def make_optimizer(
         raise ValueError(f"unknown optimizer {name!r}; choose from {', '.join(DEFAULTS)}")
     o = {key: default if given[key] is None else given[key] for key, default in DEFAULTS[name].items()}
     params = trainable(model)
-    plain = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "soap": SOAP}
+    plain = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "soap": SOAP}
     if name == "sgd":
         o["nesterov"] = o["momentum"] > 0
     if name in plain:
@@ -139,28 +139,21 @@ class Optimizer(torch.optim.Optimizer):
             self.move()
         return loss
 
-    def __getstate__(self):
-        # For copies and pickles. torch would keep three attributes, we keep all but the private ones and
-        # the `step` that a learning-rate scheduler puts here.
-        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "step"}
-
 
 class Combined(Optimizer):
     """Optimizers over disjoint parameters as one. Its param_groups are theirs in order, and its state is
-    theirs; a group that is added later is the last one's. Every group has `momentum`, since schedulers cycle
-    that key; an AdamW takes it as beta1 in place of betas[0]."""
+    theirs; a group that is added later is the last one's. (Of torch's schedulers, those that cycle momentum
+    need cycle_momentum=False.)"""
 
     parts = ()
 
     def __init__(self, parts):
-        super().__init__([group for part in parts for group in part.param_groups], {"momentum": 0.9})
+        super().__init__([group for part in parts for group in part.param_groups], {})
         self.parts = parts
 
     def add_param_group(self, group):
         if self.parts:  # none in __init__, whose groups are complete
             group = {**self.parts[-1].defaults, **group}
-        if "betas" in group:
-            group.setdefault("momentum", group["betas"][0])
         super().add_param_group(group)
 
     def move(self):
@@ -171,9 +164,6 @@ class Combined(Optimizer):
             part.param_groups = groups[:count]
             groups = groups[count:]
             part.state = self.state
-            for group in part.param_groups:
-                if "betas" in group:
-                    group["betas"] = (group["momentum"], *group["betas"][1:])
             part.step()
 
 
@@ -719,11 +709,34 @@ def same_everywhere(number):
     return sum_number(number) == ranks()[1] * number
 
 
+def on_gpu(device):
+    return "cuda" in str(device)
+
+
+def tune_allocator():
+    """Keep freed memory (glibc only). Its default gives every large tensor back to the system at once and
+    takes the page faults again at the next: a fifth of a gradient's time at the tiny size."""
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+
+
+def peak_memory_mb(device):
+    if on_gpu(device):
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    with suppress(ImportError):  # Windows
+        import resource
+
+        unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 def free_memory(device):
     """Bytes that this process can take on the device. On a CPU: its share of what the machine has left, or of
     what its control group (a container, a job) has left, if that is less. 4 GB where the system does not say.
     """
-    if device.type == "cuda":
+    if on_gpu(device):
         return torch.cuda.mem_get_info(device)[0]
     return min(left_on_cpu(), default=4e9) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

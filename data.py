@@ -11,9 +11,10 @@ path of a file or a folder of them; a folder called stdlib is written ./stdlib. 
 document per line, {"text": "..."}; any other file is one document. Each may be compressed (.gz, .xz, .bz2).
 Text is UTF-8, or UTF-16 or UTF-32 with its byte-order mark. Tokenizers: bytes (256 ids) and gpt2 (50257).
 
-Left out. Files that are not text (archives, tables, pictures, ...), links to folders, and bytes that are not
-valid text are counted and named, with the reason, in meta["left_out"]; what is hidden, and what a run or
-`prepare` wrote, is not read and not counted. If no text is left, that is a DataError with the same words.
+Left out. Files that are not text (archives, tables, pictures, ...), links to folders, and files with bytes
+that are not valid text are counted and named, with the reason, in meta["left_out"]; what is hidden, and what
+a run or `prepare` wrote (two such files or more in a folder), is not read and not counted. If no text is
+left, that is a DataError with the same words.
 
 Split. The unit is a document. Where there are fewer than 100 text files, the unit is 1 % of the text, but 256
 to 4096 characters, up to the end of a line where it is near. A unit whose sha256 falls into the lowest 5 % is
@@ -76,10 +77,7 @@ C4_URL = "https://huggingface.co/datasets/allenai/c4/resolve/main/en/"
 
 
 class DataError(ValueError):
-    """What is wrong with the data and what to do about it, in one line."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(message.splitlines()))
+    """What is wrong with the data, and what to do about it."""
 
 
 @dataclass
@@ -96,14 +94,14 @@ def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress
     had, for any reason. `progress(done_bytes, total_bytes)` is called about once per megabyte while something
     is downloaded or tokenised; the total is a guess where files are compressed. `shards`: how many of C4's
     1024 files to use, from the first on."""
-    if block_size < 1:
-        raise DataError(f"block_size must be at least 1, got {block_size}")
     source, cache, progress = str(source), Path(cache_dir), progress or (lambda done, total: None)
     encoding = get_encoding(tokenizer)
     try:
         root, files = find_source(source, cache, progress, shards)
         listing = [
-            (str(path.relative_to(root)), s.st_size, s.st_mtime_ns) for path in files for s in [path.stat()]
+            (str(path.relative_to(root)), s.st_size, s.st_mtime_ns)
+            for path in files
+            for s in [path.stat() if path.exists() else path.lstat()]  # a link may lead nowhere
         ]
         identity = json.dumps([DATA_FORMAT, tokenizer, str(root.resolve()), listing])
         meta = {
@@ -150,7 +148,8 @@ def build(folder, root, files, meta, encoding, block_size, progress):
         left_out[why_unreadable(path)].append(path)
     files = left_out.pop("", [])  # for no reason: they are read
     # 2.4 is a guess, C4's ratio
-    total = int(sum(path.stat().st_size * (2.4 if path.suffix in COMPRESSED else 1) for path in files))
+    sizes = (path.stat().st_size * (2.4 if path.suffix.lower() in COMPRESSED else 1) for path in files)
+    total = int(sum(sizes))
     few = sum(kind_of(path) not in RECORDS for path in files) < FEW_DOCUMENTS
     length = min(max(total // 100, PART[0]), PART[1]) if few else -1  # -1 is the whole file
     dtype, content, n_documents, n_bytes = np.min_scalar_type(encoding.n_vocab - 1), hashlib.sha256(), 0, 0
@@ -241,7 +240,7 @@ def open_text(path):
                 yield f
     except (ImportError, OSError, EOFError, getattr(module, "LZMAError", zlib.error)) as e:
         raise DataError(
-            f"{path} cannot be read ({e}): if it is damaged, get it again; or unpack it first"
+            f"{path} cannot be read ({e}): if it is damaged, get it again; or unpack it, or make it readable"
         ) from e
 
 
@@ -263,7 +262,7 @@ def kind_of(path):
 def why_unreadable(path):
     """Why a path cannot be read as text and what to do about it, to follow a count; "" if it can."""
     if not path.is_file():
-        return "that lead to a folder, or are a pipe or a device"
+        return "that lead nowhere or to a folder, or are a pipe or a device"
     for kinds, why in UNREADABLE.items():
         if kind_of(path) in kinds.split():
             return why

@@ -462,7 +462,7 @@ class InnerSolver:
             v ← optimizer(v, ∇)           ∇ clipped in norm for each part
 
     The damping λ keeps v near 0 where micro-batches do not agree. Where they agree, it keeps entries of v
-    below about 1 / λ. (adam and sgd have no such decay: λ v is added to ∇.)
+    below about 1 / λ. (sgd has no such decay: λ v is added to ∇.)
 
     J v is a difference of logits (see local_model_once). So the model's backward must be the derivative of
     its forward: no straight-through estimators, no stopped gradients, no jumps. (A top-k router's jumps make
@@ -1113,11 +1113,12 @@ def refuse_derivatives(model, x, y, twice):
         c = cross_entropy_hvp(probs, cross_entropy_grad(probs, y, divisor), divisor)
         rounding = 5 * eps * (c * z0).nan_to_num_(0).norm()
         gradient = derivative(z, params, c, retain_graph=twice)
+        total = flatten(gradient).norm()
         own = {t.name() for t in graph_of(z) if isinstance(t, torch.autograd.function.BackwardCFunction)}
         for i, (name, g) in enumerate(zip(trainable_names(model), gradient)):
             where = f" in the derivative by {name}, among {', '.join(sorted(own)) or 'operations'} and hooks"
             wave = torch.arange(g.numel()).to(g).cos().view_as(g)
-            for v in (g, wave) if g.any() else ():
+            for v in (g, wave) if g.norm() > 1e-7 * total else ():  # less is rounding
                 if twice:
                     Jv, h = piece.jvp(v.flatten(), [i]), 1.0
                 else:

@@ -3,7 +3,7 @@
     python train.py --opt full_gn                                # tiny GPT on Python's library, 4 minutes
     python train.py --opt layerwise_gn                           # with curvature inside each layer only
     python train.py --opt full_gn --solver soap                  # solved by an optimizer: soap, muon, adamw
-    python train.py --opt soap --batch_tokens 65536              # or adamw, adam, sgd, muon, kfac
+    python train.py --opt soap --batch_tokens 65536              # or adamw, sgd, muon, kfac
     python train.py --opt adamw --steps 60 --out_dir out/warmup
     python train.py --opt full_gn --init_from out/warmup         # start from its weights
     python train.py --resume --out_dir out/my_run                # go on where a run stopped
@@ -16,7 +16,6 @@ Ctrl-C ends the step, saves, and says how to go on.
 """
 
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -35,7 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401 (else torch imports it in a step, and then it never frees the group)
+import torch.distributed.nn  # noqa: F401 (imported in a step, it would keep the group for ever)
 
 from baselines import (
     DEFAULTS,
@@ -48,10 +47,13 @@ from baselines import (
     local_rows,
     lr_schedule,
     make_optimizer,
+    on_gpu,
+    peak_memory_mb,
     ranks,
     same_everywhere,
     sum_number,
     trainable,
+    tune_allocator,
     unflatten,
 )
 from data import TOKENIZERS, get_batch, prepare, val_batch
@@ -72,8 +74,9 @@ MAX_REJECTIONS = 8  # in a row, before a run gives up
 
 
 def main(argv):
-    """Flags as typed -> the exit status: 0, 1 for a run that had to stop, 2 for settings or data that cannot
-    be used, 130 where Ctrl-C ended it at once."""
+    """Flags as typed -> the exit status: 0, also after a signal; 1 for a run that had to stop; 2 for settings
+    or data that cannot be used; 130 where Ctrl-C ended it at once."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed
     with suppress(AttributeError):  # stdout may be no file
         sys.stdout.reconfigure(errors="replace")  # for terminals that do not have λ
     process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
@@ -111,16 +114,22 @@ def start(args, given, checkpoint, command):
     tune_allocator()
     try:
         run = Run(args, checkpoint)
+        path = run.out / "log.jsonl" if is_first() else Path(os.devnull)
+        log = open(path, "a")
+        if is_first():
+            lock(log)
     except (ValueError, OSError) as e:  # of settings that do not fit, say
-        raise UsageError(first_line(e)) from e
+        raise UsageError(str(e)) from e
     run.introduce(given)
-    path = run.out / "log.jsonl" if is_first() else Path(os.devnull)
     step = run.progress["step"]
     kept, last = lines_until(path, step) if checkpoint else (0, None)
-    with open(path, "a" if kept else "w") as log, signals(run.on_signal):
-        if kept:
+    with log, signals(run.on_signal):
+        if is_first():
+            if args.overwrite:
+                for name in ("checkpoint.pt", "checkpoint.previous.pt", "checkpoint.tmp"):
+                    (run.out / name).unlink(missing_ok=True)
             log.truncate(kept)
-        else:
+        if not kept:
             write_row(log, run.header(command))
         if checkpoint:
             say(f"resuming {run.out} after step {step}")
@@ -155,10 +164,11 @@ class Run:
         self.progress = {"step": 0, "tokens": 0, "seconds": 0.0, "grad_equivalents": 0.0}
         self.losses = {}  # step: validation loss, where it was evaluated
         self.rejections = 0  # in a row
-        self.began = self.told = time.time()  # the step; the last line about one that is long
+        self.began = self.told = time.perf_counter()  # when the step began; when `bar` last spoke
         self.asked = False  # to stop, by a signal
         self.stopped = False  # once all processes know
         block_size = args.block_size or PRESETS[args.model]["block_size"]
+        self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         self.data = prepare(  # by one process at a time
             args.data,
             args.tokenizer,
@@ -174,12 +184,11 @@ class Run:
             )
         self.val = [t.to(args.device) for t in val_batch(self.data.val, block_size, args.eval_tokens)]
         self.model = build_model(args, self.data.vocab_size)
-        if checkpoint or args.init_from:
+        if checkpoint or args.init_from is not None:
             load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
-        self.rows = in_blocks("--batch_tokens", args.batch_tokens, block_size)
         frac = {"same": 0, "fresh": SEARCH_FRAC, "fresh_batch": 1}[args.line_search_data]
-        searches = frac and args.kind != "baseline"  # on fresh data
-        self.search_rows = subset_rows(self.rows, args.batch_tokens, frac) if searches else 0
+        frac *= args.kind != "baseline"
+        self.search_rows = frac and subset_rows(self.rows, args.batch_tokens, frac)  # on fresh data
         args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in trainable(self.model))
@@ -187,7 +196,7 @@ class Run:
         local_rows(range(min(least, len(self.val[0]))))  # ValueError where a process would get none
         if checkpoint:
             self.stepper.load_state_dict(checkpoint["optimizer"])
-            self.rejections = checkpoint["rejections"] % MAX_REJECTIONS  # all tries again after giving up
+            self.rejections = checkpoint["rejections"] % MAX_REJECTIONS  # after giving up, all tries anew
             self.progress = checkpoint["progress"]
             self.losses = checkpoint["losses"]
         self.out = open_out_dir(args)
@@ -253,13 +262,13 @@ class Run:
         """One step and, where it is due, an evaluation; returns its row of the log."""
         args = self.args
         progress = self.progress
-        self.began = self.told = time.time()
+        self.began = self.told = time.perf_counter()
         before = [flatten(layer).detach() for layer in self.model.layers()]
         batch = self.batch(0, self.rows)
         fresh = {"search": self.batch(2, self.search_rows)} if self.search_rows else {}
         record = {**STEP_FIELDS, **self.stepper.step(*batch, **fresh)}
         self.rejections = 0 if record["accepted"] else self.rejections + 1
-        seconds = time.time() - self.began
+        seconds = time.perf_counter() - self.began
         progress["step"] += 1
         progress["tokens"] += (self.rows + self.search_rows) * self.model.config.block_size
         progress["grad_equivalents"] += record.pop("work")
@@ -334,7 +343,8 @@ class Run:
         args = self.args
         reached = "reached" if self.last_loss() <= args.target_loss else "not reached"
         target = f"target {args.target_loss:g} {reached}: " if args.target_loss else ""
-        how = f"; go on with: python train.py --resume --out_dir {self.out}" if self.stopped else ""
+        folder = shlex.quote(str(self.out))
+        how = f"; go on with: python train.py --resume --out_dir {folder}" if self.stopped else ""
         say(
             f"{target}val {self.last_loss():.4f} after {self.progress['step']} steps, "
             f"{self.progress['tokens']:,} tokens, {self.progress['grad_equivalents']:.0f} "
@@ -360,12 +370,12 @@ class Run:
         """Say where a long step stands: on a terminal in its last line, in a file twice a minute."""
         text = f"{self.progress['step']}/{self.args.steps} steps | {what}"
         if done and total:
-            left = (time.time() - self.began) * (total - done) / done
+            left = (time.perf_counter() - self.began) * (total - done) / done
             text += f" [{'#' * (20 * done // total):.<20}] {done}/{total} | eta {duration(left)}"
         if sys.stdout.isatty():
             say(text, end="\r")  # go back to the line's start
-        elif time.time() > self.told + 30:
-            self.told = time.time()
+        elif time.perf_counter() > self.told + 30:
+            self.told = time.perf_counter()
             say(text)
 
 
@@ -459,7 +469,7 @@ def load_weights(model, checkpoint):
 
 
 def in_blocks(flag, tokens, block_size):
-    """How many sequences they are."""
+    """How many sequences these tokens make."""
     if tokens % block_size:
         raise UsageError(f"{flag} {tokens} is not a multiple of the block size {block_size}")
     return tokens // block_size
@@ -517,7 +527,7 @@ def check_compiler(device):
     try:
         torch.compile(torch.neg)(torch.zeros(2, device=device))
     except RuntimeError as e:
-        raise UsageError(f"--compile cannot be used: {first_line(e)}") from e
+        raise UsageError(f"--compile cannot be used: {e}") from e
 
 
 def settings(args, names):
@@ -537,9 +547,6 @@ def open_out_dir(args):
     sum_number(0)  # every process has looked
     if is_first():
         out.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            for file in ("log.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.tmp"):
-                (out / file).unlink(missing_ok=True)
     args.out_dir = str(out)
     return out
 
@@ -616,7 +623,7 @@ def device(text):
         text = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=text).item()
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {first_line(e)}") from e
     return text
 
@@ -683,8 +690,8 @@ def build_parser():
     flag = p.heading("model")
     flag(
         "--model",
-        "size: layers, heads, width and block size; 45m and 150m: the paper's, with LayerNorm of "
-        "q and k and an MLP of two matrices",
+        "layers, heads, width and block size: tiny 2, 4, 64, 64; small 4, 4, 128, 256; the paper's, "
+        "with LayerNorm of q and k and an MLP of two matrices: 45m 4, 8, 512, 1024; 150m 12, 16, 768, 1024",
         PRESETS,
         "tiny",
     )
@@ -813,7 +820,7 @@ def build_parser():
     flag("--out_dir", "the run's folder (default: a fresh one under out/)", str)
     flag(
         "--resume",
-        "go on from the checkpoint in --out_dir, with its settings; where there is none yet, "
+        "go on from the checkpoint in --out_dir, with its settings; where the folder is empty or absent, "
         "begin, so that one command can be given again and again",
         bool,
     )
@@ -826,7 +833,7 @@ def build_parser():
 
 
 def resolve(argv):
-    """Flags -> settings with every default filled in, and {flag that was given: kinds of run that use it}."""
+    """Flags -> settings with their kind of run's defaults, and {flag that was given: kinds that use it}."""
     parser = build_parser()
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in argv}
@@ -839,7 +846,7 @@ def resolve(argv):
 def stored_settings(args, given):
     """For --resume: the stored run's settings, changed by the RESUMABLE flags that were given, and its
     checkpoint. Where no run has made a step: args as they are, and None."""
-    if args.out_dir is None:
+    if not args.out_dir:
         raise UsageError("--resume needs the run's --out_dir")
     out = Path(args.out_dir)
     left = {path.name for path in out.glob("*")}
@@ -906,7 +913,7 @@ def say(text, end="\n"):
 
 
 def complain(message):
-    print(f"train.py: error: {message}", file=sys.stderr)
+    print("train.py: error:", *str(message).splitlines(), file=sys.stderr)
 
 
 def duration(seconds):
@@ -924,17 +931,28 @@ CHECKPOINT_FORMAT = 9
 
 
 def lines_until(path, step):
-    """How many bytes of a log are whole lines up to this step's, and the step of the last of them."""
-    size = 0
+    """Bytes of a log up to the last whole row at or before `step`, and that row's step."""
+    size = end = 0
     last = None
-    with suppress(FileNotFoundError, ValueError, AttributeError):  # cut off, or no row
+    with suppress(FileNotFoundError, NotADirectoryError):
         for line in path.read_bytes().splitlines(keepends=True):
-            row = json.loads(line)
-            if row.get("step", 0) > step or not line.endswith(b"\n"):
-                break
-            size += len(line)
-            last = row.get("step")
+            end += len(line)
+            with suppress(ValueError, AttributeError, TypeError):  # cut off, or no row
+                row = json.loads(line)
+                if row.get("step", 0) <= step and line.endswith(b"\n"):
+                    size, last = end, row.get("step")
     return size, last
+
+
+def lock(log):
+    """Raises UsageError where another run holds it; Windows and some network file systems do not tell."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another run is writing {log.name}") from None
 
 
 def write_row(log, row):
@@ -986,7 +1004,7 @@ def save_checkpoint(path, **content):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Processes, signals, memory
+# Processes, signals
 
 
 def join_group(args):
@@ -1014,29 +1032,6 @@ def signals(handler):
     finally:
         for number, previous in old.items():
             signal.signal(number, previous)
-
-
-def on_gpu(device):
-    return "cuda" in str(device)
-
-
-def tune_allocator():
-    """Keep freed memory (glibc only). Its default gives every large tensor back to the system at once and
-    takes the page faults again at the next: a fifth of a gradient's time at the tiny size."""
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-
-
-def peak_memory_mb(device):
-    if on_gpu(device):
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    with suppress(ImportError):  # Windows
-        import resource
-
-        unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 if __name__ == "__main__":

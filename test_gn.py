@@ -921,8 +921,8 @@ def test_what_cannot_be_stepped_is_named():
         for name, value in wrong.items():
             with raises(ValueError, match=name):
                 build(model, **{name: value})
-    with raises(ValueError, match="kfac"):
-        InnerSolver(model, "kfac")
+    with raises(RuntimeError, match="observe"):
+        GaussNewton(model, InnerSolver(model, "kfac")).step(*tokens())
     with raises(TypeError, match="damping"):
         GaussNewton(model, InnerSolver(model), damping=1.0)
     with raises(ValueError, match="InnerSolver was made for other"):
@@ -2013,7 +2013,7 @@ def test_a_row_says_what_the_step_did(go, flags, data_dir, capsys):
     assert isclose(hypot(*row["layer_norms"]), d.norm(), rel_tol=5e-5)
     line = capsys.readouterr().out.split("step 2/2")[1]
     assert f" | change on val {row['actual_val']:+.3f} | " in line
-    assert f" | alpha {row['alpha']:.2f} | cos {row['cosine']:.2f} | |d| " in line
+    assert f" | cos {row['cosine']:.2f} | |d| " in line
     assert "gn" not in flags or f" | rho {row['rho']:.2f} | alpha" in line
 
 
@@ -2098,7 +2098,7 @@ def test_the_same_command_begins_and_goes_on(go, refused, capsys):
 
 def test_a_long_step_says_where_it_is(go, capsys, monkeypatch):
     """Where the output is no terminal: every half minute, by a clock of 40 seconds a look."""
-    monkeypatch.setattr(time, "time", itertools.count(0, 40).__next__)
+    monkeypatch.setattr(time, "perf_counter", itertools.count(0, 40).__next__)
     go(f"{SMALL} {CG} --steps 1 --out_dir a")
     assert re.search(r"\n0/1 steps \| cg \[#+\.+\] \d+/\d+ \| eta", capsys.readouterr().out)
 
@@ -2603,14 +2603,12 @@ def left_in(cache):
 
 
 def error_of(source, cache="cache", **kwargs):
-    """The message of the DataError that prepare raises: one line, and the cache is as it was."""
+    """The message of the DataError that prepare raises, as a run tells it; the cache is as it was."""
     before = left_in(cache)
     with raises(DataError) as e:
         prepare(source, cache_dir=cache, **kwargs)
-    message = str(e.value)
-    assert len(message.splitlines()) == 1
     assert left_in(cache) == before
-    return message
+    return " ".join(str(e.value).splitlines())
 
 
 def text_of(d):
@@ -2720,7 +2718,7 @@ def test_what_is_not_read_is_named(go, capsys):
 
 def test_unusable_sources_are_errors(monkeypatch):
     """Empty, missing, broken, binary, too short, unknown, unreadable, or packed so that this Python
-    cannot unpack it: each is told in one line."""
+    cannot unpack it: each is told."""
     write("empty\nline", "")
     write("binary", b"a\0b")
     short = write("short.txt", "x" * 128 + "\n")  # two blocks of 64 need 130
@@ -2736,7 +2734,6 @@ def test_unusable_sources_are_errors(monkeypatch):
         assert told in error_of(name)
     assert "stdlib" in error_of("")
     assert "bytes" in error_of("stdlib", tokenizer="gpt3")
-    assert "block_size" in error_of("stdlib", block_size=0)
     assert "short.txt" in error_of(short, short, block_size=8)  # the cache is a file
     sides(short, block_size=40)
     assert "66" in error_of(short, block_size=65)  # reused, and too short

@@ -221,7 +221,7 @@ class Run:
             say(f"note: {args.opt} ({args.kind}) does not use {', '.join(unused)}")
 
     def header(self, command):
-        """The log's first line: all that it takes to make the run again."""
+        """The log's first line: all that it takes to make the run again, as it began."""
         return {
             "config": vars(self.args),
             "parameters": self.size,
@@ -820,8 +820,9 @@ def build_parser():
     flag("--out_dir", "the run's folder (default: a fresh one under out/)", str)
     flag(
         "--resume",
-        "go on from the checkpoint in --out_dir, with its settings; where the folder is empty or absent, "
-        "begin, so that one command can be given again and again",
+        "go on from the checkpoint in --out_dir, with its settings (--steps, --target_loss and a few more "
+        "may change); where the folder is empty or absent, begin, so that one command can be given again "
+        "and again",
         bool,
     )
     flag("--overwrite", "replace an earlier run in --out_dir", bool)

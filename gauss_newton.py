@@ -115,9 +115,9 @@ class GaussNewton:
         search    (inputs, targets), other data for the line search; default: the batch's last rows.
 
         Rows must be in random order: some stand for all in the search, in Newton steps and for K-FAC. The
-        step is rejected for a loss, gradient or product that is not finite, for an indefinite product, and
-        for a search without a decrease. Then the parameters stay bitwise as they were, and record["reason"]
-        says why; it is "" for an accepted step. torch.autocast outside works on the model's forward alone.
+        step is rejected for a loss, gradient or product that is not finite, an indefinite system, no descent
+        direction, or too small a decrease. Then the parameters stay bitwise as they were, and
+        record["reason"] says why; it is "" for an accepted step. torch.autocast outside works on the model's forward alone.
         """
         self._check_parameters()
         targets, n_targets = check_targets(inputs, targets)
@@ -252,7 +252,7 @@ class ConjugateGradients:
     the slice before, then makes a new one:
 
         judge    t ← argmin m_k(d + tδ) over t in LENGTHS
-                 λ ← LOWER · λ where t = 1, else λ · min(1/t, 4)
+                 λ ← LOWER · λ where t = 1, else λ / max(t, 1/4)
                  d ← d + tδ
         solve    δ ← −(∇²m_k(d) + λM)⁻¹ ∇m_k(d)            by cg_iters iterations of conjugate gradients from
                                                            0, preconditioned by P = K + λM
@@ -265,14 +265,15 @@ class ConjugateGradients:
     λ is Martens' damping. He adapts it once a step by ρ, the actual over the promised decrease. Here t adapts
     it in every slice but the first, and ρ after the line search (`adapt`). Each part has its own λ; the
     next outer step starts all from their geometric mean. All slices linearise at the same θ, and can agree
-    on a d where the network is far from linear. So where the line search takes less than 0.4 of d, λ is not
-    lower than before the step.
+    on a d where the network is far from linear. So where α < 0.4, `adapt` raises λ, from no less than its
+    value before the step.
 
     K is K-FAC's approximation of the curvature, made with the batch's own labels (an empirical Fisher
     matrix). The metric M = unit^(1 − POWER) K^POWER stands where Martens has the identity, and damps
     directions of large curvature more than the identity would. Each weight matrix has a `unit`: the geometric
-    mean of two mean eigenvalues, K's and its own block's. So K doubled is M doubled, and λ is a pure number.
-    (`metric` adds floors, so that M is not singular.) The constants come from trials, in results/notes.md.
+    mean of K's mean eigenvalues, over all parameters and over that matrix. So K doubled is M doubled, and λ
+    is a pure number. (`metric` adds floors, so that M is not singular.) The constants come from trials, in
+    results/notes.md.
     """
 
     LENGTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -1090,9 +1091,9 @@ def refuse_derivatives(model, x, y, twice):
 
     twice        the derivative of that backward, as in GGN. Models without one are refused, and hooks that
                  are not linear
-    not twice    a difference of logits, as in an InnerSolver. A backward is refused that is not
-                 the derivative of the forward. J v errs by √eps, and by eps / h of z. The
-                 difference is central, since the second derivative along a wave can be large
+    not twice    a difference of logits, as in an InnerSolver. A backward that is not the derivative of the
+                 forward is refused. J v errs by √eps, and by eps / h of z. The difference is central, since
+                 the second derivative along a wave can be large
     """
     needs, advice = DERIVATIVES[twice]
     params = trainable(model)

@@ -117,7 +117,8 @@ class GaussNewton:
         Rows must be in random order: some stand for all in the search, in Newton steps and for K-FAC. The
         step is rejected for a loss, gradient or product that is not finite, an indefinite system, no descent
         direction, or too small a decrease. Then the parameters stay bitwise as they were, and
-        record["reason"] says why; it is "" for an accepted step. torch.autocast outside works on the model's forward alone.
+        record["reason"] says why; it is "" for an accepted step. torch.autocast outside works on the model's
+        forward alone.
         """
         self._check_parameters()
         targets, n_targets = check_targets(inputs, targets)

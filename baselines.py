@@ -1,5 +1,5 @@
 """The optimizers that Gauss-Newton is compared with (AdamW, SGD, Muon, SOAP, K-FAC) and their schedule.
-Then what it shares with them: Kronecker factors, vectors over parameters, processes, the loss.
+Then what it shares with them: Kronecker factors, vectors over parameters, processes, memory, the loss.
 
     opt = make_optimizer("soap", model)                     # any nn.Module; lr=None takes the default
     base = [group["lr"] for group in opt.param_groups]
@@ -239,8 +239,13 @@ class SOAP(Optimizer):
             sides = [k for k in (0, 1) if G.ndim == 2 and G.shape[k] <= group["max_precond_dim"]]
             first = not s
             if first:
-                s.update(step=0, M=torch.zeros_like(p), V=torch.zeros_like(p))
-                s.update(cov=[None, None], basis=[None, None])  # a basis of None is the identity
+                s.update(
+                    step=0,
+                    M=torch.zeros_like(p),
+                    V=torch.zeros_like(p),
+                    cov=[None, None],
+                    basis=[None, None],  # the identity
+                )
             s["step"] += 1
             M = s["M"]
             V = s["V"]
@@ -707,6 +712,10 @@ def sum_number(x):
 def same_everywhere(number):
     """Whether all processes have the same integer, below 2^53."""
     return sum_number(number) == ranks()[1] * number
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
 
 
 def on_gpu(device):

@@ -187,8 +187,8 @@ class Run:
         if checkpoint or args.init_from is not None:
             load_weights(self.model, checkpoint or load_checkpoint(args.init_from))
         frac = {"same": 0, "fresh": SEARCH_FRAC, "fresh_batch": 1}[args.line_search_data]
-        frac *= args.kind != "baseline"
-        self.search_rows = frac and subset_rows(self.rows, args.batch_tokens, frac)  # on fresh data
+        searches = frac and args.kind != "baseline"  # on fresh data
+        self.search_rows = subset_rows(self.rows, args.batch_tokens, frac) if searches else 0
         args.micro_batch = args.micro_batch or default_micro_batch(self.model, *self.val)
         self.stepper = make_stepper(self.model, args, self.bar)
         self.size = sum(p.numel() for p in trainable(self.model))

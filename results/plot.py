@@ -65,7 +65,7 @@ def picture(path, width, height, rows=1, columns=1, **options):
 
 
 def draw(axis, lines, marker="", **settings):
-    """Lines {name: [[(x, y), ...], ...]} into a panel, the first name on top. Logarithmic axes have 1, 2, 3, 5."""
+    """Lines {name: [[(x, y), ...], ...]} into a panel, the first name on top; logarithmic axes."""
     for depth, (name, curves) in enumerate(lines.items()):
         colour = COLOURS.setdefault(name, f"C{len(COLOURS)}")
         for i, curve in enumerate(curves):
@@ -139,7 +139,8 @@ def ladder(rows):
             axis.margins(x=0.3)
         axis.figure.supxlabel(
             "fall of the loss on unseen tokens (and work, in gradients of the batch)\n"
-            "pale: one system, one pass, no moments; dark: eight systems, two passes, moments; no bar: not measured",
+            "pale: one system, one pass, no moments; dark: eight systems, two passes, moments; "
+            "no bar: not measured",
             fontsize=9,
         )
         panels[0].set_yticks(range(len(LADDER)), LADDER)

@@ -392,7 +392,7 @@ class KFAC:
     the expectations over tokens and over labels sampled from the model, and δ = ∂(loss of one sequence)/∂s.
     With batch_labels they are the batch's, as in the empirical Fisher matrix, which knows from the first step
     on which tokens are frequent.
-    With L = Q_L Λ_L Q_Lᵀ, R = Q_R Λ_R Q_Rᵀ, and S = λ_L λ_Rᵀ (out, in) the products of their eigenvalues,
+    With L = Q_L Λ_L Q_Lᵀ, R = Q_R Λ_R Q_Rᵀ, and S = diag(Λ_L) diag(Λ_R)ᵀ (out, in), products of eigenvalues,
 
         (L ⊗ R + λI)⁻¹ V = Q_L [ (Q_Lᵀ V Q_R) / (S + λ) ] Q_Rᵀ,                   the damping exact.
 

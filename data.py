@@ -101,7 +101,7 @@ def prepare(source, tokenizer="bytes", cache_dir="data", block_size=64, progress
         listing = [
             (str(path.relative_to(root)), s.st_size, s.st_mtime_ns)
             for path in files
-            for s in [path.stat() if path.exists() else path.lstat()]  # a link may lead nowhere
+            for s in [path.stat(follow_symlinks=path.exists())]  # a link may lead nowhere
         ]
         identity = json.dumps([DATA_FORMAT, tokenizer, str(root.resolve()), listing])
         meta = {
@@ -166,7 +166,7 @@ def build(folder, root, files, meta, encoding, block_size, progress):
                     side = val if hashed < VAL_FRACTION else train
                     side.write(np.array(encoding.encode_ordinary(text), dtype).tobytes())
                     n_bytes += len(raw)
-                    if n_bytes >> 20 > n_bytes - len(raw) >> 20:
+                    if n_bytes % 2**20 < len(raw):  # a megabyte is full
                         progress(n_bytes, total)
                 if text:  # what ends a document goes where its last unit went
                     n_documents += 1

@@ -259,9 +259,9 @@ class ConjugateGradients:
                                                            0, preconditioned by P = K + λM
 
     So t tests δ on rows that it was not fitted to. The first slice has no δ to judge, and starts from d =
-    MOMENTUM times the last outer step. The δ of the last slice is added to d whole, and the model of that
-    slice gives the decrease that the step promises. A system that is not finite, or by rounding indefinite,
-    rejects the outer step.
+    MOMENTUM times the last outer step. The δ of the last slice is added to d whole. The model of that slice
+    gives the decrease that the step promises (for prox-linear to second order in δ). A system that is not
+    finite, or by rounding indefinite, rejects the outer step.
 
     λ is Martens' damping. He adapts it once a step by ρ, the actual over the promised decrease. Here t adapts
     it in every slice but the first, and ρ after the line search (`adapt`). Each part has its own λ; the
@@ -306,24 +306,26 @@ class ConjugateGradients:
         self.direction = None  # of the last outer step, at the length that was taken
 
     def solve(self, parts, inputs, targets):
+        """The Solution for a batch: inputs (B, ...), int64 classes (B, ...). Each part is a list of indices
+        into self.params."""
         check_model(self.model, inputs, targets, twice=True)
-        self.next_damping = self.damping
+        self.next_damping = self.damping  # until the slices have adapted it
         n_targets = (targets != IGNORED).sum().item()
+        self.free = self.free or free_memory(inputs.device)
         self.progress("gradient")
         loss, grad = batch_grad(self.model, inputs, targets, self.micro_batch)
         record = {"work": 1.0, "grad_norm": grad.norm().item(), "products": 0}
         if not math.isfinite(loss + record["grad_norm"]):
             return Solution(loss, torch.zeros_like(grad), 0.0, 0.0, "loss or gradient not finite", record)
         if self.kfac:
-            self._precondition(inputs, targets, n_targets, torch.ones_like(grad), record)
+            self._precondition(inputs, targets, n_targets, record)
         start = torch.zeros_like(grad)
         if self.direction is not None:
             start = self.MOMENTUM * self.direction.to(grad)  # a checkpoint's is on the CPU
         states = [PartState(part, select(start, self.params, part), self.damping) for part in parts]
         solves = []  # (iterations, reason) of each slice and part
-        rows = self.least_rows(len(inputs), n_targets)
+        rows = self.least_rows(len(inputs), n_targets)  # of a slice
         steps = min(self.newton_steps, len(inputs) // rows)
-        self.free = self.free or free_memory(inputs.device)
         keep_rows = self._rows_that_fit(inputs, targets, rows)
         most = len(parts) * self.cg_iters  # products of a slice
         for k, (x, y) in enumerate(pieces(inputs, targets, rows)[:steps]):
@@ -335,10 +337,10 @@ class ConjugateGradients:
             record["work"] += ggn.work * rows / len(inputs)
             del ggn  # before the next one is made: memory holds one slice
         d = self.direction = torch.zeros_like(grad)  # of all parts
-        views = unflatten(d, self.params)
+        views = unflatten(d, self.params)  # what is written into them is in d
         for s in states:
             own = [views[i] for i in s.part]
-            assign(own, unflatten(s.d + s.delta, own))  # through these views into d
+            assign(own, unflatten(s.d + s.delta, own))
         self.next_damping = geometric_mean(s.damping for s in states)
         iterations, reasons = zip(*solves)
         bad = sorted({"nonfinite", "indefinite"}.intersection(reasons))
@@ -375,8 +377,8 @@ class ConjugateGradients:
         made, and why it ended."""
         correction = select(grad - ggn.grad, self.params, s.part)
         if s.delta is not None and s.delta.any():
-            slope = correction.dot(s.delta).item()
-            t = ggn.best_length(s.d, s.delta, self.LENGTHS, slope, s.part, self.prox_linear)
+            extra = correction.dot(s.delta).item()
+            t = ggn.best_length(s.d, s.delta, self.LENGTHS, extra, s.part, self.prox_linear)
             s.d = s.d + t * s.delta
             s.damping = bounded(s.damping * (self.LOWER if t == 1 else 1 / max(t, 0.25)))
         change, gradient = ggn.move_to(s.d, s.part, self.prox_linear)
@@ -393,7 +395,7 @@ class ConjugateGradients:
         s.decrease = damped - found.values[-1] - change - correction.dot(s.d).item()
         return found.iterations, found.reason
 
-    def _precondition(self, inputs, targets, n_targets, ones, record):
+    def _precondition(self, inputs, targets, n_targets, record):
         """K-FAC's factors, from as many rows as a slice has, but at least KFAC_TARGETS targets."""
         self.progress("kfac")
         rows = subset_rows(len(inputs), n_targets, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
@@ -402,7 +404,9 @@ class ConjugateGradients:
         signs = torch.Generator(device=inputs.device).manual_seed(0)
         self.kfac.update(inputs[:rows], targets[:rows], self.micro_batch, signs)
         self.kfac.decompose()
-        self.mean_eigenvalue = self.kfac.apply(ones, lambda S: S.mean().expand_as(S)).mean().item() + 1e-30
+        # the mean of each parameter's eigenvalues, averaged over all entries of θ
+        ones = torch.ones_like(flatten(self.params))
+        self.mean_eigenvalue = self.kfac.apply(ones, torch.mean).mean().item() + 1e-30
         record["repaired"] = self.kfac.repaired or None
         record["work"] += 2 / 3 * rows / len(inputs)  # a forward, and a backward for the activations alone
 
@@ -621,7 +625,7 @@ def inner_schedule(kind, outer, outer_steps, k, steps, warmup=0):
 class CGResult(NamedTuple):
     x: torch.Tensor
     iterations: int
-    reason: str  # "residual", "max_iter", "zero" (b = 0), "indefinite" or "nonfinite"
+    reason: str  # "residual", "max_iter", "indefinite" or "nonfinite"
     values: list  # ½xᵀAx − bᵀx at every iterate, the start included: iterations + 1 floats
 
 
@@ -642,8 +646,6 @@ def cg(matvec, b, precond=None, max_iter=50, rtol=0.0):
     values = [0.0]
     if not bnorm.isfinite():
         return CGResult(x, 0, "nonfinite", values)
-    if bnorm == 0:
-        return CGResult(x, 0, "zero", values)
     p = torch.zeros_like(b)
     rz = 1.0
     for k in range(max_iter + 1):
@@ -694,14 +696,10 @@ def line_search(loss_at, loss0, slope, kind="armijo"):
         alpha = 2 ** (-i / 2)
         loss = loss_at(alpha)
         finite |= math.isfinite(loss)
-        lower = loss < best[1]
-        if kind == "armijo" and best[0] and not lower:
+        better = math.isfinite(loss) if kind == "none" else loss < best[1]
+        if kind == "armijo" and best[0] and not better:
             break
-        wanted = {
-            "armijo": lower and loss <= loss0 + 0.01 * alpha * slope,
-            "none": math.isfinite(loss),
-        }.get(kind, lower)  # grid and grid5
-        if wanted:
+        if better and (kind != "armijo" or loss <= loss0 + 0.01 * alpha * slope):
             best = (alpha, loss)
     return Search(*best, i + 1, kind if best[0] else "no decrease" if finite else "nonfinite")
 
@@ -772,7 +770,7 @@ class GGN:
         self.grad = 0.0
         check_model(model, *self.data[0], twice=True)
         rows = 0
-        for piece in self._pieces():
+        for piece in self._pieces():  # none is kept yet
             self.loss += cross_entropy_sum(piece.z0, piece.y).item() / self.n_targets
             self.grad += flatten(piece.g).detach()
             piece.g = [get_gradient_edge(t) for t in piece.g]  # products need its graph, not its values
@@ -821,7 +819,8 @@ class GGN:
         for piece in self._pieces():
             s = self.shifts.pop(0) if self.shifts else piece.jvp(d, part)
             m, w = local_change(piece.z0, s, piece.y, self.n_targets, prox_linear)
-            piece.set_hessian_at(s if prox_linear else 0.0)
+            if prox_linear:
+                piece.set_hessian_at(s)
             change += m.item()
             gradient += piece.vjp(w, part)
         self.offset = (d, part) if prox_linear else None
@@ -1120,7 +1119,9 @@ def refuse_derivatives(model, x, y, twice):
         for i, (name, g) in enumerate(zip(trainable_names(model), gradient)):
             where = f" in the derivative by {name}, among {', '.join(sorted(own)) or 'operations'} and hooks"
             wave = torch.arange(g.numel()).to(g).cos().view_as(g)
-            for v in (g, wave) if g.norm() > 1e-7 * total else ():  # less is rounding
+            if g.norm() <= 1e-7 * total:  # rounding
+                continue
+            for v in (g, wave):
                 if twice:
                     Jv, h = piece.jvp(v.flatten(), [i]), 1.0
                 else:

@@ -255,7 +255,7 @@ class _Attention(torch.autograd.Function):
     """o = P v, P = softmax(q kᵀ + mask), (..., T, head size), q with the scale in it; P is kept, and every
     derivative is written out:
 
-        Jᵀ    v̄ = Pᵀ w,   T = P ∘ (W − rowsum(P ∘ W)),  W = w vᵀ,   q̄ = T k,   k̄ = Tᵀ q
+        Jᵀ    v̄ = Pᵀ w,   t = P ∘ (W − rowsum(P ∘ W)),  W = w vᵀ,   q̄ = t k,   k̄ = tᵀ q
         J     o' = t v + P v',   t = P ∘ (D − rowsum(P ∘ D)),   D = q' kᵀ + q k'ᵀ
 
     The fused kernels have no derivative of their backward, and each of their calls makes P anew. The graph of
@@ -284,7 +284,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionBackward(torch.autograd.Function):
-    """Jᵀ w; its backward is J."""
+    """Jᵀ w; its backward is J. So dq, dk, dv are q̄, k̄, v̄ in forward, q', k', v' in backward."""
 
     @staticmethod
     def forward(ctx, w, causal, q, k, v, *P):

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401 (imported in a step, it would keep the group for ever)
+import torch.distributed.nn  # noqa: F401 (imported by torch in a step, it would never free the group)
 
 from baselines import (
     DEFAULTS,
@@ -79,7 +79,7 @@ def main(argv):
     sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed
     with suppress(AttributeError):  # stdout may be no file
         sys.stdout.reconfigure(errors="replace")  # for terminals that do not have λ
-    process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""
+    process = os.environ["RANK"] if dist.is_torchelastic_launched() else ""  # its number, as text
     try:
         args, given = resolve(argv)
         checkpoint = None
@@ -94,7 +94,7 @@ def main(argv):
         status = 2
     except (OSError, MemoryError, RuntimeError) as e:  # a full disk, too large a batch, another process gone
         if isinstance(e, RuntimeError) and not process and "allocate" not in str(e):
-            raise
+            raise  # not out of memory: a defect, shown whole
         who = f"process {process}: " if process else ""
         complain(f"{who}{first_line(e)}; the last checkpoint, if there is one, is whole")
         return 1
@@ -177,7 +177,7 @@ class Run:
             progress=partial(self.bar, "data"),
             shards=args.shards,
         )
-        found = self.data.meta["sha256"]
+        found = self.data.meta["sha256"]  # kept with the settings, for --resume to compare
         if vars(args).setdefault("data_sha256", found) != found:
             raise ValueError(
                 f"--data {args.data} is no longer what this run began with (other files? another Python?)"
@@ -294,7 +294,8 @@ class Run:
         }
 
     def batch(self, stream, rows):
-        """Random sequences and their targets, (rows, block size) each: a function of step and stream."""
+        """Random sequences and their targets, (rows, block size) each: a function of step and stream. Stream
+        0 is for training, 2 for the line search."""
         return [
             t.to(self.args.device)
             for t in get_batch(
@@ -544,7 +545,7 @@ def open_out_dir(args):
         raise UsageError(
             f"--out_dir {out} is not empty; give --resume to go on with its run or --overwrite to replace it"
         )
-    sum_number(0)  # every process has looked
+    sum_number(0)  # a barrier: each process has looked before there is a folder
     if is_first():
         out.mkdir(parents=True, exist_ok=True)
     args.out_dir = str(out)
@@ -576,7 +577,8 @@ RUN_DEFAULTS = {
 }
 
 # What --resume may change; every other setting is the stored run's.
-RESUMABLE = "resume out_dir data_dir steps target_loss sample threads device checkpoint_interval".split()
+RESUMABLE = """resume out_dir data_dir steps target_loss sample threads device micro_batch
+    checkpoint_interval""".split()
 
 
 class UsageError(ValueError):
@@ -665,7 +667,7 @@ def build_parser():
     )
     flag(
         "--micro_batch",
-        "sequences worked on at a time; changes memory and speed, not results (default: "
+        "sequences worked on at a time; changes memory and speed, results by rounding only (default: "
         "about 8192 tokens, more on a GPU, fewer where memory is short)",
         count,
     )
@@ -772,7 +774,7 @@ def build_parser():
         "--inner_betas",
         "averaging constants of the inner optimizer (of muon: of its adamw)",
         decay,
-        (0.8, 0.99),
+        [0.8, 0.99],
         nargs=2,
     )
     flag(

@@ -22,8 +22,8 @@ Change the records or that program, not this page.
 - **interpolated**: between the last two evaluations, by the logarithm of the loss. ± is the deviation of one
   run, or the standard error of a ratio.
 
-How the runs were made is in [protocol.md](protocol.md). CG's work is by
-[an older account](protocol.md#what-an-older-program-did), which is a little too low.
+How the runs were made is in [protocol.md](protocol.md). CG's work in the older ones is
+[a little too low](protocol.md#what-an-older-program-did).
 """
 DIRECTIONS = HERE / "directions.jsonl"
 STUDY = "tuning", "ending", "batch", "same batch", "large batch"  # stages that go from the warmup to 1.60

@@ -819,8 +819,7 @@ class GGN:
         for piece in self._pieces():
             s = self.shifts.pop(0) if self.shifts else piece.jvp(d, part)
             m, w = local_change(piece.z0, s, piece.y, self.n_targets, prox_linear)
-            if prox_linear:
-                piece.set_hessian_at(s)
+            piece.set_hessian_at(s if prox_linear else 0.0)
             change += m.item()
             gradient += piece.vjp(w, part)
         self.offset = (d, part) if prox_linear else None

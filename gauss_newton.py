@@ -404,7 +404,7 @@ class ConjugateGradients:
         signs = torch.Generator(device=inputs.device).manual_seed(0)
         self.kfac.update(inputs[:rows], targets[:rows], self.micro_batch, signs)
         self.kfac.decompose()
-        # the mean of each parameter's eigenvalues, averaged over all entries of θ
+        # K's mean eigenvalue: with each parameter's own in place of its eigenvalues, averaged over θ
         ones = torch.ones_like(flatten(self.params))
         self.mean_eigenvalue = self.kfac.apply(ones, torch.mean).mean().item() + 1e-30
         record["repaired"] = self.kfac.repaired or None

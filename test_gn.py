@@ -973,17 +973,19 @@ def test_step_inside_autocast(name):
 
 def test_preconditioner_inverts_what_it_stands_for(monkeypatch):
     """With K-FAC's matrix in G's place one iteration of CG is the whole solve, damping included, which is no
-    part of the decrease."""
+    part of the decrease. The metric's unit has the mean eigenvalue of all of K."""
     model = gpt()
     data = tokens(8)
     solver = ConjugateGradients(model, "gn", newton_steps=1, cg_iters=1, damping=0.3)
     parts = GaussNewton(model, solver, scrambled(model)).parts
-    monkeypatch.setattr(GGN, "matvec", lambda ggn, v, part: solver.kfac.apply(v, lambda S: S, part))
+    monkeypatch.setattr(GGN, "matvec", lambda ggn, v, part: solver.kfac.apply(v, torch.clone, part))
     found = solver.solve(parts, *data)
     g = Dense(model, *data).g
     d = solver.kfac.apply(-g, lambda S: 1 / (S + 0.3 * solver.metric(S)))
+    K = torch.stack([solver.kfac.apply(e, torch.clone) for e in torch.diag(g / g)])  # of the identity
     assert close(found.direction, d)
-    assert isclose(found.decrease, -(g + solver.kfac.apply(d, lambda S: S) / 2) @ d)
+    assert isclose(found.decrease, -(g + K @ d / 2) @ d)
+    assert isclose(solver.mean_eigenvalue, K.diag().mean())
 
 
 @parametrize("prox", [False, True])
@@ -2065,8 +2067,7 @@ def test_resume_goes_on_with_what_is_whole_of_the_log(go, capsys):
         (short + bytes(300), 2),
         (short + b"[]\n", 2),
     ):
-        shutil.rmtree("again", ignore_errors=True)
-        shutil.copytree("run", "again")
+        shutil.copytree("run", "again", dirs_exist_ok=True)
         Path("again/log.jsonl").unlink()
         if left:
             write("again/log.jsonl", left)
@@ -2082,7 +2083,7 @@ def test_resume_goes_on_with_what_is_whole_of_the_log(go, capsys):
 
 def test_the_same_command_begins_and_goes_on(go, refused, capsys):
     """--resume where no run is, and where one was killed before its first step: it begins, and says so; then
-    it goes on. Then the rows at a time may change, and defaults be named. A log with steps and no
+    it goes on. Now the rows at a time may change, and defaults be named. A log with steps and no
     checkpoint is a loss, and an error."""
     command = f"{SMALL} --opt adamw --steps 2 --resume --out_dir job"
     log = Path("job/log.jsonl")

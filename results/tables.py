@@ -16,6 +16,7 @@ Change the records or that program, not this page.
 - **steps**: whole ones, until the run was evaluated at or under its target. `>` marks a run that missed it,
   with its length and its last loss.
 - **each run**: a number for each seed.
+- **batch**: tokens a step; k is 1,024.
 - **work**: gradients of a million tokens, to the end of the last step.
 - **CG**: of the GN model, with six iterations, unless the row or protocol.md says otherwise.
 - **ratio**: to the steps of the table's first row.
@@ -174,9 +175,14 @@ def best_runs(runs, stages, family, fair):
     """{method: {batch in 1024 tokens: the runs of its best setting, one for each seed}}.
 
     The best takes the fewest steps, interpolated. A setting must arrive with each of its seeds. Full GN's must
-    have three seeds where any has; if `fair`, baselines' too."""
+    have three seeds where any has; if `fair`, baselines' too. Left out are runs of an earlier program, and
+    methods that say that they had the earlier M."""
     chosen = {
-        run["flags"]: run for run in runs if run["stage"] in stages and not run["flags"].startswith("was")
+        run["flags"]: run
+        for run in runs
+        if run["stage"] in stages
+        and not run["flags"].startswith("was")
+        and "fourth root" not in run["method"]
     }
     settings = defaultdict(list)
     for flags, run in chosen.items():
@@ -219,9 +225,7 @@ def batches(methods):
 
 def leads(runs):
     """Full GN's runs beside the best baseline's with the same batch, or with the largest of a baseline. Yields
-    (solver, parameters, batch in 1024 tokens, its runs, the baseline's). Left out are methods that say that
-    they had the earlier M: there are runs with today's."""
-    runs = [run for run in runs if "fourth root" not in run["method"]]
+    (solver, parameters, batch in 1024 tokens, its runs, the baseline's)."""
     for parameters, stages in SIZES.items():
         best = best_runs(runs, stages, FAMILY, fair=True)
         baselines = [

@@ -425,10 +425,10 @@ class KFAC:
             raise ValueError("K-FAC needs every process's rows to take the same paths through the model")
         found = {i: [square / n_targets] for i, square in squares.items() if square.any()}
         for i, side in uses:
-            outside, inside, count = sum_over_processes(*sums[i, side])
+            dd, aa, count = sum_over_processes(*sums[i, side])
             # Σ δδᵀ is divided by the batch's targets, Σ aaᵀ by the number of its own terms. The two differ
             # where a map is used at several positions a token.
-            found[i] = [outside / n_targets, inside / count]
+            found[i] = [dd / n_targets, aa / count]
             if side == 1:
                 found[i].reverse()
         self.repaired = ""
@@ -450,7 +450,7 @@ class KFAC:
         all_rows = torch.arange(len(inputs))
         [own_rows] = local_rows(all_rows)
         z = logits(self.model, inputs[:2], targets[:2])
-        shape = [1] * targets.ndim if self.batch_labels else z.shape[1:]  # of a row's random numbers
+        shape = [1] * targets.ndim if self.batch_labels else [*targets.shape[1:], 1]  # of a row's draws
         factored = {i for i, *_ in linear_maps(z, self.params)}
         del z
         sums = {}
@@ -459,13 +459,11 @@ class KFAC:
         for rows_of_a_square in all_rows.split(math.ceil(len(inputs) / self.SQUARES)):
             grads = {i: torch.zeros_like(self.params[i]) for i in others}
             for rows in rows_of_a_square.split(micro_batch or len(inputs)):
-                # Each process draws for all rows, so that labels and signs do not depend on who has them.
-                draws = torch.empty(len(rows), *shape, device=inputs.device)
-                draws.exponential_(generator=generator)
-                own = rows[torch.isin(rows, own_rows)]
-                if len(own):
-                    first = own[0] - rows[0]  # draws are sliced: a copy may be large
-                    self._add(inputs[own], targets[own], draws[first:][: len(own)], sums, grads)
+                # Each process draws for all rows, on the CPU: labels and signs depend on nothing else.
+                draws = torch.rand(len(rows), *shape, generator=generator)
+                own = torch.isin(rows, own_rows)
+                if own.any():
+                    self._add(inputs[rows[own]], targets[rows[own]], draws[own], sums, grads)
             # Labels or signs are independent, so that in the mean the square of a sum is the sum of squares.
             for i, g in zip(others, sum_over_processes(*grads.values())):
                 squares[i] += g * g
@@ -476,12 +474,14 @@ class KFAC:
         z = logits(self.model, x)
         maps = list(linear_maps(z, self.params))
         probs = torch.softmax(z.detach(), dim=-1)
-        # argmax p / e with exponential e has the distribution p; e > log 2 is a coin
-        labels = y if self.batch_labels else (probs / draws).argmax(-1)
+        draws = draws.to(z.device)
+        labels = y
+        if not self.batch_labels:  # a number drawn from 0 to 1 is in label k's share of them
+            labels = (probs.cumsum(-1) <= draws).sum(-1).clamp_max(probs.shape[-1] - 1)
         # a sum over tokens, so that each has its own gradient
         u = cross_entropy_grad(probs, labels, per_token(y, 1.0))
         if self.batch_labels:
-            u *= (draws - math.log(2)).sign()
+            u *= (draws - 0.5).sign()
         edges = [edge for _, _, edge, _ in maps]
         rest = [self.params[i] for i in grads]
         found = torch.autograd.grad(z, edges + rest, u, allow_unused=True)
@@ -491,12 +491,12 @@ class KFAC:
             delta = delta.to(self.params[i].dtype).flatten(0, -2)  # (rows, out); autocast's is bfloat16, say
             count = delta.new_tensor([len(delta)])
             if a is None:
-                inside = count
+                aa = count
             elif a.is_floating_point():
-                inside = self._gram(a.detach().to(delta.dtype))
+                aa = self._gram(a.detach().to(delta.dtype))
             else:
-                inside = torch.bincount(a.flatten(), minlength=len(self.params[i])).to(delta.dtype)
-            new = self._gram(delta), inside, count
+                aa = torch.bincount(a.flatten(), minlength=len(self.params[i])).to(delta.dtype)
+            new = self._gram(delta), aa, count
             sums[i, side] = [old + t for old, t in zip(sums.get((i, side), (0, 0, 0)), new)]
         for grad, g in zip(grads.values(), found[len(maps) :]):
             if g is not None:
@@ -553,9 +553,9 @@ class KFACOptimizer(Optimizer):
     """Natural gradient with Kronecker factors (Martens & Grosse 2015) and momentum, its step clipped in KL:
 
         L, R  running averages of E[δδᵀ], E[aaᵀ], labels sampled from the model, by `observe`
-        u = [(L + γ/π) ⊗ (R + γπ)]⁻¹ g                    factored Tikhonov damping, γ = √DAMPING
-        u ← u min(1, √(KL_CLIP / Σ lr² uᵀg))              Σ over the groups (ACKTR: arXiv 1708.05144)
-        momentum_buffer ← momentum momentum_buffer + u
+        natural ← [(L + γ/π) ⊗ (R + γπ)]⁻¹ g              factored Tikhonov damping, γ = √DAMPING
+        natural ← natural min(1, √(KL_CLIP / Σ lr² naturalᵀg))    Σ over the groups (ACKTR: arXiv 1708.05144)
+        momentum_buffer ← momentum momentum_buffer + natural
         W ← W − lr wd W − lr momentum_buffer
 
     Call `observe(inputs, targets)` before each step. Differs from the 2015 paper in: 1. damping is fixed, not
@@ -574,7 +574,7 @@ class KFACOptimizer(Optimizer):
         self.kfac.state = self.state  # so that torch saves and loads it
         self.frequency = precondition_frequency
         self.steps = 0
-        self.generator = torch.Generator(device=self.kfac.params[0].device).manual_seed(0)
+        self.generator = torch.Generator().manual_seed(0)  # on the CPU
 
     def curvature_rows(self, rows):
         """How many of a batch's rows the factors are made from."""
@@ -617,7 +617,7 @@ class KFACOptimizer(Optimizer):
         super().load_state_dict(state)
         self.kfac.state = self.state  # load_state_dict made a new dict
         self.steps = state["steps"]
-        self.generator.set_state(state["generator"].cpu())
+        self.generator.set_state(state["generator"])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ class GaussNewton:
         accepted = False
 
         def move(alpha):
-            d = unflatten(found.direction, self.params)
+            d = unflatten(solution.direction, self.params)
             assign(self.params, [t + alpha * v for t, v in zip(theta, d)])
 
         def loss_at(alpha):
@@ -140,11 +140,12 @@ class GaussNewton:
 
         try:
             with full_precision(self.model):
-                found = self.solver.solve(self.parts, inputs, targets)
+                solution = self.solver.solve(self.parts, inputs, targets)
                 refuse_writing(self.model, theta)
-                record = dict(found.record, alpha=0.0, rho=None, loss=found.loss, reason=found.trouble)
-                if not found.trouble:
-                    record.update(self._search(found, loss_at))
+                record = {**solution.record, "alpha": 0.0, "rho": None, "loss": solution.loss}
+                record["reason"] = solution.trouble
+                if not solution.trouble:
+                    record.update(self._search(solution, loss_at))
             if not record["reason"]:
                 move(record["alpha"])
                 accepted = True
@@ -159,10 +160,10 @@ class GaussNewton:
         """The fewest rows of such a batch that processes divide among them in a step."""
         return min(subset_rows(rows, n_targets, SEARCH_FRAC), self.solver.least_rows(rows, n_targets))
 
-    def _search(self, found, loss_at):
+    def _search(self, solution, loss_at):
         """Fields of the record: a reason to reject the step, or the α to take and what it brings.
         loss_at: α -> the loss at θ + αd."""
-        slope = found.slope
+        slope = solution.slope
         if not slope < 0:
             return {"reason": f"no descent direction (slope {slope:.1e})"}
         loss0 = loss_at(0.0)
@@ -171,7 +172,7 @@ class GaussNewton:
             return {"reason": f"line search: {reason}"}
         change = loss - loss0
         # The local model along d as a parabola, by its slope at 0 and its value at 1. For GN it is one.
-        predicted = alpha * slope + alpha**2 * (-found.decrease - slope)
+        predicted = alpha * slope + alpha**2 * (-solution.decrease - slope)
         if self.line_search != "none" and change > 1e-4 * predicted:
             # the rounding of a huge loss can look like a small decrease
             return {"reason": f"the loss fell by {-change:.1e} where the model promised {-predicted:.1e}"}
@@ -214,7 +215,7 @@ def subset_rows(rows, n_targets, frac, least=32):
     """How many of a batch's rows stand for all of them: the share `frac`, but enough to hold `least` of the
     n_targets targets that count, if each row holds as many."""
     enough = math.ceil(least * rows / n_targets)
-    return min(rows, max(enough, int(frac * rows)))
+    return min(rows, max(enough, int(frac * rows + 1e-9)))
 
 
 def no_progress(what, done=0, total=0):
@@ -327,7 +328,7 @@ class ConjugateGradients:
         rows = self.least_rows(len(inputs), n_targets)  # of a slice
         steps = min(self.newton_steps, len(inputs) // rows)
         keep_rows = self._rows_that_fit(inputs, targets, rows)
-        most = len(parts) * self.cg_iters  # products of a slice
+        most = len(parts) * self.cg_iters  # products of a slice, at most
         for k, (x, y) in enumerate(pieces(inputs, targets, rows)[:steps]):
             self.progress("linearise", k, steps)
             ggn = GGN(self.model, x, y, self.micro_batch, keep_rows)
@@ -355,7 +356,7 @@ class ConjugateGradients:
         return Solution(loss, d, slope, sum(s.decrease for s in states), trouble, record)
 
     def least_rows(self, rows, n_targets):
-        """Rows of a slice."""
+        """Rows of a slice, the fewest that processes divide."""
         return subset_rows(rows, n_targets, self.curvature_frac / self.newton_steps)
 
     def _rows_that_fit(self, inputs, targets, rows):
@@ -390,9 +391,9 @@ class ConjugateGradients:
         found = cg(matvec, -(gradient + correction), self._preconditioner(s.damping, s.part), self.cg_iters)
         s.delta = found.x
         # m_k(0) − m_k(d + δ). From 0 to d it is −(change + correctionᵀd). From d to d + δ, to second order,
-        # it is −(the system's last value − damped).
-        damped = 0.5 * s.damping * s.delta.dot(self._times_metric(s.delta, s.part)).item()
-        s.decrease = damped - found.values[-1] - change - correction.dot(s.d).item()
+        # it is −(the system's last value − penalty), the penalty ½ λ δᵀM δ.
+        penalty = 0.5 * s.damping * s.delta.dot(self._times_metric(s.delta, s.part)).item()
+        s.decrease = penalty - found.values[-1] - change - correction.dot(s.d).item()
         return found.iterations, found.reason
 
     def _precondition(self, inputs, targets, n_targets, record):
@@ -401,12 +402,12 @@ class ConjugateGradients:
         rows = subset_rows(len(inputs), n_targets, self.curvature_frac / self.newton_steps, self.KFAC_TARGETS)
         # A random sign for each sequence, the same in every step: K-FAC's diagonals are Σ g² over sequences,
         # which (Σ ± g)² is in the mean
-        signs = torch.Generator(device=inputs.device).manual_seed(0)
+        signs = torch.Generator().manual_seed(0)
         self.kfac.update(inputs[:rows], targets[:rows], self.micro_batch, signs)
         self.kfac.decompose()
-        # K's mean eigenvalue: with each parameter's own in place of its eigenvalues, averaged over θ
-        ones = torch.ones_like(flatten(self.params))
-        self.mean_eigenvalue = self.kfac.apply(ones, torch.mean).mean().item() + 1e-30
+        # K's mean eigenvalue: its trace over its size. Tr(L ⊗ R) = Tr L Tr R
+        traces = [math.prod(S.sum().item() for S, _ in self.kfac.state[p]["eigen"]) for p in self.params]
+        self.mean_eigenvalue = sum(traces) / sum(p.numel() for p in self.params) + 1e-18
         record["repaired"] = self.kfac.repaired or None
         record["work"] += 2 / 3 * rows / len(inputs)  # a forward, and a backward for the activations alone
 
@@ -793,7 +794,7 @@ class GGN:
 
     def best_length(self, d, delta, lengths, extra_slope, part, prox_linear):
         """The t of `lengths` with the least m(d + tδ) + t extra_slope, m the local model (see local_change).
-        d and δ move the parameters in `part` alone."""
+        d and δ move the parameters in `part` alone. The next move_to must be to d + tδ with this t."""
         self.work += 2 * backward_work(self.params, part)  # J d and J δ
         totals = [0.0] * len(lengths)  # of m
         along = []  # of the pieces that are kept
@@ -811,7 +812,7 @@ class GGN:
 
     def move_to(self, d, part, prox_linear):
         """(m(d) − m(0), ∇m(d)), for d and a gradient of the parameters in `part` alone. From now on matvec's
-        H is the one at z + J d, for GN at z; J stays. After best_length d must be d + tδ with the t found."""
+        H is the one at z + J d, for GN at z; J stays."""
         known = len(self.shifts) / len(self.data)
         self.work += (2 - known) * backward_work(self.params, part)
         change = 0.0
@@ -833,7 +834,8 @@ class GGN:
             piece = Piece(self.model, self.params, x, y, self.n_targets)
             if offset:
                 piece.set_hessian_at(piece.jvp(*offset))
-            self.work += (5 / 3 if offset else 1) / len(self.data)
+                self.work += backward_work(self.params, offset[1]) / len(self.data)
+            self.work += 1 / len(self.data)
             yield piece
 
 
@@ -869,9 +871,9 @@ class Piece:
 
 
 def row_bytes(model, x, y):
-    """Bytes that keep one more row of a batch linearised."""
+    """Bytes that keep one more row of a batch linearised; where two rows do not fit, those of one."""
     one, two = (graph_bytes(model, x[[0] * rows], y[[0] * rows]) for rows in (1, 2))
-    return max(two - one, 1)
+    return abs(two - one) or 1
 
 
 def graph_bytes(model, x, y):
@@ -951,8 +953,8 @@ def derivative(outputs, inputs, cotangents, retain_graph=True, create_graph=Fals
 
 
 def local_change(z, s, y, n_targets, prox_linear, differentiate=True):
-    """The local model at logits z + s, (..., V): its change from z, and its derivative by s (None, unless
-    asked for). Sums over tokens are divided by n_targets.
+    """The local model at logits z + s, (..., V): its change from z, and its derivative by s (it may be None,
+    unless asked for). Sums over tokens are divided by n_targets.
 
     prox-linear    L(z + s) − L(z)              ∂L/∂z at z + s
     GN             ⟨u, s⟩ + ½ ⟨s, H s⟩          u + H s,        u = ∂L/∂z and H = ∂²L/∂z² at z
@@ -1027,10 +1029,10 @@ def working_eps(model, x, y):
     with Watch():
         z = evaluate(model, x[:1], y[:1])
     check_logits(z.expand(len(y), *z.shape[1:]), y)
-    products = 2.0**-10
+    matmul = 2.0**-10
     with suppress(RuntimeError):  # where torch.backends has a setting of its own
-        products = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
-    return max([torch.finfo(t).eps for t in dtypes] + [products] * (torch.float32 in dtypes))
+        matmul = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+    return max([torch.finfo(t).eps for t in dtypes] + [matmul] * (torch.float32 in dtypes))
 
 
 CHECKED = weakref.WeakKeyDictionary()  # model -> {(twice, train or eval of each module), ...}
@@ -1085,7 +1087,7 @@ def trainable_names(model):
 
 def refuse_derivatives(model, x, y, twice):
     """Raises ValueError unless cᵀ(J v) = (Jᵀc)ᵀv for each parameter. Jᵀ is the model's backward, and c is
-    H ∂L/∂z. v is Jᵀc, then a cosine, nonzero in nearly every entry. Returns whether each parameter had a
+    H ∂L/∂z. v is a cosine, then a sine, nonzero in nearly every entry. Returns whether each parameter had a
     derivative to judge by. J v is
 
     twice        the derivative of that backward, as in GGN. Models without one are refused, and hooks that
@@ -1094,7 +1096,7 @@ def refuse_derivatives(model, x, y, twice):
                  forward is refused. J v errs by √eps, and by eps / h of z. The difference is central, since
                  the second derivative along a wave can be large
     """
-    needs, advice = DERIVATIVES[twice]
+    needs, advice = REFUSALS[twice]
     params = trainable(model)
     theta = [p.detach() for p in params]
     where = ""
@@ -1117,10 +1119,10 @@ def refuse_derivatives(model, x, y, twice):
         own = {t.name() for t in graph_of(z) if isinstance(t, torch.autograd.function.BackwardCFunction)}
         for i, (name, g) in enumerate(zip(trainable_names(model), gradient)):
             where = f" in the derivative by {name}, among {', '.join(sorted(own)) or 'operations'} and hooks"
-            wave = torch.arange(g.numel()).to(g).cos().view_as(g)
+            angle = torch.arange(g.numel()).to(g).view_as(g)
             if g.norm() <= 1e-7 * total:  # rounding
                 continue
-            for v in (g, wave):
+            for v in (angle.cos(), angle.sin()):
                 if twice:
                     Jv, h = piece.jvp(v.flatten(), [i]), 1.0
                 else:
@@ -1137,14 +1139,14 @@ def refuse_derivatives(model, x, y, twice):
                         "a second derivative is missing, or the gradient is changed (by a straight-through "
                         "estimator, a stopped gradient, a hook or a jump),"
                     )
-    except torch.OutOfMemoryError:  # a RuntimeError too; its own message is the right one
-        raise
     except RuntimeError as e:
+        if "allocate" in str(e):  # want of memory, whose own message is the right one
+            raise
         raise ValueError(f"{needs}: {first_line(e)}{where}; {advice}") from e
     return all(0 < g.norm() < math.inf for g in gradient)
 
 
-DERIVATIVES = {  # by `twice`: what is needed, and what to do without it
+REFUSALS = {  # by `twice`: what is needed, and what to do without it
     True: (
         "GGN differentiates the model twice",
         "switch off what is in the way (activation checkpointing, compilation), or take an InnerSolver",

@@ -502,9 +502,8 @@ def test_baselines_refuse_nonsense():
         make_optimizer("adamx", gpt())
     with raises(ValueError, match="wsd"):
         lr_schedule(0, 10, "linear")
-    for bad in (dict(eps=nan), dict(betas=(1.0, 0.9))):
-        with raises(ValueError):
-            SOAP([nn.Parameter(torch.zeros(2, 2))], **bad)
+    with raises(ValueError):
+        SOAP([nn.Parameter(torch.zeros(2, 2))], eps=nan)
     for name in ("soap", "kfac"):
         with raises(ValueError, match="bfloat16.*autocast"):
             make_optimizer(name, gpt().bfloat16())
@@ -529,9 +528,8 @@ def test_optimizer_groups(name):
             baseline_steps(model, opt, [9])
         assert not moved(model, before)
         opt = make_optimizer(name, model)
-    names = {p: n for n, p in model.named_parameters()}
-    groups = [{names[p] for p in group["params"]} for group in opt.param_groups]
-    assert sorted(n for group in groups for n in group) == sorted(names.values())
+    grouped = [id(p) for group in opt.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters()))
     assert {group["lr"] for group in opt.param_groups} == {DEFAULTS[name]["lr"]}
     before = named(model)
     for group in opt.param_groups:
@@ -612,14 +610,14 @@ def readable(tie):
 
 
 def plain_factors(model, inputs, targets, batch_labels):
-    """{parameter: [L, R] or [diagonal]}, L = mean δδᵀ and R = mean aaᵀ, module by module, for the likeliest
-    labels or the targets; the diagonal from squares of sums over three rows."""
+    """{parameter: [L, R] or [diagonal]}, L = mean δδᵀ and R = mean aaᵀ, module by module, for the labels at
+    three quarters of the probability, or the targets; the diagonal from squares of sums over three rows."""
     h = [inputs]
     for m in model:
         h.append(m(h[-1]))
         h[-1].retain_grad()
     z = h[-1].flatten(0, 1)
-    y = targets.flatten() if batch_labels else z.argmax(-1)
+    y = targets.flatten() if batch_labels else (z.softmax(-1).cumsum(-1) > 0.75).int().argmax(-1)
     F.cross_entropy(z, y, reduction="sum").backward()
     found = {}
     n = inputs.numel()
@@ -644,9 +642,8 @@ def plain_factors(model, inputs, targets, batch_labels):
 def test_kfac_is_the_kronecker_product_of_plain_factors(tie, max_side, batch_labels, monkeypatch):
     """For weights, embedding (its side the token frequencies; tied: the head's factors), biases and norms
     (a diagonal) `apply` is the dense K = L ⊗ R in K (K + λI)⁻¹, from two squares of uneven pieces and a
-    running average; sides above max_side are diagonal. Every draw is 1 here: the likeliest labels, and no
-    sign changes."""
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda draws, generator=None: draws.fill_(1.0))
+    running average; sides above max_side are diagonal. Every draw is 3/4 here: no sign changes."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, 0.75))
     monkeypatch.setattr(KFAC, "SQUARES", 2)
     torch.manual_seed(0)
     model = readable(tie)
@@ -921,8 +918,6 @@ def test_what_cannot_be_stepped_is_named():
         for name, value in wrong.items():
             with raises(ValueError, match=name):
                 build(model, **{name: value})
-    with raises(RuntimeError, match="observe"):
-        GaussNewton(model, InnerSolver(model, "kfac")).step(*tokens())
     with raises(TypeError, match="damping"):
         GaussNewton(model, InnerSolver(model), damping=1.0)
     with raises(ValueError, match="InnerSolver was made for other"):
@@ -964,7 +959,6 @@ def test_step_inside_autocast(name):
         ends.append(theta_of(model))
     assert torch.equal(*ends)
     with torch.autocast("cpu", torch.bfloat16):
-        assert gpt().float()(tokens()[0]).dtype == torch.bfloat16
         assert GaussNewton(gpt()).step(*tokens())["accepted"]
 
 
@@ -973,7 +967,8 @@ def test_step_inside_autocast(name):
 
 def test_preconditioner_inverts_what_it_stands_for(monkeypatch):
     """With K-FAC's matrix in G's place one iteration of CG is the whole solve, damping included, which is no
-    part of the decrease. The metric's unit has the mean eigenvalue of all of K."""
+    part of the decrease. M by dense roots: √unit √(block of K + unit / 100), unit² = (mean eigenvalue of K)
+    (that of the block + a millionth of K's)."""
     model = gpt()
     data = tokens(8)
     solver = ConjugateGradients(model, "gn", newton_steps=1, cg_iters=1, damping=0.3)
@@ -981,11 +976,17 @@ def test_preconditioner_inverts_what_it_stands_for(monkeypatch):
     monkeypatch.setattr(GGN, "matvec", lambda ggn, v, part: solver.kfac.apply(v, torch.clone, part))
     found = solver.solve(parts, *data)
     g = Dense(model, *data).g
-    d = solver.kfac.apply(-g, lambda S: 1 / (S + 0.3 * solver.metric(S)))
     K = torch.stack([solver.kfac.apply(e, torch.clone) for e in torch.diag(g / g)])  # of the identity
+    mean = K.diag().mean()
+    roots = []
+    for own in torch.arange(len(g)).split([p.numel() for p in solver.params]):
+        block = K[own][:, own]
+        unit = (mean * (block.diag().mean() + 1e-6 * mean)) ** 0.5
+        values, Q = torch.linalg.eigh(unit * block)
+        roots.append(Q * (values + 0.01 * unit**2) ** 0.5 @ Q.T)
+    d = torch.linalg.solve(K + 0.3 * torch.block_diag(*roots), -g)
     assert close(found.direction, d)
     assert isclose(found.decrease, -(g + K @ d / 2) @ d)
-    assert isclose(solver.mean_eigenvalue, K.diag().mean())
 
 
 @parametrize("prox", [False, True])
@@ -1395,12 +1396,12 @@ def test_work_and_products_are_counted():
         moved_to(ggn, g)
         ggn.best_length(g, g, [0.0, 1.0], 0.0, range(len(ggn.params)), False)
         moved_to(ggn, g)
-        moved_to(ggn, g, prox_linear=True)
-        ggn.matvec(g)  # pieces that were not kept are moved to z + J d once more
+        ggn.move_to(g[:28], [0], True)
+        ggn.matvec(g[:28], [0])  # pieces that were not kept are moved to z + J d once more
         part = (4 * 28 + 2 * 200) / 228 / 3
-        again = 4 + (2 + 2 / 3) + (1 + 2 / 3)  # the search, and the last product
+        again = 4 + (2 + 2 / 3) + (1 + part / 2)  # the search, and the last product
         assert ggn.products == 3
-        assert isclose(ggn.work, 1 + 4 * 4 / 3 + part + 2 + again * redone)
+        assert isclose(ggn.work, 1 + 2 * 4 / 3 + 3 * part + 2 + again * redone)
 
 
 @parametrize("kind", FOREIGN)
@@ -1458,14 +1459,8 @@ def test_attention_has_the_derivatives_of_its_formula(queries, keys, heads, widt
 
 
 def test_loss_and_linearisation_are_one_function():
-    """Our attention with derivatives and torch's fused one, in loss and gradient. And nn.TransformerEncoder
-    with masked rows: in eval mode and without gradients torch computes another function. The search's loss is
-    the linearisation's, and so are the logits whose difference is J v."""
-    model, data = gpt(n_embd=8), tokens()  # no fused kernel for heads of two
-    ggn = GGN(model, *data)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        assert isclose(batch_loss(model, *data), ggn.loss)
-        assert close(batch_grad(model, *data)[1], ggn.grad)
+    """nn.TransformerEncoder with masked rows: in eval mode and without gradients torch computes another
+    function. The search's loss is the linearisation's, and so are the logits whose difference is J v."""
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     model = Between(
         lambda h, m: m.inner[0](h, src_key_padding_mask=(torch.arange(5) > 2).expand(len(h), 5)),
@@ -1680,10 +1675,15 @@ def test_what_is_differentiated_is_what_is_computed(function, by_cg, by_inner):
             assert opt.step(*data)["reason"] in ("", "line search: no decrease")
 
 
-def test_a_new_gpt_in_bfloat16_is_welcome():
-    """Differences of its logits, with steps as long as bfloat16 needs, have large second derivatives."""
+@parametrize("bf16", [False, True])
+@torch.no_grad()
+def test_a_gpt_is_welcome(bf16):
+    """Differences of its logits have large second derivatives, by steps as long as bfloat16 needs, and where
+    weights are large."""
     model = GPT(GPTConfig(256, **PRESETS["tiny"]))
-    model.bf16 = True
+    model.bf16 = bf16
+    for p in model.parameters():
+        p *= 1.7
     x = torch.randint(256, (2, 64))
     gn.refuse_derivatives(model, x, x, False)
 
@@ -2284,7 +2284,8 @@ def test_random_flags_run_or_are_refused(go, capsys):
 @parametrize(
     "flags",
     """--opt foo | --no_such_flag 1 | --step 3 | --steps 0 | --steps x
-    | --batch_tokens 100 | --n_embd 30 | --n_embd 12 | --block_size 10000000 | --device nope
+    | --batch_tokens 100 | --n_embd 30 | --n_embd 12 | --n_embd 4000000000 | --block_size 10000000
+    | --device nope
     | --device cuda:99 | --device meta | --data missing.txt | --data | --lr -1 | --lr nan | --damping 0
     | --damping inf
     | --curvature_frac 1.5 | --threads 99999 | --betas 0.9 1.0 | --betas 0.9 | --seed 99999999999999999999999

@@ -924,9 +924,9 @@ def local_model_once(model, parts, prox_linear, eps, theta, x, y, v, n_targets):
 def difference(model, x, z0, theta, v, part, eps):
     """(J v ≈ (z(θ + hv) − z(θ)) / h, h) for the v of the parameters in `part`, with z0 = z(θ).
 
-    It errs by h/2 times the second derivative along v, and by eps / h times z for rounding. The two are
-    about equal where ‖hv‖ is √eps times ‖θ‖. So h, at most 1, solves eps = Σ ‖hv‖² / (‖θ‖² + ‖v‖²) over
-    tensors.
+    It errs by h/2 times the second derivative along v, and by eps / h times z for rounding. In a smooth model
+    the two are about equal where ‖hv‖ is √eps times ‖θ‖. So h, at most 1, solves eps = Σ ‖hv‖² / (‖θ‖² +
+    ‖v‖²) over tensors.
     """
     sizes = [(v[i].norm() ** 2, theta[i].norm() ** 2) for i in part]
     h = (eps / sum(a / (a + b + 1e-30) for a, b in sizes)).sqrt().clamp(max=1.0)

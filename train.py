@@ -638,7 +638,7 @@ def build_parser():
         allow_abbrev=False,
     )
     p.used_by = {}
-    count = number(1, 10**8, int)
+    count = number(1, 10**9, int)
     natural = number(0, kind=int)
     positive = number(1e-38)
     not_negative = number(0)
